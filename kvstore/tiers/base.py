@@ -1,0 +1,130 @@
+"""What the store asks of a tier.
+
+DRAM is the middle: clients read and write it directly, and every other tier
+moves whole blocks to and from it. So there are two contracts, one for the tier
+that has addresses in memory and one for the tiers behind it.
+
+*Where* a block goes is decided elsewhere (`core.space`): a tier is told the
+address. An address is `extent * extent_bytes + offset`; extents are opened
+before the first address in them is used and closed after the last. All slots of
+one extent have the same size.
+
+All methods may block (they are called from worker threads) unless they say
+otherwise, and may be called from several threads at once for different slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class BlockHeader:
+    """What a stored block says about itself, checked on every read.
+
+    `stored_key`: 16 bytes, the tenant's keyed hash of layout and key.
+    `parent`: the stored key of the block before it in the chain, b"" for the first.
+    `length`: bytes of payload. `checksum`: XXH3-64 of the payload.
+    """
+
+    stored_key: bytes
+    parent: bytes
+    layout_id: bytes
+    tenant: str
+    length: int
+    checksum: int
+
+
+class Recovered(NamedTuple):
+    """One block found in a tier at start."""
+
+    header: BlockHeader
+    address: int
+
+
+class MemoryTier(Protocol):
+    """DRAM: memory that local clients map."""
+
+    extent_bytes: int
+
+    def open_extent(self, extent: int) -> None:
+        """Make memory for an extent. Contents are undefined. Raises `TierFull`
+        when the machine refuses the memory."""
+        ...
+
+    def close_extent(self, extent: int) -> None:
+        """Give the memory back to the machine, even while clients still map it."""
+        ...
+
+    def view(self, address: int, nbytes: int) -> memoryview:
+        """Writable view of a slot; valid until its extent is closed. Does not block."""
+        ...
+
+    def extent_fd(self, extent: int) -> int:
+        """Descriptor to hand to a client, owned by the tier. Does not block."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class StorageTier(Protocol):
+    """A tier behind DRAM, holding whole blocks across restarts."""
+
+    extent_bytes: int
+
+    def slot_bytes(self, block_bytes: int) -> int:
+        """Bytes a block occupies here, header and padding included. Does not block."""
+        ...
+
+    def open_extent(self, extent: int, slot_bytes: int) -> None:
+        """Make room for an extent. Raises `TierFull`, `TierFailed`."""
+        ...
+
+    def close_extent(self, extent: int) -> None:
+        """Give an extent's room back. No block in it is read again."""
+        ...
+
+    def write(self, address: int, header: BlockHeader, payload: memoryview) -> None:
+        """Store a block. `payload` is `header.length` bytes at an aligned address,
+        followed by padding up to alignment that may be written too. When this
+        returns, `read` finds the block; it is durable after the next `sync`.
+        Raises `TierFull`, `TierFailed`."""
+        ...
+
+    def read(self, address: int, header: BlockHeader, into: memoryview) -> None:
+        """Read the block stored with `header` into `into`: `header.length` bytes
+        at an aligned address, followed by padding that may be overwritten.
+        Raises `CorruptBlock` when what is there is not that very block, bytes
+        included; `into` is undefined then. Raises `TierFailed`."""
+        ...
+
+    def forget(self, address: int, header: BlockHeader) -> None:
+        """The block is no longer wanted; its slot may be given to another once
+        this returns. Never raises for a block that is not there."""
+        ...
+
+    def sync(self) -> None:
+        """Make everything written and forgotten so far durable. Raises `TierFailed`."""
+        ...
+
+    def remember_layout(self, tenant: str, layout_id: bytes, spec: dict[str, object]) -> None:
+        """Keep a layout for `recovered_layouts`. Durable after the next `sync`."""
+        ...
+
+    def recovered_layouts(self) -> Iterable[tuple[str, dict[str, object]]]:
+        """(tenant, fields of the LayoutSpec) of each layout remembered."""
+        ...
+
+    def recovered_extents(self) -> Iterable[tuple[int, int]]:
+        """(extent, slot_bytes) of each extent open at start."""
+        ...
+
+    def recovered_blocks(self) -> Iterable[Recovered]:
+        """Every block held at start, parents in any order."""
+        ...
+
+    def close(self) -> None:
+        """Sync and release everything. The tier is not used afterwards."""
+        ...

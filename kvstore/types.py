@@ -1,0 +1,198 @@
+"""The words the whole project speaks: layouts, outcomes, addresses.
+
+Values only. Nothing here does I/O or knows of gRPC, tiers or vLLM.
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
+
+from kvstore.errors import BadKey, BadRequest
+
+KEY_BYTES = 32
+"""Length of a block's key: the engine's chained hash at the block's end."""
+
+LAYOUT_ID_BYTES = 16
+SESSION_ID_BYTES = 16
+STORED_KEY_BYTES = 16
+
+ALIGNMENT = 4096
+"""Slots start and end on this boundary, in memory and on disk: O_DIRECT moves
+them without a bounce buffer."""
+
+MAX_TEXT_BYTES = 512
+
+
+def align_up(nbytes: int, alignment: int = ALIGNMENT) -> int:
+    """`nbytes` rounded up to a multiple of `alignment`."""
+    return -(-nbytes // alignment) * alignment
+
+
+class Tier(enum.IntEnum):
+    """Where a replica of a block lives, fastest first. Values are the wire's."""
+
+    DRAM = 1
+    NVME = 2
+
+    @property
+    def label(self) -> str:
+        return self.name.lower()
+
+
+class PutOutcome(enum.Enum):
+    """What became of one block of a put."""
+
+    STORED = "stored"
+    PRESENT = "present"
+    """The very bytes were there already."""
+    PENDING = "pending"
+    """Another client is writing this block right now."""
+    DENIED = "denied"
+    """No space could be made in time."""
+
+
+class ReserveOutcome(enum.IntEnum):
+    """What became of one entry of a reservation. Values are the wire's."""
+
+    GRANTED = 1
+    PRESENT = 2
+    PENDING = 3
+    DENIED = 4
+
+
+@dataclass(frozen=True, slots=True)
+class LayoutSpec:
+    """Everything that makes two blocks' bytes interchangeable.
+
+    Fields as in `Layout` of the wire protocol. Equal specs have equal ids, on
+    every host and after every restart.
+    """
+
+    model: str
+    dtype: str
+    block_tokens: int
+    block_bytes: int
+    revision: str = ""
+    kv_layout: str = ""
+    rank: int = 0
+    world: int = 1
+    group: int = 0
+    backend: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("model", "dtype", "revision", "kv_layout", "backend"):
+            if len(getattr(self, name).encode()) > MAX_TEXT_BYTES:
+                raise BadRequest(f"layout field {name!r} is longer than {MAX_TEXT_BYTES} bytes")
+        if not self.model or not self.dtype:
+            raise BadRequest("a layout needs a model and a dtype")
+        if not 1 <= self.block_tokens <= 65536:
+            raise BadRequest(f"block_tokens must be 1..65536, not {self.block_tokens}")
+        if self.block_bytes < 1:
+            raise BadRequest(f"block_bytes must be positive, not {self.block_bytes}")
+        if not 0 <= self.rank < self.world:
+            raise BadRequest(f"rank {self.rank} is not within world {self.world}")
+        if not 0 <= self.group < 1 << 32:
+            raise BadRequest(f"group must be 0..2^32-1, not {self.group}")
+
+    @property
+    def layout_id(self) -> bytes:
+        """16 bytes: a digest over every field, each with its length."""
+        digest = hashlib.sha256(b"kvstore layout v1")
+        for name, value in sorted(asdict(self).items()):
+            field = f"{name}={value}".encode()
+            digest.update(len(field).to_bytes(4, "little") + field)
+        return digest.digest()[:LAYOUT_ID_BYTES]
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes a block occupies in DRAM, padding included."""
+        return align_up(self.block_bytes)
+
+
+class ChainPresence(NamedTuple):
+    """How much of a chain is held: positions from its start, without a hole."""
+
+    held: int
+    in_dram: int
+
+
+class TierStats(NamedTuple):
+    """Levels and counters of one tier; bytes and blocks, counted since start."""
+
+    tier: Tier
+    capacity_bytes: int
+    used_bytes: int
+    blocks: int
+    evictions: int
+    bytes_in: int
+    bytes_out: int
+    healthy: bool
+
+
+class StoreStats(NamedTuple):
+    """A snapshot of the server; see `GetStatsResponse` of the wire protocol."""
+
+    uptime_seconds: float
+    tiers: tuple[TierStats, ...]
+    sessions: int
+    leases: int
+    reservations: int
+    acquired_positions: int
+    acquired_hits: int
+    acquired_hits_dram: int
+    committed_blocks: int
+    corrupt_blocks: int
+    tenant_blocks: int
+
+
+def check_key(key: bytes) -> bytes:
+    """`key` itself; raises `BadKey` unless it is 32 bytes."""
+    if len(key) != KEY_BYTES:
+        raise BadKey(f"a key is {KEY_BYTES} bytes, not {len(key)}")
+    return key
+
+
+class ChainQuery(NamedTuple):
+    """A chain to look up or acquire.
+
+    `layout_ids`: one for each shard; a position counts only if all hold it.
+    `keys`: 32 bytes each, consecutive positions from the first token on.
+    """
+
+    layout_ids: Sequence[bytes]
+    keys: Sequence[bytes]
+
+
+class LeaseGrant(NamedTuple):
+    """What an acquire pinned for one chain; fields as in the wire's `Lease`.
+
+    `addresses` and `checksums` are layout-major: all `held` positions of the
+    first layout, then of the second. A `lease_id` of 0 means nothing is held.
+    """
+
+    lease_id: int
+    held: int
+    addresses: list[int]
+    checksums: list[int]
+    expires_ns: int
+    from_dram: int
+
+
+class ReserveResult(NamedTuple):
+    """Outcome of one entry: `address` when GRANTED, `checksum` when PRESENT."""
+
+    outcome: ReserveOutcome
+    address: int = 0
+    checksum: int = 0
+
+
+class ReservationGrant(NamedTuple):
+    """One result an entry, in order; a `reservation_id` of 0 means none was granted."""
+
+    reservation_id: int
+    results: list[ReserveResult]
+    expires_ns: int

@@ -1,0 +1,392 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class ErrorCode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ERROR_CODE_UNSPECIFIED: _ClassVar[ErrorCode]
+    BAD_REQUEST: _ClassVar[ErrorCode]
+    BAD_KEY: _ClassVar[ErrorCode]
+    BAD_SIZE: _ClassVar[ErrorCode]
+    TOO_LARGE: _ClassVar[ErrorCode]
+    UNKNOWN_LAYOUT: _ClassVar[ErrorCode]
+    UNKNOWN_RESERVATION: _ClassVar[ErrorCode]
+    LEASE_EXPIRED: _ClassVar[ErrorCode]
+    RESERVATION_EXPIRED: _ClassVar[ErrorCode]
+    FOREIGN_LEASE: _ClassVar[ErrorCode]
+    FOREIGN_RESERVATION: _ClassVar[ErrorCode]
+    CONFLICT: _ClassVar[ErrorCode]
+    NO_SPACE: _ClassVar[ErrorCode]
+    TOO_MANY: _ClassVar[ErrorCode]
+    NO_SESSION: _ClassVar[ErrorCode]
+    NO_TENANT: _ClassVar[ErrorCode]
+    NO_LOWER_TIER: _ClassVar[ErrorCode]
+    DRAINING: _ClassVar[ErrorCode]
+    INTERNAL: _ClassVar[ErrorCode]
+
+class Tier(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    TIER_UNSPECIFIED: _ClassVar[Tier]
+    TIER_DRAM: _ClassVar[Tier]
+    TIER_NVME: _ClassVar[Tier]
+ERROR_CODE_UNSPECIFIED: ErrorCode
+BAD_REQUEST: ErrorCode
+BAD_KEY: ErrorCode
+BAD_SIZE: ErrorCode
+TOO_LARGE: ErrorCode
+UNKNOWN_LAYOUT: ErrorCode
+UNKNOWN_RESERVATION: ErrorCode
+LEASE_EXPIRED: ErrorCode
+RESERVATION_EXPIRED: ErrorCode
+FOREIGN_LEASE: ErrorCode
+FOREIGN_RESERVATION: ErrorCode
+CONFLICT: ErrorCode
+NO_SPACE: ErrorCode
+TOO_MANY: ErrorCode
+NO_SESSION: ErrorCode
+NO_TENANT: ErrorCode
+NO_LOWER_TIER: ErrorCode
+DRAINING: ErrorCode
+INTERNAL: ErrorCode
+TIER_UNSPECIFIED: Tier
+TIER_DRAM: Tier
+TIER_NVME: Tier
+
+class Layout(_message.Message):
+    __slots__ = ("model", "revision", "dtype", "kv_layout", "block_tokens", "block_bytes", "rank", "world", "group", "backend")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    REVISION_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    KV_LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    WORLD_FIELD_NUMBER: _ClassVar[int]
+    GROUP_FIELD_NUMBER: _ClassVar[int]
+    BACKEND_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    revision: str
+    dtype: str
+    kv_layout: str
+    block_tokens: int
+    block_bytes: int
+    rank: int
+    world: int
+    group: int
+    backend: str
+    def __init__(self, model: _Optional[str] = ..., revision: _Optional[str] = ..., dtype: _Optional[str] = ..., kv_layout: _Optional[str] = ..., block_tokens: _Optional[int] = ..., block_bytes: _Optional[int] = ..., rank: _Optional[int] = ..., world: _Optional[int] = ..., group: _Optional[int] = ..., backend: _Optional[str] = ...) -> None: ...
+
+class GetServerInfoRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetServerInfoResponse(_message.Message):
+    __slots__ = ("version", "epoch", "attach_path", "max_block_bytes", "max_keys", "lease_ms", "reservation_ms")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    ATTACH_PATH_FIELD_NUMBER: _ClassVar[int]
+    MAX_BLOCK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_KEYS_FIELD_NUMBER: _ClassVar[int]
+    LEASE_MS_FIELD_NUMBER: _ClassVar[int]
+    RESERVATION_MS_FIELD_NUMBER: _ClassVar[int]
+    version: str
+    epoch: bytes
+    attach_path: str
+    max_block_bytes: int
+    max_keys: int
+    lease_ms: int
+    reservation_ms: int
+    def __init__(self, version: _Optional[str] = ..., epoch: _Optional[bytes] = ..., attach_path: _Optional[str] = ..., max_block_bytes: _Optional[int] = ..., max_keys: _Optional[int] = ..., lease_ms: _Optional[int] = ..., reservation_ms: _Optional[int] = ...) -> None: ...
+
+class OpenSessionRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class OpenSessionResponse(_message.Message):
+    __slots__ = ("session",)
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    session: bytes
+    def __init__(self, session: _Optional[bytes] = ...) -> None: ...
+
+class RegisterLayoutRequest(_message.Message):
+    __slots__ = ("layout",)
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    layout: Layout
+    def __init__(self, layout: _Optional[_Union[Layout, _Mapping]] = ...) -> None: ...
+
+class RegisterLayoutResponse(_message.Message):
+    __slots__ = ("layout_id",)
+    LAYOUT_ID_FIELD_NUMBER: _ClassVar[int]
+    layout_id: bytes
+    def __init__(self, layout_id: _Optional[bytes] = ...) -> None: ...
+
+class Chain(_message.Message):
+    __slots__ = ("layout_ids", "keys")
+    LAYOUT_IDS_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    layout_ids: _containers.RepeatedScalarFieldContainer[bytes]
+    keys: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, layout_ids: _Optional[_Iterable[bytes]] = ..., keys: _Optional[_Iterable[bytes]] = ...) -> None: ...
+
+class LookupRequest(_message.Message):
+    __slots__ = ("chains",)
+    CHAINS_FIELD_NUMBER: _ClassVar[int]
+    chains: _containers.RepeatedCompositeFieldContainer[Chain]
+    def __init__(self, chains: _Optional[_Iterable[_Union[Chain, _Mapping]]] = ...) -> None: ...
+
+class LookupResponse(_message.Message):
+    __slots__ = ("chains",)
+    CHAINS_FIELD_NUMBER: _ClassVar[int]
+    chains: _containers.RepeatedCompositeFieldContainer[ChainPresence]
+    def __init__(self, chains: _Optional[_Iterable[_Union[ChainPresence, _Mapping]]] = ...) -> None: ...
+
+class ChainPresence(_message.Message):
+    __slots__ = ("held", "in_dram")
+    HELD_FIELD_NUMBER: _ClassVar[int]
+    IN_DRAM_FIELD_NUMBER: _ClassVar[int]
+    held: int
+    in_dram: int
+    def __init__(self, held: _Optional[int] = ..., in_dram: _Optional[int] = ...) -> None: ...
+
+class AcquireRequest(_message.Message):
+    __slots__ = ("chains", "wait_ms")
+    CHAINS_FIELD_NUMBER: _ClassVar[int]
+    WAIT_MS_FIELD_NUMBER: _ClassVar[int]
+    chains: _containers.RepeatedCompositeFieldContainer[Chain]
+    wait_ms: int
+    def __init__(self, chains: _Optional[_Iterable[_Union[Chain, _Mapping]]] = ..., wait_ms: _Optional[int] = ...) -> None: ...
+
+class AcquireResponse(_message.Message):
+    __slots__ = ("leases",)
+    LEASES_FIELD_NUMBER: _ClassVar[int]
+    leases: _containers.RepeatedCompositeFieldContainer[Lease]
+    def __init__(self, leases: _Optional[_Iterable[_Union[Lease, _Mapping]]] = ...) -> None: ...
+
+class Lease(_message.Message):
+    __slots__ = ("lease_id", "held", "addresses", "checksums", "expires_ns", "from_dram")
+    LEASE_ID_FIELD_NUMBER: _ClassVar[int]
+    HELD_FIELD_NUMBER: _ClassVar[int]
+    ADDRESSES_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUMS_FIELD_NUMBER: _ClassVar[int]
+    EXPIRES_NS_FIELD_NUMBER: _ClassVar[int]
+    FROM_DRAM_FIELD_NUMBER: _ClassVar[int]
+    lease_id: int
+    held: int
+    addresses: _containers.RepeatedScalarFieldContainer[int]
+    checksums: _containers.RepeatedScalarFieldContainer[int]
+    expires_ns: int
+    from_dram: int
+    def __init__(self, lease_id: _Optional[int] = ..., held: _Optional[int] = ..., addresses: _Optional[_Iterable[int]] = ..., checksums: _Optional[_Iterable[int]] = ..., expires_ns: _Optional[int] = ..., from_dram: _Optional[int] = ...) -> None: ...
+
+class RenewRequest(_message.Message):
+    __slots__ = ("lease_ids",)
+    LEASE_IDS_FIELD_NUMBER: _ClassVar[int]
+    lease_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, lease_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class RenewResponse(_message.Message):
+    __slots__ = ("expires_ns",)
+    EXPIRES_NS_FIELD_NUMBER: _ClassVar[int]
+    expires_ns: int
+    def __init__(self, expires_ns: _Optional[int] = ...) -> None: ...
+
+class ReleaseRequest(_message.Message):
+    __slots__ = ("lease_ids",)
+    LEASE_IDS_FIELD_NUMBER: _ClassVar[int]
+    lease_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, lease_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class ReleaseResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ReserveRequest(_message.Message):
+    __slots__ = ("layout_id", "entries", "wait_ms")
+    LAYOUT_ID_FIELD_NUMBER: _ClassVar[int]
+    ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    WAIT_MS_FIELD_NUMBER: _ClassVar[int]
+    layout_id: bytes
+    entries: _containers.RepeatedCompositeFieldContainer[ReserveEntry]
+    wait_ms: int
+    def __init__(self, layout_id: _Optional[bytes] = ..., entries: _Optional[_Iterable[_Union[ReserveEntry, _Mapping]]] = ..., wait_ms: _Optional[int] = ...) -> None: ...
+
+class ReserveEntry(_message.Message):
+    __slots__ = ("key", "parent")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    PARENT_FIELD_NUMBER: _ClassVar[int]
+    key: bytes
+    parent: bytes
+    def __init__(self, key: _Optional[bytes] = ..., parent: _Optional[bytes] = ...) -> None: ...
+
+class ReserveResponse(_message.Message):
+    __slots__ = ("reservation_id", "results", "expires_ns")
+    RESERVATION_ID_FIELD_NUMBER: _ClassVar[int]
+    RESULTS_FIELD_NUMBER: _ClassVar[int]
+    EXPIRES_NS_FIELD_NUMBER: _ClassVar[int]
+    reservation_id: int
+    results: _containers.RepeatedCompositeFieldContainer[ReserveResult]
+    expires_ns: int
+    def __init__(self, reservation_id: _Optional[int] = ..., results: _Optional[_Iterable[_Union[ReserveResult, _Mapping]]] = ..., expires_ns: _Optional[int] = ...) -> None: ...
+
+class ReserveResult(_message.Message):
+    __slots__ = ("outcome", "address", "checksum")
+    class Outcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        OUTCOME_UNSPECIFIED: _ClassVar[ReserveResult.Outcome]
+        GRANTED: _ClassVar[ReserveResult.Outcome]
+        PRESENT: _ClassVar[ReserveResult.Outcome]
+        PENDING: _ClassVar[ReserveResult.Outcome]
+        DENIED: _ClassVar[ReserveResult.Outcome]
+    OUTCOME_UNSPECIFIED: ReserveResult.Outcome
+    GRANTED: ReserveResult.Outcome
+    PRESENT: ReserveResult.Outcome
+    PENDING: ReserveResult.Outcome
+    DENIED: ReserveResult.Outcome
+    OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
+    outcome: ReserveResult.Outcome
+    address: int
+    checksum: int
+    def __init__(self, outcome: _Optional[_Union[ReserveResult.Outcome, str]] = ..., address: _Optional[int] = ..., checksum: _Optional[int] = ...) -> None: ...
+
+class CommitRequest(_message.Message):
+    __slots__ = ("reservation_id", "indices", "checksums")
+    RESERVATION_ID_FIELD_NUMBER: _ClassVar[int]
+    INDICES_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUMS_FIELD_NUMBER: _ClassVar[int]
+    reservation_id: int
+    indices: _containers.RepeatedScalarFieldContainer[int]
+    checksums: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, reservation_id: _Optional[int] = ..., indices: _Optional[_Iterable[int]] = ..., checksums: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class CommitResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class AbortRequest(_message.Message):
+    __slots__ = ("reservation_id",)
+    RESERVATION_ID_FIELD_NUMBER: _ClassVar[int]
+    reservation_id: int
+    def __init__(self, reservation_id: _Optional[int] = ...) -> None: ...
+
+class AbortResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class PrefetchRequest(_message.Message):
+    __slots__ = ("chains",)
+    CHAINS_FIELD_NUMBER: _ClassVar[int]
+    chains: _containers.RepeatedCompositeFieldContainer[Chain]
+    def __init__(self, chains: _Optional[_Iterable[_Union[Chain, _Mapping]]] = ...) -> None: ...
+
+class PrefetchResponse(_message.Message):
+    __slots__ = ("started",)
+    STARTED_FIELD_NUMBER: _ClassVar[int]
+    started: int
+    def __init__(self, started: _Optional[int] = ...) -> None: ...
+
+class ReadRequest(_message.Message):
+    __slots__ = ("lease_id", "indices")
+    LEASE_ID_FIELD_NUMBER: _ClassVar[int]
+    INDICES_FIELD_NUMBER: _ClassVar[int]
+    lease_id: int
+    indices: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, lease_id: _Optional[int] = ..., indices: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class ReadResponse(_message.Message):
+    __slots__ = ("data",)
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    data: bytes
+    def __init__(self, data: _Optional[bytes] = ...) -> None: ...
+
+class WriteRequest(_message.Message):
+    __slots__ = ("reservation_id", "index", "data")
+    RESERVATION_ID_FIELD_NUMBER: _ClassVar[int]
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    reservation_id: int
+    index: int
+    data: bytes
+    def __init__(self, reservation_id: _Optional[int] = ..., index: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class WriteResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetStatsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetStatsResponse(_message.Message):
+    __slots__ = ("uptime_seconds", "tiers", "sessions", "leases", "reservations", "acquired_positions", "acquired_hits", "acquired_hits_dram", "committed_blocks", "corrupt_blocks", "tenant_blocks")
+    UPTIME_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    TIERS_FIELD_NUMBER: _ClassVar[int]
+    SESSIONS_FIELD_NUMBER: _ClassVar[int]
+    LEASES_FIELD_NUMBER: _ClassVar[int]
+    RESERVATIONS_FIELD_NUMBER: _ClassVar[int]
+    ACQUIRED_POSITIONS_FIELD_NUMBER: _ClassVar[int]
+    ACQUIRED_HITS_FIELD_NUMBER: _ClassVar[int]
+    ACQUIRED_HITS_DRAM_FIELD_NUMBER: _ClassVar[int]
+    COMMITTED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    CORRUPT_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    TENANT_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    uptime_seconds: float
+    tiers: _containers.RepeatedCompositeFieldContainer[TierStats]
+    sessions: int
+    leases: int
+    reservations: int
+    acquired_positions: int
+    acquired_hits: int
+    acquired_hits_dram: int
+    committed_blocks: int
+    corrupt_blocks: int
+    tenant_blocks: int
+    def __init__(self, uptime_seconds: _Optional[float] = ..., tiers: _Optional[_Iterable[_Union[TierStats, _Mapping]]] = ..., sessions: _Optional[int] = ..., leases: _Optional[int] = ..., reservations: _Optional[int] = ..., acquired_positions: _Optional[int] = ..., acquired_hits: _Optional[int] = ..., acquired_hits_dram: _Optional[int] = ..., committed_blocks: _Optional[int] = ..., corrupt_blocks: _Optional[int] = ..., tenant_blocks: _Optional[int] = ...) -> None: ...
+
+class TierStats(_message.Message):
+    __slots__ = ("tier", "capacity_bytes", "used_bytes", "blocks", "evictions", "bytes_in", "bytes_out", "healthy")
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    CAPACITY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    USED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    EVICTIONS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_IN_FIELD_NUMBER: _ClassVar[int]
+    BYTES_OUT_FIELD_NUMBER: _ClassVar[int]
+    HEALTHY_FIELD_NUMBER: _ClassVar[int]
+    tier: Tier
+    capacity_bytes: int
+    used_bytes: int
+    blocks: int
+    evictions: int
+    bytes_in: int
+    bytes_out: int
+    healthy: bool
+    def __init__(self, tier: _Optional[_Union[Tier, str]] = ..., capacity_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., blocks: _Optional[int] = ..., evictions: _Optional[int] = ..., bytes_in: _Optional[int] = ..., bytes_out: _Optional[int] = ..., healthy: bool = ...) -> None: ...
+
+class ClearRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ClearResponse(_message.Message):
+    __slots__ = ("blocks",)
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    blocks: int
+    def __init__(self, blocks: _Optional[int] = ...) -> None: ...
+
+class FlushRequest(_message.Message):
+    __slots__ = ("drop",)
+    DROP_FIELD_NUMBER: _ClassVar[int]
+    drop: bool
+    def __init__(self, drop: bool = ...) -> None: ...
+
+class FlushResponse(_message.Message):
+    __slots__ = ("written",)
+    WRITTEN_FIELD_NUMBER: _ClassVar[int]
+    written: int
+    def __init__(self, written: _Optional[int] = ...) -> None: ...
