@@ -1,0 +1,154 @@
+"""Find this host's server, or start one: exactly one, however many processes ask.
+
+The lock `<socket>.lock` is held by whoever starts a server until that server
+answers; everybody else waits for the lock and then finds it running. The lock
+decides only who starts a server. That no two servers ever share data is the
+server's own business.
+
+The started server is detached: it outlives its starter, writes to
+`<socket>.log`, and ends itself when nobody has used it for a while.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from kvstore.errors import BadRequest, KVStoreError, NoTenant, Unavailable
+from kvstore.local.attach import MAX_UNIX_PATH_BYTES, Attachment, attach_path
+
+LOCK_SUFFIX = ".lock"
+LOG_SUFFIX = ".log"
+DEFAULT_IDLE_EXIT_S = 60.0
+_POLL_S = 0.02
+_ATTACH_TRY_S = 1.0
+_LOG_TAIL_BYTES = 2000
+
+
+def ensure_server(
+    socket_path: str | Path,
+    args: Sequence[str] = (),
+    *,
+    idle_exit_s: float = DEFAULT_IDLE_EXIT_S,
+    timeout_s: float = 60.0,
+) -> bool:
+    """Return once a server answers at `socket_path`; True when this call started it.
+
+    `args` are further arguments for `python -m kvstore_server`. A server that is
+    there already is taken as it is, whatever its arguments; one that is there and
+    does not answer is left alone.
+
+    Raises `Unavailable` when no server answers within `timeout_s`, with the end
+    of its log when it gave up; `NoTenant` when one is there that refuses this user.
+    """
+    path = os.path.abspath(socket_path)
+    if len(os.fsencode(attach_path(path))) > MAX_UNIX_PATH_BYTES:
+        raise BadRequest(f"a socket path is at most {MAX_UNIX_PATH_BYTES} bytes: {path}")
+    deadline = time.monotonic() + timeout_s
+    if _listening(path):
+        _await_attach(path, deadline, None)
+        return False
+    try:
+        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        lock = os.open(path + LOCK_SUFFIX, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise Unavailable(f"cannot start a server at {path}: {error}") from error
+    try:
+        _lock(lock, path, deadline)
+        if _listening(path):
+            _await_attach(path, deadline, None)
+            return False
+        _await_attach(path, deadline, _start(path, args, idle_exit_s))
+        return True
+    finally:
+        os.close(lock)
+
+
+def _listening(path: str) -> bool:
+    """Whether some server has the attach socket open, answering or not."""
+    probe = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        probe.setblocking(False)
+        probe.connect(attach_path(path))
+        return True
+    except BlockingIOError:
+        return True  # Its backlog is full: it listens, and is busy or stopped.
+    except PermissionError as error:
+        raise NoTenant(f"this user may not open {attach_path(path)}") from error
+    except OSError:
+        return False
+    finally:
+        probe.close()
+
+
+def _lock(descriptor: int, path: str, deadline: float) -> None:
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise Unavailable(f"another process is still starting {path}") from None
+            time.sleep(_POLL_S)
+
+
+def _start(path: str, args: Sequence[str], idle_exit_s: float) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "kvstore_server", "--socket", path]
+    command += ["--idle-exit-s", f"{idle_exit_s:g}", *args]
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+    try:
+        log = os.open(path + LOG_SUFFIX, flags, 0o600)
+        try:
+            # A session of its own, so that an interrupt typed at the starter's
+            # terminal does not reach the server that others use.
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        finally:
+            os.close(log)
+    except OSError as error:
+        raise Unavailable(f"cannot start a server: {error}") from error
+    # Reaps the server should it end before this process does.
+    threading.Thread(target=process.wait, name="kvstore-server-reaper", daemon=True).start()
+    return process
+
+
+def _await_attach(path: str, deadline: float, started: subprocess.Popen[bytes] | None) -> None:
+    while True:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise Unavailable(f"the server at {path} did not answer in time")
+        try:
+            Attachment.connect(attach_path(path), min(left, _ATTACH_TRY_S)).close()
+            return
+        except Unavailable:
+            if started is not None and started.poll() is not None:
+                raise Unavailable(
+                    f"the server ended with status {started.returncode} while starting:"
+                    f" {_log_tail(path)}"
+                ) from None
+        except NoTenant:
+            raise
+        except KVStoreError:
+            return  # It answers, if only to say that it is full or draining.
+        time.sleep(_POLL_S)
+
+
+def _log_tail(path: str) -> str:
+    try:
+        text = Path(path + LOG_SUFFIX).read_bytes()[-_LOG_TAIL_BYTES:]
+    except OSError as error:
+        return f"(its log cannot be read: {error})"
+    lines = [line for line in text.decode(errors="replace").splitlines() if line.strip()]
+    return " | ".join(lines[-3:]) or "(it wrote nothing)"
