@@ -165,7 +165,11 @@ class TierFull(TierError):
 
 
 class TierFailed(TierError):
-    pass
+    """`errno`: what the operating system said; 0 when it was not asked."""
+
+    def __init__(self, message: str, errno: int = 0) -> None:
+        super().__init__(message)
+        self.errno = errno
 
 
 class IllegalTransition(KVStoreError):

@@ -1,0 +1,155 @@
+"""The data directory: whose it is, which version wrote it, and its secret.
+
+    LOCK        held (flock) by the one server that uses the directory
+    VERSION     the version of everything beside it
+    secret      32 random bytes, from which tenants' keys are derived
+    index/      LMDB
+    extents/    one file an extent
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import secrets
+from pathlib import Path
+
+from kvstore.errors import DataError, DataInUse, DataUnusable, DataVersion
+
+DATA_VERSION = 1
+SECRET_BYTES = 32
+
+_VERSION_PREFIX = "kvstore-data "
+_UNCLAIMED = frozenset(("LOCK", "VERSION.tmp", "lost+found"))
+"""What a directory may hold and still be taken for a new one."""
+
+_ADVICE = {
+    errno.EACCES: "give this user the right to write there, or choose another directory",
+    errno.EPERM: "give this user the right to write there, or choose another directory",
+    errno.EROFS: "mount it writable, or choose another directory",
+    errno.ENOTDIR: "choose a directory, or remove the file that is in the way",
+    errno.EEXIST: "choose a directory, or remove the file that is in the way",
+    errno.ENOSPC: "free some space, or choose another directory",
+    errno.EDQUOT: "free some space, or choose another directory",
+    errno.EMFILE: "raise the limit of open files (ulimit -n), or use larger extents",
+}
+
+
+def unusable(path: Path, error: OSError) -> DataUnusable:
+    """The typed error for `error`, with what to do about it."""
+    advice = _ADVICE.get(error.errno or 0, "choose another directory")
+    return DataUnusable(f"data directory {path}: {error.strerror}; {advice}")
+
+
+class DataHome:
+    """An open data directory, locked against every other server."""
+
+    def __init__(self, path: Path, lock_fd: int) -> None:
+        self.path = path
+        self.index = path / "index"
+        self.extents = path / "extents"
+        self._lock_fd = lock_fd
+
+    @classmethod
+    def open(cls, path: Path) -> DataHome:
+        """Take the directory, made if it is not there. Raises `DataInUse`,
+        `DataVersion`, `DataUnusable`."""
+        try:
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            home = cls(path, _lock(path))
+        except OSError as error:
+            raise unusable(path, error) from error
+        try:
+            home._check_version()
+            home.index.mkdir(mode=0o700, exist_ok=True)
+            home.extents.mkdir(mode=0o700, exist_ok=True)
+        except OSError as error:
+            home.close()
+            raise unusable(path, error) from error
+        except DataError:
+            home.close()
+            raise
+        return home
+
+    def close(self) -> None:
+        os.close(self._lock_fd)
+
+    def secret(self) -> bytes:
+        """32 bytes, the same for the directory's whole life. Raises `DataUnusable`."""
+        file = self.path / "secret"
+        try:
+            if not file.exists():
+                _write_durably(file, secrets.token_bytes(SECRET_BYTES))
+            secret = file.read_bytes()
+        except OSError as error:
+            raise unusable(file, error) from error
+        if len(secret) != SECRET_BYTES:
+            raise DataUnusable(
+                f"{file} is damaged; remove the data directory to start with an empty one"
+            )
+        return secret
+
+    def _check_version(self) -> None:
+        file = self.path / "VERSION"
+        if not file.exists():
+            others = sorted(entry.name for entry in self.path.iterdir())
+            strange = [name for name in others if name not in _UNCLAIMED]
+            if strange:
+                raise DataUnusable(
+                    f"data directory {self.path} holds other files ({strange[0]!r}); "
+                    "choose an empty or a new directory"
+                )
+            _write_durably(file, f"{_VERSION_PREFIX}{DATA_VERSION}\n".encode())
+        with file.open("rb") as stream:
+            text = stream.read(64).decode(errors="replace").strip()
+        if text != f"{_VERSION_PREFIX}{DATA_VERSION}":
+            found = text.removeprefix(_VERSION_PREFIX) or "unknown"
+            raise DataVersion(
+                f"data directory {self.path} has version {found!r}, this server needs "
+                f"{DATA_VERSION}; use the server that wrote it, or another directory"
+            )
+
+
+def _lock(path: Path) -> int:
+    """The descriptor that holds the lock; closing it gives the lock back."""
+    fd = os.open(path / "LOCK", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        holder = os.pread(fd, 32, 0).decode(errors="replace").strip()
+        os.close(fd)
+        who = f" (process {holder})" if holder.isdigit() else ""
+        raise DataInUse(
+            f"data directory {path} is used by another server{who}; "
+            "stop that one, or choose another directory"
+        ) from error
+    except OSError:
+        os.close(fd)
+        raise
+    os.ftruncate(fd, 0)
+    os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+    return fd
+
+
+def _write_durably(file: Path, data: bytes) -> None:
+    """All of `data` under the name, or no such file. Mode 0600."""
+    partial = file.with_name(file.name + ".tmp")
+    fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        os.fchmod(fd, 0o600)
+        os.write(fd, data)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    partial.rename(file)
+    sync_directory(file.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in a directory durable. Raises OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,147 @@
+"""What a slot on disk looks like: one page that describes itself, then the payload.
+
+    +0     8  magic
+    +8     4  CRC-32C of this whole page with these four bytes zero
+    +12    2  version
+    +14    1  length of `parent`: 0 or 16
+    +15    1  length of `tenant` in UTF-8
+    +16   16  stored_key
+    +32   16  parent
+    +48   16  layout_id
+    +64    8  length of the payload
+    +72    8  XXH3-64 of the payload
+    +80    8  sequence: grows with every write, also across restarts
+    +88       tenant, then zeros up to 4096
+
+Integers are little-endian. The checksum covers every byte of the page, so no
+bit of it can change unseen; the payload has its own. Payload is padded to a
+page with zeros, never with what happened to follow it in memory.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import google_crc32c
+
+from kvstore.errors import BadRequest, CorruptBlock
+from kvstore.tiers.base import BlockHeader
+from kvstore.types import ALIGNMENT, STORED_KEY_BYTES, align_up
+
+HEADER_BYTES = ALIGNMENT
+SLOT_VERSION = 1
+MAX_TENANT_BYTES = 255
+
+_MAGIC = b"KVSTSLOT"
+_FIELDS = struct.Struct("<8sIHBB16s16s16sQQQ")
+_CRC_OFFSET = 8
+_NO_CRC = bytes(4)
+_ZEROS = bytes(HEADER_BYTES)
+
+
+def slot_bytes(block_bytes: int) -> int:
+    """Bytes of a slot for blocks of this size, header and padding included."""
+    return HEADER_BYTES + align_up(block_bytes)
+
+
+def tenant_bytes(tenant: str) -> bytes:
+    """`tenant` as stored. Raises `BadRequest` when it is too long to be."""
+    encoded = tenant.encode()
+    if len(encoded) > MAX_TENANT_BYTES:
+        raise BadRequest(f"a tenant's name is at most {MAX_TENANT_BYTES} bytes")
+    return encoded
+
+
+def encode_header(page: memoryview, header: BlockHeader, sequence: int) -> None:
+    """Fill `page` (4096 bytes) with the header of a block."""
+    tenant = tenant_bytes(header.tenant)
+    if len(header.parent) not in (0, STORED_KEY_BYTES):
+        raise BadRequest(f"a parent is a stored key of {STORED_KEY_BYTES} bytes, or nothing")
+    page[:] = _ZEROS
+    _FIELDS.pack_into(
+        page, 0, _MAGIC, 0, SLOT_VERSION, len(header.parent), len(tenant),
+        header.stored_key, header.parent, header.layout_id,
+        header.length, header.checksum, sequence,
+    )  # fmt: skip
+    page[_FIELDS.size : _FIELDS.size + len(tenant)] = tenant
+    struct.pack_into("<I", page, _CRC_OFFSET, google_crc32c.value(bytes(page)))
+
+
+def decode_header(page: memoryview) -> tuple[BlockHeader, int]:
+    """(header, sequence) from a page, which is spoilt. Raises `CorruptBlock`."""
+    (
+        magic, crc, version, parent_bytes, name_bytes, stored_key, parent, layout_id,
+        length, checksum, sequence,
+    ) = _FIELDS.unpack_from(page)  # fmt: skip
+    if magic != _MAGIC:
+        raise CorruptBlock("no block was written there")
+    page[_CRC_OFFSET : _CRC_OFFSET + 4] = _NO_CRC
+    if google_crc32c.value(bytes(page)) != crc:
+        raise CorruptBlock("the header fails its checksum")
+    if version != SLOT_VERSION:
+        raise CorruptBlock(f"the header has version {version}, not {SLOT_VERSION}")
+    tenant = bytes(page[_FIELDS.size : _FIELDS.size + name_bytes]).decode()
+    header = BlockHeader(stored_key, parent[:parent_bytes], layout_id, tenant, length, checksum)
+    return header, sequence
+
+
+def check_header(page: memoryview, expected: BlockHeader) -> None:
+    """Raise `CorruptBlock` unless `page` is the header of that very block."""
+    header, _ = decode_header(page)
+    if header != expected:
+        raise CorruptBlock("another block is stored there")
+
+
+class Scratch:
+    """Two aligned pages that one transfer uses: the header, and the payload's last
+    page when it is not full."""
+
+    __slots__ = ("header", "tail")
+
+    def __init__(self) -> None:
+        pages = memoryview(mmap.mmap(-1, 2 * ALIGNMENT))
+        self.header = pages[:ALIGNMENT]
+        self.tail = pages[ALIGNMENT:]
+
+    def buffers(self, payload: memoryview, length: int) -> list[memoryview]:
+        """The slot's pieces in order, whole pages each."""
+        whole = length - length % ALIGNMENT
+        pieces = [self.header]
+        if whole:
+            pieces.append(payload[:whole])
+        if whole < length:
+            pieces.append(self.tail)
+        return pieces
+
+    def fill_tail(self, payload: memoryview, length: int) -> None:
+        whole = length - length % ALIGNMENT
+        if whole < length:
+            self.tail[: length - whole] = payload[whole:length]
+            self.tail[length - whole :] = _ZEROS[length - whole :]
+
+    def take_tail(self, into: memoryview, length: int) -> None:
+        whole = length - length % ALIGNMENT
+        if whole < length:
+            into[whole:length] = self.tail[: length - whole]
+
+
+class ScratchPool:
+    """As many scratches as transfers ever ran at once."""
+
+    def __init__(self) -> None:
+        self._idle: deque[Scratch] = deque()
+
+    @contextmanager
+    def take(self) -> Iterator[Scratch]:
+        try:
+            scratch = self._idle.pop()
+        except IndexError:
+            scratch = Scratch()
+        try:
+            yield scratch
+        finally:
+            self._idle.append(scratch)
