@@ -1,0 +1,551 @@
+"""The server's configuration: typed, parsed once, failing loudly.
+
+Four layers, the first that has a key wins: command line flag, environment
+(`KVSTORE_SECTION_KEY`), TOML file, default. Everything comes from the structs
+below: the flags' names, the environment's, what `check-config` prints and what
+docs/configuration.md says. Every refusal names the key, where its value came
+from, and the nearest right name.
+
+`Config` is what was asked for; sizes left to "auto" become bytes in
+`store_config`, which alone looks at the machine.
+"""
+
+from __future__ import annotations
+
+import difflib
+import ipaddress
+import os
+import re
+import tempfile
+import tomllib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import msgspec
+from msgspec import Meta
+
+from kvstore.errors import ConfigError
+from kvstore.machine import Machine
+
+MIB = 1 << 20
+
+MIN_EXTENT_BYTES = 64 << 10
+MAX_EXTENT_BYTES = 1 << 30
+MAX_SOCKET_PATH_BYTES = 107
+"""What sockaddr_un holds, less the ending zero."""
+
+ATTACH_SUFFIX = ".attach"
+STATE_SUFFIX = ".json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreConfig:
+    """Everything `Store` needs to know, in its own units."""
+
+    dram_capacity_bytes: int
+    nvme_capacity_bytes: int = 0
+    extent_bytes: int = 64 * MIB
+    nvme_extent_bytes: int = 128 * MIB
+    lease_ms: int = 30_000
+    reservation_ms: int = 30_000
+    max_sessions: int = 256
+    max_leases: int = 4096
+    """A session."""
+    max_reservations: int = 256
+    """A session."""
+    max_layouts: int = 1024
+    """A tenant."""
+    eviction: str = "lru"
+
+
+class Section(msgspec.Struct, frozen=True):
+    """A table of the TOML file. Field descriptions are the documentation."""
+
+
+class Server(Section, frozen=True):
+    socket: Annotated[
+        str,
+        Meta(
+            description="Path of the gRPC Unix socket. Empty: "
+            "`$XDG_RUNTIME_DIR/kvstore/kvstore.sock`, or `kvstore-UID/kvstore.sock` under the "
+            "temporary directory. The attach socket is beside it, with `.attach` added."
+        ),
+    ] = ""
+    socket_mode: Annotated[
+        str,
+        Meta(
+            pattern="^0?[0-7]{3}$",
+            description="Permissions of both sockets, octal. With anything wider than 0600 a "
+            "caller on the Unix socket is known only by the session it attached with.",
+        ),
+    ] = "0600"
+    listen: Annotated[
+        str,
+        Meta(
+            description="Loopback address for gRPC over TCP, as `127.0.0.1:PORT`. Empty: none. "
+            "Other addresses are refused: there is no TLS."
+        ),
+    ] = ""
+    admin: Annotated[
+        str,
+        Meta(
+            description="Loopback address of `/livez`, `/readyz` and `/metrics`; port 0 takes any. "
+            "Empty: none. If it is left to its default and taken, any free port is used."
+        ),
+    ] = "127.0.0.1:9440"
+    idle_exit_s: Annotated[
+        float,
+        Meta(ge=0, description="Exit after this many seconds without a session. 0: never."),
+    ] = 0.0
+    drain_s: Annotated[
+        float,
+        Meta(ge=0, le=3600, description="The longest a stop waits for calls and write-back."),
+    ] = 30.0
+    lease_ms: Annotated[
+        int, Meta(ge=10, le=600_000, description="How long a lease lasts unless renewed.")
+    ] = 30_000
+    reservation_ms: Annotated[
+        int, Meta(ge=10, le=600_000, description="How long a reservation lasts.")
+    ] = 30_000
+    max_sessions: Annotated[
+        int, Meta(ge=1, le=4096, description="Sessions at a time, of all tenants.")
+    ] = 256
+    max_leases: Annotated[int, Meta(ge=1, le=1 << 20, description="Leases a session may hold.")] = (
+        4096
+    )
+    max_reservations: Annotated[
+        int, Meta(ge=1, le=1 << 20, description="Reservations a session may hold.")
+    ] = 256
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"], Meta(description="Least level logged.")
+    ] = "info"
+
+
+class Dram(Section, frozen=True):
+    capacity: Annotated[
+        str | int,
+        Meta(
+            description="Memory for blocks. `auto`: a quarter of what is available, cgroup "
+            "limits included."
+        ),
+    ] = "auto"
+    extent: Annotated[
+        str | int,
+        Meta(
+            description="The piece in which memory is shared with clients, a power of two; no "
+            "block is larger. `auto`: a sixteenth of the capacity, 1 MiB to 64 MiB."
+        ),
+    ] = "auto"
+
+
+class Nvme(Section, frozen=True):
+    path: Annotated[
+        str,
+        Meta(description="Data directory. Empty: `$XDG_CACHE_HOME/kvstore` or `~/.cache/kvstore`."),
+    ] = ""
+    capacity: Annotated[
+        str | int,
+        Meta(
+            description="Disk for blocks. `auto`: a quarter of the free space there. `0`: no such "
+            "tier."
+        ),
+    ] = "auto"
+
+
+class Policy(Section, frozen=True):
+    eviction: Annotated[
+        Literal["lru"], Meta(description="Which block leaves a full tier first.")
+    ] = "lru"
+
+
+class Tenants(Section, frozen=True):
+    default: Annotated[
+        str,
+        Meta(description="Tenant of callers not named in `uids`. Empty: they are refused."),
+    ] = "default"
+    uids: Annotated[
+        dict[str, str],
+        Meta(
+            description='Tenant by user id, as `{"1000" = "alice"}`; in flags and environment '
+            "`1000=alice,1001=bob`."
+        ),
+    ] = msgspec.field(default_factory=dict)
+    tcp: Annotated[
+        str, Meta(description="Tenant of callers over TCP. Empty: they are refused.")
+    ] = "default"
+
+
+class Key(NamedTuple):
+    """One key of the configuration, under all its names."""
+
+    name: str
+    flag: str
+    env: str
+    type: Any
+    default: Any
+    description: str
+
+
+SECTIONS: dict[str, type[Section]] = {
+    "server": Server,
+    "dram": Dram,
+    "nvme": Nvme,
+    "policy": Policy,
+    "tenants": Tenants,
+}
+
+
+def _keys() -> dict[str, Key]:
+    keys = {}
+    for section, struct in SECTIONS.items():
+        for field in msgspec.structs.fields(struct):
+            dashed = field.name.replace("_", "-")
+            default = field.default if field.default is not msgspec.NODEFAULT else {}
+            keys[f"{section}.{field.name}"] = Key(
+                name=f"{section}.{field.name}",
+                flag=f"--{dashed}" if section == "server" else f"--{section}-{dashed}",
+                env=f"KVSTORE_{section}_{field.name}".upper(),
+                type=field.type,
+                default=default,
+                description=_meta(field.type).description or "",
+            )
+    return keys
+
+
+def _meta(annotated: Any) -> Meta:
+    found: Meta = annotated.__metadata__[0]
+    return found
+
+
+KEYS = _keys()
+
+
+class Config(msgspec.Struct, frozen=True):
+    """The configuration asked for, checked, with every path filled in.
+
+    `sources`: key -> where its value came from, for people.
+    """
+
+    server: Server
+    dram: Dram
+    nvme: Nvme
+    policy: Policy
+    tenants: Tenants
+    sources: dict[str, str]
+
+    @property
+    def socket_path(self) -> Path:
+        return Path(self.server.socket)
+
+    @property
+    def attach_path(self) -> Path:
+        return Path(self.server.socket + ATTACH_SUFFIX)
+
+    @property
+    def state_path(self) -> Path:
+        return Path(self.server.socket + STATE_SUFFIX)
+
+    @property
+    def socket_mode(self) -> int:
+        return int(self.server.socket_mode, 8)
+
+    def defaulted(self, key: str) -> bool:
+        return self.sources[key] == "default"
+
+    def refuse(self, key: str, why: str) -> ConfigError:
+        """The error for a value of `key` that cannot be used."""
+        return ConfigError(f"{key} ({self.sources[key]}): {why}")
+
+
+def default_socket_path(environ: Mapping[str, str] | None = None) -> Path:
+    """Where a server listens, and a client looks, when neither is told."""
+    environ = os.environ if environ is None else environ
+    runtime = environ.get("XDG_RUNTIME_DIR")
+    if runtime:
+        return Path(runtime) / "kvstore" / "kvstore.sock"
+    return Path(tempfile.gettempdir()) / f"kvstore-{os.getuid()}" / "kvstore.sock"
+
+
+def default_data_path(environ: Mapping[str, str] | None = None) -> Path:
+    environ = os.environ if environ is None else environ
+    cache = environ.get("XDG_CACHE_HOME")
+    return (Path(cache) if cache else Path("~/.cache").expanduser()) / "kvstore"
+
+
+def load_config(
+    file: Path | None = None,
+    *,
+    environ: Mapping[str, str] | None = None,
+    flags: Mapping[str, str] | None = None,
+) -> Config:
+    """The configuration from all layers. `flags`: key name -> text.
+
+    Without `file`, the environment's `KVSTORE_CONFIG` may name one.
+    Raises `ConfigError`.
+    """
+    environ = os.environ if environ is None else environ
+    if file is None and environ.get("KVSTORE_CONFIG"):
+        file = Path(environ["KVSTORE_CONFIG"])
+    values: dict[str, Any] = {}
+    sources = dict.fromkeys(KEYS, "default")
+    for name, raw, source in _layers(file, environ, flags or {}):
+        strict = source.startswith("file ")
+        values[name] = _convert(KEYS[name], raw, source, strict)
+        sources[name] = source
+    values["server.socket"] = values.get("server.socket") or str(default_socket_path(environ))
+    values["nvme.path"] = values.get("nvme.path") or str(default_data_path(environ))
+    for name in ("server.socket", "nvme.path"):
+        values[name] = os.path.abspath(os.path.expanduser(values[name]))
+    parts: dict[str, Any] = {
+        section: struct(
+            **{
+                name.partition(".")[2]: value
+                for name, value in values.items()
+                if name.partition(".")[0] == section
+            }
+        )
+        for section, struct in SECTIONS.items()
+    }
+    config = Config(**parts, sources=sources)
+    _check(config)
+    return config
+
+
+def _layers(
+    file: Path | None, environ: Mapping[str, str], flags: Mapping[str, str]
+) -> Iterable[tuple[str, Any, str]]:
+    """(key, raw value, source), weakest layer first."""
+    if file is not None:
+        for name, raw in _read_file(file).items():
+            yield name, raw, f"file {file}"
+    by_env = {key.env: key.name for key in KEYS.values()}
+    for variable, text in sorted(environ.items()):
+        if variable in by_env:
+            yield by_env[variable], text, f"environment {variable}"
+        else:
+            _check_stray_variable(variable, by_env)
+    for name, text in flags.items():
+        yield name, text, f"flag {KEYS[name].flag}"
+
+
+_ORCHESTRATOR = re.compile(r"_SERVICE_(HOST|PORT)(_|$)|_PORT(_\d+_(TCP|UDP)|$)")
+"""Variables that Kubernetes makes up for a service whose name begins with "kvstore"."""
+
+
+def _check_stray_variable(variable: str, known: Mapping[str, str]) -> None:
+    if not variable.startswith("KVSTORE_") or _ORCHESTRATOR.search(variable):
+        return
+    in_section = variable.startswith(tuple(f"KVSTORE_{name.upper()}_" for name in SECTIONS))
+    near = difflib.get_close_matches(variable, known, n=1, cutoff=0.85)
+    if in_section or near:
+        raise ConfigError(f"unknown environment variable {variable}{nearest(variable, known)}")
+
+
+def _read_file(file: Path) -> dict[str, Any]:
+    try:
+        document = tomllib.loads(file.read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read file {file}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"file {file} is not valid TOML: {error}") from error
+    values = {}
+    for section, table in document.items():
+        if section not in SECTIONS or not isinstance(table, dict):
+            raise ConfigError(
+                f"unknown section [{section}] in file {file}{nearest(section, SECTIONS)}"
+            )
+        for key, raw in table.items():
+            name = f"{section}.{key}"
+            if name not in KEYS:
+                raise ConfigError(f"unknown key {name} in file {file}{nearest(name, KEYS)}")
+            values[name] = raw
+    return values
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint for a message about an unknown name; empty when nothing is near."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _convert(key: Key, raw: Any, source: str, strict: bool) -> Any:
+    if key.name == "tenants.uids" and isinstance(raw, str):
+        raw = _split_pairs(key, raw, source)
+    try:
+        return msgspec.convert(raw, key.type, strict=strict)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{key.name} ({source}): {error}") from error
+
+
+def _split_pairs(key: Key, text: str, source: str) -> dict[str, str]:
+    pairs = {}
+    for item in filter(None, text.split(",")):
+        left, equals, right = item.partition("=")
+        if not equals:
+            raise ConfigError(f"{key.name} ({source}): expected UID=TENANT, not {item!r}")
+        pairs[left.strip()] = right.strip()
+    return pairs
+
+
+_TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def _check(config: Config) -> None:
+    """Refuse what no machine could run."""
+    path = config.server.socket + ATTACH_SUFFIX
+    if len(os.fsencode(path)) > MAX_SOCKET_PATH_BYTES:
+        raise config.refuse(
+            "server.socket", f"{path} is longer than the {MAX_SOCKET_PATH_BYTES} bytes of a socket"
+        )
+    for name, text in (
+        ("server.listen", config.server.listen),
+        ("server.admin", config.server.admin),
+    ):
+        if text:
+            try:
+                parse_loopback(text)
+            except ValueError as error:
+                raise config.refuse(name, str(error)) from error
+    for name, size in (
+        ("dram.capacity", config.dram.capacity),
+        ("dram.extent", config.dram.extent),
+        ("nvme.capacity", config.nvme.capacity),
+    ):
+        if size != "auto":
+            try:
+                parse_size(size)
+            except ValueError as error:
+                raise config.refuse(name, str(error)) from error
+    for name, tenant in (
+        ("tenants.default", config.tenants.default),
+        ("tenants.tcp", config.tenants.tcp),
+    ):
+        if tenant and not _TENANT.fullmatch(tenant):
+            raise config.refuse(name, f"{tenant!r} is not a tenant's name (A-Z a-z 0-9 . _ -)")
+    for uid, tenant in config.tenants.uids.items():
+        if not uid.isdecimal():
+            raise config.refuse("tenants.uids", f"{uid!r} is not a numeric user id")
+        if not _TENANT.fullmatch(tenant):
+            raise config.refuse("tenants.uids", f"{tenant!r} is not a tenant's name")
+
+
+def parse_loopback(text: str) -> tuple[str, int]:
+    """(host, port) of "127.0.0.1:PORT", "[::1]:PORT" or "localhost:PORT".
+    Raises `ValueError`."""
+    host, colon, port = text.rpartition(":")
+    if not colon or not port.isdecimal() or int(port) > 65535:
+        raise ValueError(f"{text!r} is not HOST:PORT")
+    host = host.removeprefix("[").removesuffix("]")
+    if host == "localhost":
+        host = "127.0.0.1"
+    try:
+        loopback = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        loopback = False
+    if not loopback:
+        raise ValueError(f"{host!r} is not a loopback address, and there is no TLS")
+    return host, int(port)
+
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]i?b?|b)?", re.IGNORECASE)
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12,
+          "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}  # fmt: skip
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes of "512MiB", "8GiB", "1GB" or a plain number. Raises `ValueError`."""
+    match = _SIZE.fullmatch(str(text).strip())
+    if match is None:
+        raise ValueError(f"{text!r} is not a size such as 512MiB, 8GiB or 1GB")
+    unit = (match[2] or "").lower().removesuffix("b")
+    return int(float(match[1]) * _UNITS[unit]) if "." in match[1] else int(match[1]) * _UNITS[unit]
+
+
+def format_size(nbytes: int) -> str:
+    """`nbytes` exactly, in the largest binary unit that divides it."""
+    for shift, unit in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if nbytes and nbytes % (1 << shift) == 0:
+            return f"{nbytes >> shift}{unit}"
+    return str(nbytes)
+
+
+def store_config(config: Config, machine: Machine | None = None) -> StoreConfig:
+    """The store's part, with every size in bytes. Raises `ConfigError`."""
+    machine = machine or Machine()
+    dram = _capacity(config.dram.capacity, lambda: machine.available_memory_bytes() // 4)
+    nvme = _capacity(
+        config.nvme.capacity, lambda: machine.free_disk_bytes(Path(config.nvme.path)) // 4
+    )
+    if config.dram.extent == "auto":
+        extent = _auto_extent(dram, at_most=64 * MIB)
+    else:
+        extent = parse_size(config.dram.extent)
+        if extent & (extent - 1) or not MIN_EXTENT_BYTES <= extent <= MAX_EXTENT_BYTES:
+            raise config.refuse("dram.extent", "must be a power of two, 64KiB to 1GiB")
+    if dram < extent:
+        raise config.refuse(
+            "dram.capacity", f"{format_size(dram)} is less than one extent ({format_size(extent)})"
+        )
+    # A slot on disk is a block and its header, so the largest block needs the
+    # next power of two there.
+    nvme_extent = max(_auto_extent(nvme, at_most=128 * MIB), 2 * extent)
+    if 0 < nvme < nvme_extent:
+        raise config.refuse(
+            "nvme.capacity",
+            f"{format_size(nvme)} is less than one extent on disk ({format_size(nvme_extent)}, "
+            "from dram.extent); 0 switches the tier off",
+        )
+    return StoreConfig(
+        dram_capacity_bytes=dram // extent * extent,
+        nvme_capacity_bytes=nvme // nvme_extent * nvme_extent,
+        extent_bytes=extent,
+        nvme_extent_bytes=nvme_extent,
+        lease_ms=config.server.lease_ms,
+        reservation_ms=config.server.reservation_ms,
+        max_sessions=config.server.max_sessions,
+        max_leases=config.server.max_leases,
+        max_reservations=config.server.max_reservations,
+        eviction=config.policy.eviction,
+    )
+
+
+def _capacity(asked: str | int, automatic: Callable[[], int]) -> int:
+    return automatic() if asked == "auto" else parse_size(asked)
+
+
+def _auto_extent(capacity: int, at_most: int) -> int:
+    """The power of two nearest below a sixteenth of `capacity`, within bounds."""
+    sixteenth = max(capacity // 16, MIB)
+    return min(1 << (sixteenth.bit_length() - 1), at_most)
+
+
+class Setting(NamedTuple):
+    """One line of the effective configuration."""
+
+    key: str
+    value: Any
+    source: str
+
+
+def effective(config: Config, sizes: StoreConfig) -> list[Setting]:
+    """Every key with its value in force and where that came from.
+
+    Keys marked secret in their struct show as "(set)" or "(not set)".
+    """
+    automatic = {
+        "dram.capacity": sizes.dram_capacity_bytes,
+        "dram.extent": sizes.extent_bytes,
+        "nvme.capacity": sizes.nvme_capacity_bytes,
+    }
+    settings = []
+    for key in KEYS.values():
+        section, _, name = key.name.partition(".")
+        value = getattr(getattr(config, section), name)
+        if (_meta(key.type).extra or {}).get("secret"):
+            value = "(set)" if value else "(not set)"
+        elif value == "auto":
+            value = f"{format_size(automatic[key.name])} (auto)"
+        settings.append(Setting(key.name, value, config.sources[key.name]))
+    return settings
