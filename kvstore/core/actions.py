@@ -1,0 +1,66 @@
+"""What the planner asks its shell to do. The shell executes them in this order.
+
+The shell answers a `Copy` with `transfer_done` or `transfer_failed`, and a
+`Forget` with `forgotten`. Everything else needs no answer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kvstore.types import Tier
+
+if TYPE_CHECKING:
+    from kvstore.core.catalog import Layout, Replica
+    from kvstore.core.tickets import Ticket
+
+
+@dataclass(frozen=True, slots=True)
+class OpenExtent:
+    """Make an extent usable before anything is addressed in it."""
+
+    tier: Tier
+    extent: int
+    slot_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class CloseExtent:
+    """An extent's memory or file is not needed any more."""
+
+    tier: Tier
+    extent: int
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """Move a block's bytes from `source` to `target`, a replica being filled.
+
+    Both stay valid until the shell reports back.
+    """
+
+    source: Replica
+    target: Replica
+
+
+@dataclass(frozen=True, slots=True)
+class Forget:
+    """Strike a replica from its storage tier; its slot is free once reported."""
+
+    replica: Replica
+
+
+@dataclass(frozen=True, slots=True)
+class RememberLayout:
+    layout: Layout
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """`ticket` has its answer: wake whoever waits for it."""
+
+    ticket: Ticket
+
+
+Action = OpenExtent | CloseExtent | Copy | Forget | RememberLayout | Answer

@@ -1,0 +1,212 @@
+"""Which blocks exist, how they chain, and where their replicas are.
+
+A block is found by its *stored key*: a keyed hash of layout and key under a
+secret of its tenant. The tenant is thereby part of the name, so one tenant's
+lookup cannot reach another's block, and an index that leaks does not tell keys.
+
+Chains: a block knows its parent's stored key and how many blocks name it as
+theirs. A block with children is not dropped from its last tier, so what is
+present of a chain stays a prefix. A child whose parent is absent (refused for
+want of space, or found damaged) is an *orphan*: it is counted under the parent's
+key until the parent comes back or the child goes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from hashlib import blake2b
+
+from kvstore.core.lifecycle import Event, State, next_state
+from kvstore.core.space import SpaceClass
+from kvstore.errors import TooMany, UnknownLayout
+from kvstore.types import STORED_KEY_BYTES, LayoutSpec, Tier
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A registered layout, with the sizes the engine needs at hand."""
+
+    tenant: str
+    layout_id: bytes
+    spec: LayoutSpec
+    block_bytes: int
+    dram_class: SpaceClass
+    nvme_class: SpaceClass | None
+    """None where there is no tier behind DRAM."""
+
+
+class Replica:
+    """A block in one tier. `pins` counts leases and transfers that use it."""
+
+    __slots__ = ("address", "block", "pins", "state", "tier")
+
+    def __init__(self, block: Block, tier: Tier, address: int, state: State) -> None:
+        self.block = block
+        self.tier = tier
+        self.address = address
+        self.state = state
+        self.pins = 0
+
+    def apply(self, event: Event) -> None:
+        """Move to the next state; raises `IllegalTransition`, changing nothing."""
+        self.state = next_state(self.state, event)
+
+
+class Block:
+    """One block. `dram` and `nvme` are its replicas where there are any.
+
+    `checksum` (XXH3-64) is None until the first commit. `children` counts the
+    catalogued blocks that name this one as parent.
+    """
+
+    __slots__ = ("checksum", "children", "dram", "layout", "nvme", "parent", "stored_key")
+
+    def __init__(self, stored_key: bytes, parent: bytes, layout: Layout) -> None:
+        self.stored_key = stored_key
+        self.parent = parent
+        self.layout = layout
+        self.checksum: int | None = None
+        self.children = 0
+        self.dram: Replica | None = None
+        self.nvme: Replica | None = None
+
+    @property
+    def readable(self) -> bool:
+        """Some tier holds the bytes."""
+        return (self.dram is not None and self.dram.state is State.READY) or (
+            self.nvme is not None and self.nvme.state is State.READY
+        )
+
+
+class Catalog:
+    def __init__(
+        self,
+        tenant_key: Callable[[str], bytes],
+        max_layouts: int,
+        nvme_slot_bytes: Callable[[int], int] | None = None,
+    ) -> None:
+        """`tenant_key` gives a tenant's secret, at most 64 bytes. `nvme_slot_bytes`
+        tells what a block of so many bytes occupies behind DRAM."""
+        self._tenant_key = tenant_key
+        self._nvme_slot_bytes = nvme_slot_bytes
+        self._max_layouts = max_layouts
+        self._blocks: dict[bytes, Block] = {}
+        self._orphans: dict[bytes, int] = {}
+        self._layouts: dict[str, dict[bytes, Layout]] = {}
+        self._secrets: dict[str, bytes] = {}
+        self._tenant_blocks: dict[str, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def __iter__(self) -> Iterator[Block]:
+        return iter(self._blocks.values())
+
+    # Layouts
+
+    def register_layout(self, tenant: str, spec: LayoutSpec) -> tuple[Layout, bool]:
+        """The layout, and whether it is new to this tenant. Raises `TooMany`."""
+        known = self._layouts.setdefault(tenant, {})
+        layout_id = spec.layout_id
+        if layout_id in known:
+            return known[layout_id], False
+        if len(known) >= self._max_layouts:
+            raise TooMany(f"a tenant may register {self._max_layouts} layouts")
+        nvme_class = None
+        if self._nvme_slot_bytes is not None:
+            nvme_class = SpaceClass("", self._nvme_slot_bytes(spec.block_bytes))
+        dram_class = SpaceClass(tenant, spec.slot_bytes)
+        layout = Layout(tenant, layout_id, spec, spec.block_bytes, dram_class, nvme_class)
+        known[layout_id] = layout
+        return layout, True
+
+    def layout(self, tenant: str, layout_id: bytes) -> Layout:
+        try:
+            return self._layouts[tenant][layout_id]
+        except KeyError:
+            raise UnknownLayout("no such layout is registered; register it first") from None
+
+    # Blocks
+
+    def stored_key(self, layout: Layout, key: bytes) -> bytes:
+        """The 16-byte name under which this tenant's `key` is kept."""
+        secret = self._secrets.get(layout.tenant)
+        if secret is None:
+            secret = self._secrets[layout.tenant] = self._tenant_key(layout.tenant)
+        return blake2b(layout.layout_id + key, key=secret, digest_size=STORED_KEY_BYTES).digest()
+
+    def find(self, layout: Layout, key: bytes) -> Block | None:
+        return self._blocks.get(self.stored_key(layout, key))
+
+    def get(self, stored_key: bytes) -> Block | None:
+        return self._blocks.get(stored_key)
+
+    def add(self, stored_key: bytes, parent: bytes, layout: Layout) -> Block:
+        """A new block without replicas. The caller guarantees that it is absent."""
+        block = Block(stored_key, parent, layout)
+        self.enter(block)
+        return block
+
+    def enter(self, block: Block) -> None:
+        """Catalogue a block. The caller guarantees that its name is free."""
+        assert block.stored_key not in self._blocks
+        block.children = self._orphans.pop(block.stored_key, 0)
+        self._blocks[block.stored_key] = block
+        tenant = block.layout.tenant
+        self._tenant_blocks[tenant] = self._tenant_blocks.get(tenant, 0) + 1
+        if block.parent:
+            self._adopt(block.parent, 1)
+
+    def remove(self, block: Block) -> None:
+        """Forget a block; its name is free at once. Replicas that are still pinned
+        live on without it until they are let go."""
+        removed = self._blocks.pop(block.stored_key)
+        assert removed is block
+        self._tenant_blocks[block.layout.tenant] -= 1
+        if block.children:
+            self._orphans[block.stored_key] = block.children
+        if block.parent:
+            self._adopt(block.parent, -1)
+
+    def contains(self, block: Block) -> bool:
+        """Whether this very block is catalogued, not a successor of its name."""
+        return self._blocks.get(block.stored_key) is block
+
+    def tenant_blocks(self, tenant: str) -> int:
+        return self._tenant_blocks.get(tenant, 0)
+
+    def _adopt(self, parent: bytes, change: int) -> None:
+        block = self._blocks.get(parent)
+        if block is not None:
+            block.children += change
+            return
+        count = self._orphans.get(parent, 0) + change
+        if count:
+            self._orphans[parent] = count
+        else:
+            del self._orphans[parent]
+
+    def check_integrity(self) -> None:
+        """Recount everything that is kept as a count; raises AssertionError."""
+        children: dict[bytes, int] = {}
+        tenants: dict[str, int] = {}
+        for stored_key, block in self._blocks.items():
+            _check(block.stored_key == stored_key, "a block is filed under another name")
+            _check(block.dram is not None or block.nvme is not None, "a block without any replica")
+            if block.parent:
+                children[block.parent] = children.get(block.parent, 0) + 1
+            tenants[block.layout.tenant] = tenants.get(block.layout.tenant, 0) + 1
+        for stored_key, block in self._blocks.items():
+            _check(block.children == children.pop(stored_key, 0), "a wrong count of children")
+        _check(children == self._orphans, "a wrong count of orphans")
+        _check(
+            tenants == {name: n for name, n in self._tenant_blocks.items() if n},
+            "a wrong count of a tenant's blocks",
+        )
+
+
+def _check(holds: bool, what: str) -> None:
+    # Not an assert statement: the check must survive `python -O`.
+    if not holds:
+        raise AssertionError(what)

@@ -1,0 +1,109 @@
+"""One tier as the planner sees it: slots, who is in them, and who goes first.
+
+A pool binds three things that must never disagree: the space (which slots are
+used), the replicas (who is in each), and the policies (in which order they would
+leave, one order a space class). Every replica of the tier is entered here from
+the moment its slot is allocated to the moment it is free again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from kvstore.core.catalog import Block, Replica
+from kvstore.core.lifecycle import State
+from kvstore.core.policies import EvictionPolicy
+from kvstore.core.space import Space, SpaceClass
+from kvstore.types import Tier
+
+
+class Pool:
+    def __init__(self, tier: Tier, space: Space, make_policy: Callable[[], EvictionPolicy]) -> None:
+        self.tier = tier
+        self.space = space
+        self.evictions = 0
+        self._make_policy = make_policy
+        self._policies: dict[SpaceClass, EvictionPolicy] = {}
+        self._replicas: dict[int, Replica] = {}
+
+    def __len__(self) -> int:
+        return len(self._replicas)
+
+    def place(self, block: Block, space_class: SpaceClass, state: State) -> Replica | None:
+        """A new replica in a free slot; None when there is no free slot."""
+        address = self.space.allocate(space_class)
+        if address is None:
+            return None
+        return self._enter(block, address, state)
+
+    def restore(self, block: Block, address: int) -> Replica:
+        """A replica found at a start. Raises ValueError when its slot is taken."""
+        self.space.restore_slot(address)
+        return self._enter(block, address, State.READY)
+
+    def _enter(self, block: Block, address: int, state: State) -> Replica:
+        replica = Replica(block, self.tier, address, state)
+        self._replicas[address] = replica
+        return replica
+
+    def insert(self, replica: Replica, space_class: SpaceClass) -> None:
+        """The replica became READY: from now on it may be evicted."""
+        policy = self._policies.get(space_class)
+        if policy is None:
+            policy = self._policies[space_class] = self._make_policy()
+        policy.insert(replica)
+
+    def touch(self, replica: Replica, space_class: SpaceClass) -> None:
+        self._policies[space_class].touch(replica)
+
+    def withdraw(self, replica: Replica, space_class: SpaceClass) -> None:
+        """The replica is not READY any more; its slot is still used."""
+        self._policies[space_class].remove(replica)
+
+    def vacate(self, replica: Replica) -> None:
+        """The replica is GONE: its slot is free."""
+        assert replica.state is State.GONE
+        del self._replicas[replica.address]
+        self.space.free(replica.address)
+
+    def at(self, address: int) -> Replica:
+        return self._replicas[address]
+
+    def replicas(self) -> Iterator[Replica]:
+        return iter(self._replicas.values())
+
+    def coldest(self, space_class: SpaceClass, may_go: Callable[[Replica], bool]) -> Replica | None:
+        """The first replica in eviction order that may go."""
+        return next(filter(may_go, self.candidates(space_class)), None)
+
+    def candidates(self, space_class: SpaceClass) -> Iterator[Replica]:
+        """READY replicas of a class in eviction order."""
+        policy = self._policies.get(space_class)
+        return iter(()) if policy is None else policy.candidates()
+
+    def listed(self, space_class: SpaceClass) -> int:
+        """How many replicas of a class are READY."""
+        policy = self._policies.get(space_class)
+        return 0 if policy is None else len(policy)
+
+    def check_integrity(self, space_class_of: Callable[[Replica], SpaceClass]) -> None:
+        """Slots, replicas and policies agree; raises AssertionError."""
+        self.space.check_integrity()
+        ready = 0
+        used = 0
+        for address, replica in self._replicas.items():
+            space_class = space_class_of(replica)
+            used += space_class.slot_bytes
+            policy = self._policies.get(space_class)
+            listed = policy is not None and replica in policy
+            if replica.address != address or replica.tier is not self.tier:
+                raise AssertionError("a replica is entered at another address")
+            if replica.state is State.GONE:
+                raise AssertionError("a replica that is gone holds a slot")
+            if listed != (replica.state is State.READY):
+                raise AssertionError(f"a {replica.state.value} replica is wrongly listed")
+            ready += listed
+        if used != self.space.used_bytes:
+            raise AssertionError("used slots and replicas differ")
+        if ready != sum(len(policy) for policy in self._policies.values()):
+            raise AssertionError("a policy holds a replica that is not entered")

@@ -1,0 +1,61 @@
+"""Calls that may have to wait: what was asked, what is still missing, the answer.
+
+A ticket is answered exactly once: at once, when what it waits for is settled, or
+when its caller's patience ends.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from kvstore.core.catalog import Block, Layout, Replica
+from kvstore.core.sessions import Session
+from kvstore.types import LeaseGrant, ReservationGrant, ReserveResult
+
+
+@dataclass(eq=False, slots=True)
+class ChainClaim:
+    """One chain of an acquire: its pinned replicas, position by position.
+
+    `positions[p]` holds one replica a layout; all of them are pinned. `from_dram`
+    counts the leading positions that were in DRAM when asked for.
+    """
+
+    asked: int
+    positions: list[list[Replica]]
+    from_dram: int
+
+
+@dataclass(eq=False, slots=True)
+class AcquireTicket:
+    session: Session
+    claims: list[ChainClaim]
+    missing: set[Replica] = field(default_factory=set)
+    """Replicas still being filled."""
+    answer: list[LeaseGrant] | None = None
+
+
+@dataclass(eq=False, slots=True)
+class ReserveTicket:
+    session: Session
+    layout: Layout
+    entries: list[tuple[bytes, bytes]]
+    """(stored key, parent's stored key or b"")."""
+    results: list[ReserveResult | None] = field(default_factory=list)
+    answer: ReservationGrant | None = None
+
+
+@dataclass(eq=False, slots=True)
+class FlushTicket:
+    """`queue`: blocks still to be written; `writing`: their replicas on the way."""
+
+    tenant: str | None
+    drop: bool
+    queue: deque[Block] = field(default_factory=deque)
+    writing: set[Replica] = field(default_factory=set)
+    written: int = 0
+    answer: int | None = None
+
+
+Ticket = AcquireTicket | ReserveTicket | FlushTicket
