@@ -27,6 +27,9 @@
     |   |-- DataInUse           another server has it
     |   |-- DataVersion         written by an incompatible version
     |   `-- DataUnusable        missing rights, not a directory, ...
+    |-- AddressError            a socket or port cannot be served on
+    |   |-- AddressInUse
+    |   `-- AddressUnusable     missing rights, no such directory, ...
     |-- TierError               a tier failed; never leaves the server
     |   |-- CorruptBlock        the bytes are not what was written
     |   |-- TierFull
@@ -149,6 +152,18 @@ class DataVersion(DataError):
 
 
 class DataUnusable(DataError):
+    pass
+
+
+class AddressError(KVStoreError):
+    pass
+
+
+class AddressInUse(AddressError):
+    pass
+
+
+class AddressUnusable(AddressError):
     pass
 
 
