@@ -1,0 +1,617 @@
+"""The store: the planner, put to work on real tiers.
+
+One asyncio loop runs everything that decides; worker threads run everything that
+moves bytes or waits for a disk. So the planner needs no locks, and the loop never
+waits for a tier.
+
+    a call -> planner event -> planner actions -> [threads] -> planner event -> ...
+
+What is asked of the planner is carried out before the call returns (`_execute`),
+so the two never drift apart. A tier that fails is switched off and the others go
+on. Everything that waits is bounded in time by its caller.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import secrets
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import Executor
+from dataclasses import asdict
+from functools import partial
+from typing import Any, Protocol, TypeVar
+
+import xxhash
+
+from kvstore.clock import Clock
+from kvstore.config import StoreConfig
+from kvstore.core.actions import (
+    Action,
+    Answer,
+    CloseExtent,
+    Copy,
+    Forget,
+    OpenExtent,
+    RememberLayout,
+)
+from kvstore.core.catalog import Layout, Replica
+from kvstore.core.planner import Counters, Limits, Planner
+from kvstore.core.sessions import Session
+from kvstore.core.space import Space
+from kvstore.core.tickets import AcquireTicket, ReserveTicket, Ticket
+from kvstore.errors import (
+    BadRequest,
+    CorruptBlock,
+    Draining,
+    KVStoreError,
+    TierError,
+    TierFailed,
+    TierFull,
+)
+from kvstore.tiers.base import BlockHeader, MemoryTier, StorageTier
+from kvstore.types import (
+    SESSION_ID_BYTES,
+    ChainPresence,
+    ChainQuery,
+    LayoutSpec,
+    LeaseGrant,
+    ReservationGrant,
+    StoreStats,
+    Tier,
+    TierStats,
+)
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+TICK_S = 0.1
+SYNC_S = 2.0
+"""How much of what was written to NVMe a crash may cost, at most, in time."""
+MAX_RUNNING = 4
+"""Copies between tiers at a time; the executor should have as many threads and
+a few more for the tier's other work."""
+
+__all__ = ["MAX_RUNNING", "Session", "Store", "StoreObserver"]
+
+
+class StoreObserver(Protocol):
+    """What the store tells those who count. Called on the loop; must not block."""
+
+    def transfer_done(self, src: str, dst: str, kind: str, nbytes: int, seconds: float) -> None: ...
+    def evicted(self, tier: str, reason: str, blocks: int) -> None: ...
+    def io_error(self, op: str, errno_name: str) -> None: ...
+    def corrupt(self, tier: str) -> None: ...
+    def tier_off(self, tier: str) -> None: ...
+
+
+class Store:
+    def __init__(
+        self,
+        *,
+        config: StoreConfig,
+        clock: Clock,
+        dram: MemoryTier,
+        nvme: StorageTier | None,
+        tenant_key: Callable[[str], bytes],
+        executor: Executor,
+        observer: StoreObserver,
+    ) -> None:
+        """Takes over the tiers: they are closed with the store."""
+        self.dram = dram
+        self.epoch = secrets.token_bytes(8)
+        self._nvme = nvme
+        self._clock = clock
+        self._executor = executor
+        self._observer = observer
+        self._planner = Planner(
+            Limits(
+                lease_ms=config.lease_ms,
+                reservation_ms=config.reservation_ms,
+                max_sessions=config.max_sessions,
+                max_leases=config.max_leases,
+                max_reservations=config.max_reservations,
+                max_layouts=config.max_layouts,
+                max_running=MAX_RUNNING,
+            ),
+            tenant_key=tenant_key,
+            eviction=config.eviction,
+            dram=Space(dram.usable_bytes, dram.extent_bytes),
+            nvme=None if nvme is None else Space(nvme.usable_bytes, nvme.extent_bytes),
+            nvme_slot_bytes=None if nvme is None else nvme.slot_bytes,
+        )
+        self._waiters: dict[Ticket, asyncio.Future[None]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        # NVMe extents are opened and closed one after the other, so that their
+        # sum stays within the capacity; copies wait for the extent they need.
+        self._extent_work: asyncio.Queue[OpenExtent | CloseExtent] = asyncio.Queue()
+        self._opening: dict[int, asyncio.Future[None]] = {}
+        self._started_ns = clock.now_ns()
+        self._ticked_ns = self._started_ns
+        self._unsynced = False
+        self._draining = False
+        self._bytes = {tier: [0, 0] for tier in Tier}
+        self._evictions = {tier: 0 for tier in Tier}
+
+    # Life
+
+    async def start(self) -> None:
+        """Take over what the NVMe tier holds, then begin to work."""
+        if self._nvme is not None:
+            await self._restore(self._nvme)
+        self._spawn(self._keep_house())
+        self._spawn(self._work_on_extents())
+
+    async def _restore(self, nvme: StorageTier) -> None:
+        layouts = []
+        for tenant, fields in nvme.recovered_layouts():
+            try:
+                layouts.append((tenant, LayoutSpec(**fields)))  # type: ignore[arg-type]
+            except (TypeError, BadRequest):
+                log.warning("a layout found on NVMe is not one; its blocks are dropped")
+        blocks = await self._in_thread(lambda: list(nvme.recovered_blocks()))
+        extents, refused = self._planner.restore(
+            layouts, nvme.recovered_extents(), [(b.header, b.address) for b in blocks]
+        )
+        for header, address in refused:
+            assert isinstance(header, BlockHeader)
+            nvme.forget(address, header)
+        for extent in extents:
+            nvme.close_extent(extent)
+        log.info("found %d blocks on NVMe, of which %d do not fit", len(blocks), len(refused))
+
+    async def drain(self, timeout_s: float) -> None:
+        """Refuse new work; write what is in DRAM only to NVMe, as far as time allows."""
+        self._draining = True
+        if self._nvme is None or not self._planner.residency.nvme_on:
+            return
+        ticket = self._planner.flush(None, drop=False)
+        self._execute()
+        await self._wait(ticket, timeout_s)
+        await self._sync()
+
+    async def close(self) -> None:
+        """Stop working and close the tiers. Copies under way are waited for."""
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._executor.shutdown(wait=True)
+        if self._nvme is not None:
+            try:
+                self._nvme.close()
+            except TierError as error:
+                log.error("the NVMe tier did not close cleanly: %s", error)
+        self.dram.close()
+
+    def progress_ns(self) -> int:
+        """When housekeeping last came round; it does so ten times a second."""
+        return self._ticked_ns
+
+    @property
+    def extent_bytes(self) -> int:
+        return self.dram.extent_bytes
+
+    # Sessions
+
+    def open_session(self, tenant: str, *, local: bool) -> Session:
+        """Raises `TooMany`, `Draining`."""
+        self._refuse_when_draining()
+        session_id = secrets.token_bytes(SESSION_ID_BYTES)
+        return self._planner.open_session(session_id, tenant, local=local)
+
+    def session(self, session_id: bytes) -> Session:
+        """Raises `NoSession`."""
+        return self._planner.session(session_id)
+
+    def close_session(self, session: Session) -> None:
+        """Give back all it held. Idempotent."""
+        self._planner.close_session(session)
+        self._execute()
+
+    def extent_fd(self, session: Session, extent: int) -> int:
+        """The memfd of an extent of the session's tenant. It stays the tier's."""
+        if self._planner.residency.dram.space.owner_of(extent) != session.tenant:
+            raise BadRequest(f"there is no extent {extent}")
+        return self.dram.extent_fd(extent)
+
+    # Calls
+
+    def register_layout(self, tenant: str, spec: LayoutSpec) -> bytes:
+        layout_id = self._planner.register_layout(tenant, spec)
+        self._execute()
+        return layout_id
+
+    def lookup(self, tenant: str, chains: Sequence[ChainQuery]) -> list[ChainPresence]:
+        return self._planner.lookup(tenant, chains)
+
+    async def acquire(
+        self, session: Session, chains: Sequence[ChainQuery], wait_ms: int
+    ) -> list[LeaseGrant]:
+        """See the planner. Waits at most `wait_ms` for blocks to come up."""
+        self._refuse_when_draining()
+        ticket = self._planner.acquire(
+            session, chains, wait=wait_ms > 0, now_ns=self._clock.now_ns()
+        )
+        self._execute()
+        await self._wait(ticket, wait_ms / 1000)
+        assert ticket.answer is not None
+        return ticket.answer
+
+    def renew(self, session: Session, lease_ids: Sequence[int]) -> int:
+        return self._planner.renew(session, lease_ids, self._clock.now_ns())
+
+    def release(self, session: Session, lease_ids: Sequence[int]) -> None:
+        self._planner.release(session, lease_ids)
+        self._execute()
+
+    async def reserve(
+        self,
+        session: Session,
+        layout_id: bytes,
+        entries: Sequence[tuple[bytes, bytes]],
+        wait_ms: int,
+    ) -> ReservationGrant:
+        """See the planner. Waits at most `wait_ms` for space."""
+        self._refuse_when_draining()
+        ticket = self._planner.reserve(
+            session, layout_id, entries, wait=wait_ms > 0, now_ns=self._clock.now_ns()
+        )
+        self._execute()
+        await self._wait(ticket, wait_ms / 1000)
+        assert ticket.answer is not None
+        return ticket.answer
+
+    def commit(
+        self,
+        session: Session,
+        reservation_id: int,
+        indices: Sequence[int],
+        checksums: Sequence[int],
+    ) -> None:
+        self._planner.commit(session, reservation_id, indices, checksums)
+        self._execute()
+
+    def abort(self, session: Session, reservation_id: int) -> None:
+        self._planner.abort(session, reservation_id)
+        self._execute()
+
+    def lease_view(self, session: Session, lease_id: int, index: int) -> memoryview:
+        """A leased block's bytes, `block_bytes` of them; not to be written."""
+        lease = self._planner.lease(session, lease_id)
+        if not 0 <= index < len(lease.replicas):
+            raise BadRequest(f"the lease has no block {index}")
+        replica = lease.replicas[index]
+        return self.dram.view(replica.address, replica.block.layout.block_bytes).toreadonly()
+
+    def reservation_view(self, session: Session, reservation_id: int, index: int) -> memoryview:
+        """A reserved slot, `block_bytes` of it, to be written."""
+        reservation = self._planner.reservation(session, reservation_id)
+        entries = reservation.entries
+        replica = entries[index] if 0 <= index < len(entries) else None
+        if replica is None:
+            raise BadRequest(f"the reservation has no open entry {index}")
+        return self.dram.view(replica.address, reservation.layout.block_bytes)
+
+    def prefetch(self, tenant: str, chains: Sequence[ChainQuery]) -> int:
+        self._refuse_when_draining()
+        started = self._planner.prefetch(tenant, chains)
+        self._execute()
+        return started
+
+    def clear(self, tenant: str) -> int:
+        blocks = self._planner.clear(tenant)
+        self._execute()
+        return blocks
+
+    async def flush(self, tenant: str, drop: bool) -> int:
+        """Blocks written. Raises `NoLowerTier`."""
+        ticket = self._planner.flush(tenant, drop=drop)
+        self._execute()
+        await self._wait(ticket, None)
+        await self._sync()
+        assert ticket.answer is not None
+        return ticket.answer
+
+    def counters(self) -> Counters:
+        return self._planner.counters
+
+    def stats(self, tenant: str | None = None) -> StoreStats:
+        planner, counters = self._planner, self._planner.counters
+        residency = planner.residency
+        tiers = [self._tier_stats(Tier.DRAM)]
+        if residency.nvme is not None:
+            tiers.append(self._tier_stats(Tier.NVME))
+        return StoreStats(
+            uptime_seconds=(self._clock.now_ns() - self._started_ns) / 1e9,
+            tiers=tuple(tiers),
+            sessions=planner.open_sessions,
+            leases=planner.open_leases,
+            reservations=planner.open_reservations,
+            acquired_positions=counters.acquired_positions,
+            acquired_hits=counters.acquired_hits,
+            acquired_hits_dram=counters.acquired_hits_dram,
+            committed_blocks=counters.committed_blocks,
+            corrupt_blocks=residency.corrupt,
+            tenant_blocks=0 if tenant is None else planner.catalog.tenant_blocks(tenant),
+        )
+
+    def _tier_stats(self, tier: Tier) -> TierStats:
+        residency = self._planner.residency
+        pool = residency.dram if tier is Tier.DRAM else residency.nvme
+        assert pool is not None
+        return TierStats(
+            tier=tier,
+            capacity_bytes=pool.space.capacity_bytes,
+            used_bytes=pool.space.used_bytes,
+            blocks=len(pool),
+            evictions=pool.evictions,
+            bytes_in=self._bytes[tier][0],
+            bytes_out=self._bytes[tier][1],
+            healthy=tier is Tier.DRAM or residency.nvme_on,
+        )
+
+    def check_integrity(self) -> None:
+        """See the planner. For tests and idle moments: O(blocks)."""
+        self._planner.check_integrity()
+
+    def _refuse_when_draining(self) -> None:
+        if self._draining:
+            raise Draining("the server is shutting down")
+
+    async def _wait(self, ticket: Ticket, timeout_s: float | None) -> None:
+        """Until the ticket is answered; when time is up, it is answered as things are."""
+        if ticket.answer is not None:
+            return
+        future = asyncio.get_running_loop().create_future()
+        self._waiters[ticket] = future
+        try:
+            async with asyncio.timeout(timeout_s):
+                await future
+        except TimeoutError:
+            self._planner.give_up(ticket, self._clock.now_ns())
+        except asyncio.CancelledError:
+            # The caller went away: nobody would give back what it is granted now.
+            self._planner.give_up(ticket, self._clock.now_ns())
+            self._return_grant(ticket)
+            raise
+        finally:
+            del self._waiters[ticket]
+            self._execute()
+
+    def _return_grant(self, ticket: Ticket) -> None:
+        if isinstance(ticket, AcquireTicket) and ticket.answer is not None:
+            self._planner.release(ticket.session, [grant.lease_id for grant in ticket.answer])
+        elif isinstance(ticket, ReserveTicket) and ticket.answer is not None:
+            self._planner.abort(ticket.session, ticket.answer.reservation_id)
+
+    # Carrying out what the planner wants
+
+    def _execute(self) -> None:
+        while actions := self._planner.take_actions():
+            forgets: list[Replica] = []
+            for action in actions:
+                if isinstance(action, Forget):
+                    forgets.append(action.replica)
+                else:
+                    self._execute_one(action)
+            if forgets:
+                self._spawn(self._forget(forgets))
+        self._count_evictions()
+
+    def _execute_one(self, action: Action) -> None:
+        match action:
+            case Answer(ticket):
+                waiter = self._waiters.get(ticket)
+                if waiter is not None and not waiter.done():
+                    waiter.set_result(None)
+            case Copy():
+                self._spawn(self._copy(action))
+            case OpenExtent(Tier.DRAM, extent, _):
+                try:
+                    self.dram.open_extent(extent)
+                except TierFull as error:
+                    log.error("no memory for the DRAM tier, it stays at its size: %s", error)
+                    self._planner.extent_failed(Tier.DRAM, extent)
+            case CloseExtent(Tier.DRAM, extent):
+                self.dram.close_extent(extent)
+            case OpenExtent(Tier.NVME, extent, _):
+                self._opening[extent] = asyncio.get_running_loop().create_future()
+                self._extent_work.put_nowait(action)
+            case CloseExtent():
+                self._extent_work.put_nowait(action)
+            case RememberLayout(layout):
+                self._spawn(self._remember(layout))
+
+    def _count_evictions(self) -> None:
+        residency = self._planner.residency
+        for pool in (residency.dram, residency.nvme):
+            if pool is not None and pool.evictions != self._evictions[pool.tier]:
+                dropped = pool.evictions - self._evictions[pool.tier]
+                self._evictions[pool.tier] = pool.evictions
+                self._observer.evicted(pool.tier.label, "space", dropped)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._task_ended)
+
+    def _task_ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            # A bug. Liveness fails by itself when it was the housekeeping that ended.
+            self._observer.io_error("task", type(error).__name__)
+            log.error("a background task ended with an error", exc_info=error)
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._executor, work)
+
+    async def _copy(self, copy: Copy) -> None:
+        """One copy between tiers, reported to the planner however it ends."""
+        began_ns = self._clock.now_ns()
+        source, target = copy.source.tier, copy.target.tier
+        corrupt = full = False
+        failure: Exception | None = None
+        try:
+            if target is Tier.NVME:
+                await self._opened(copy.target)
+            await self._in_thread(partial(self._move, copy))
+        except CorruptBlock as error:
+            failure, corrupt = error, True
+            self._observer.corrupt(source.label)
+        except TierFull as error:
+            failure, full = error, True
+        except TierFailed as error:
+            failure = error
+            self._tier_failed(error, "read" if source is Tier.NVME else "write")
+        except Exception as error:  # noqa: BLE001
+            # The outermost point of a background task: whoever waits for this copy
+            # must hear of its end, even of one nobody foresaw.
+            failure = error
+            self._observer.io_error("copy", type(error).__name__)
+        now_ns = self._clock.now_ns()
+        nbytes = copy.target.block.layout.block_bytes
+        if failure is None:
+            self._bytes[source][1] += nbytes
+            self._bytes[target][0] += nbytes
+            self._unsynced |= target is Tier.NVME
+            kind = "write_back" if target is Tier.NVME else "demand"
+            seconds = (now_ns - began_ns) / 1e9
+            self._observer.transfer_done(source.label, target.label, kind, nbytes, seconds)
+            self._planner.transfer_done(copy, now_ns)
+        else:
+            log.warning("a copy from %s to %s failed: %s", source.label, target.label, failure)
+            self._planner.transfer_failed(copy, now_ns, source_corrupt=corrupt, full=full)
+        self._execute()
+
+    async def _opened(self, target: Replica) -> None:
+        assert self._nvme is not None
+        opening = self._opening.get(target.address // self._nvme.extent_bytes)
+        if opening is not None:
+            await asyncio.shield(opening)
+
+    def _move(self, copy: Copy) -> None:
+        """Runs in a worker thread. Both replicas stay where they are meanwhile."""
+        assert self._nvme is not None
+        block = copy.target.block
+        layout = block.layout
+        header = _header(copy.target)
+        in_dram = copy.source if copy.source.tier is Tier.DRAM else copy.target
+        slot = self.dram.view(in_dram.address, layout.dram_class.slot_bytes)
+        if copy.target.tier is Tier.DRAM:
+            self._nvme.read(copy.source.address, header, slot)
+            return
+        # A client wrote this slot and said what its checksum is. What does not
+        # agree must not become durable.
+        if xxhash.xxh3_64_intdigest(slot[: header.length]) != header.checksum:
+            raise CorruptBlock("a block in DRAM is not what was committed")
+        self._nvme.write(copy.target.address, header, slot)
+
+    async def _forget(self, replicas: list[Replica]) -> None:
+        assert self._nvme is not None
+        nvme = self._nvme
+        entries = [(replica.address, _header(replica)) for replica in replicas]
+
+        def strike() -> None:
+            for address, header in entries:
+                nvme.forget(address, header)
+
+        try:
+            await self._in_thread(strike)
+        except TierError as error:
+            self._tier_failed(error, "forget")
+        self._unsynced = True
+        for replica in replicas:
+            self._planner.forgotten(replica)
+        self._execute()
+
+    async def _remember(self, layout: Layout) -> None:
+        if self._nvme is None:
+            return
+        nvme, spec = self._nvme, asdict(layout.spec)
+        try:
+            await self._in_thread(
+                partial(nvme.remember_layout, layout.tenant, layout.layout_id, spec)
+            )
+        except TierError as error:
+            self._tier_failed(error, "index")
+        self._unsynced = True
+
+    async def _work_on_extents(self) -> None:
+        while True:
+            action = await self._extent_work.get()
+            assert self._nvme is not None
+            nvme = self._nvme
+            try:
+                if isinstance(action, OpenExtent):
+                    await self._in_thread(
+                        partial(nvme.open_extent, action.extent, action.slot_bytes)
+                    )
+                else:
+                    await self._in_thread(partial(nvme.close_extent, action.extent))
+            except TierError as error:
+                if isinstance(action, OpenExtent):
+                    log.error("the NVMe tier cannot grow, it stays at its size: %s", error)
+                    self._planner.extent_failed(Tier.NVME, action.extent)
+                if isinstance(error, TierFailed):
+                    self._tier_failed(error, "extent")
+                outcome: TierError | None = error
+            else:
+                outcome = None
+            if isinstance(action, OpenExtent):
+                opening = self._opening.pop(action.extent)
+                if outcome is None:
+                    opening.set_result(None)
+                else:
+                    opening.set_exception(outcome)
+                    # Where no copy waits for it, nobody retrieves it.
+                    opening.exception()
+            self._execute()
+
+    async def _sync(self) -> None:
+        if self._nvme is None or not self._planner.residency.nvme_on:
+            return
+        self._unsynced = False
+        try:
+            await self._in_thread(self._nvme.sync)
+        except TierError as error:
+            self._tier_failed(error, "sync")
+
+    def _tier_failed(self, error: KVStoreError, op: str) -> None:
+        cause = error.__cause__
+        number = cause.errno if isinstance(cause, OSError) else None
+        name = errno.errorcode.get(number, "OTHER") if number is not None else "OTHER"
+        self._observer.io_error(op, name)
+        if self._planner.residency.nvme_on:
+            log.error("the NVMe tier failed and is switched off until a restart: %s", error)
+            self._observer.tier_off(Tier.NVME.label)
+            self._planner.tier_failed(self._clock.now_ns())
+            self._execute()
+
+    async def _keep_house(self) -> None:
+        loop = asyncio.get_running_loop()
+        synced_at = loop.time()
+        while True:
+            await asyncio.sleep(TICK_S)
+            self._planner.tick(self._clock.now_ns())
+            self._execute()
+            self._ticked_ns = self._clock.now_ns()
+            if self._unsynced and loop.time() - synced_at >= SYNC_S:
+                synced_at = loop.time()
+                self._spawn(self._sync())
+
+
+def _header(replica: Replica) -> BlockHeader:
+    block = replica.block
+    layout = block.layout
+    return BlockHeader(
+        block.stored_key,
+        block.parent,
+        layout.layout_id,
+        layout.tenant,
+        layout.block_bytes,
+        block.checksum or 0,
+    )
