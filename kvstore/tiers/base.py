@@ -49,6 +49,11 @@ class MemoryTier(Protocol):
 
     extent_bytes: int
 
+    @property
+    def usable_bytes(self) -> int:
+        """The most that open extents may add up to: whole extents. Does not block."""
+        ...
+
     def open_extent(self, extent: int) -> None:
         """Make memory for an extent. Contents are undefined. Raises `TierFull`
         when the machine refuses the memory."""
@@ -74,6 +79,12 @@ class StorageTier(Protocol):
 
     extent_bytes: int
 
+    @property
+    def usable_bytes(self) -> int:
+        """The most that open extents may add up to: whole extents, what the tier
+        needs for itself taken off. Does not block."""
+        ...
+
     def slot_bytes(self, block_bytes: int) -> int:
         """Bytes a block occupies here, header and padding included. Does not block."""
         ...
@@ -87,22 +98,22 @@ class StorageTier(Protocol):
         ...
 
     def write(self, address: int, header: BlockHeader, payload: memoryview) -> None:
-        """Store a block. `payload` is `header.length` bytes at an aligned address,
-        followed by padding up to alignment that may be written too. When this
-        returns, `read` finds the block; it is durable after the next `sync`.
-        Raises `TierFull`, `TierFailed`."""
+        """Store a block: the first `header.length` bytes of `payload`, which starts
+        at an aligned address. What follows them is not stored. When this returns,
+        `read` finds the block; it is durable after the next `sync`. Raises
+        `TierFull`, `TierFailed`."""
         ...
 
     def read(self, address: int, header: BlockHeader, into: memoryview) -> None:
-        """Read the block stored with `header` into `into`: `header.length` bytes
-        at an aligned address, followed by padding that may be overwritten.
-        Raises `CorruptBlock` when what is there is not that very block, bytes
-        included; `into` is undefined then. Raises `TierFailed`."""
+        """Read the block stored with `header` into the first `header.length` bytes
+        of `into`, which starts at an aligned address. What follows them is left
+        alone. Raises `CorruptBlock` when what is there is not that very block,
+        bytes included; `into` is undefined then. Raises `TierFailed`."""
         ...
 
     def forget(self, address: int, header: BlockHeader) -> None:
         """The block is no longer wanted; its slot may be given to another once
-        this returns. Never raises for a block that is not there."""
+        this returns. Never raises, for a block that is not there or otherwise."""
         ...
 
     def sync(self) -> None:

@@ -1,10 +1,10 @@
 """The data directory: whose it is, which version wrote it, and its secret.
 
-    LOCK        held (flock) by the one server that uses the directory
-    VERSION     the version of everything beside it
-    secret      32 random bytes, from which tenants' keys are derived
-    index/      LMDB
-    extents/    one file an extent
+LOCK        held (flock) by the one server that uses the directory
+VERSION     the version of everything beside it
+secret      32 random bytes, from which tenants' keys are derived
+index/      LMDB
+extents/    one file an extent
 """
 
 from __future__ import annotations

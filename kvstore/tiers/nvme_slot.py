@@ -84,7 +84,7 @@ def decode_header(page: memoryview) -> tuple[BlockHeader, int]:
         raise CorruptBlock("the header fails its checksum")
     if version != SLOT_VERSION:
         raise CorruptBlock(f"the header has version {version}, not {SLOT_VERSION}")
-    tenant = bytes(page[_FIELDS.size : _FIELDS.size + name_bytes]).decode()
+    tenant = bytes(page[_FIELDS.size : _FIELDS.size + name_bytes]).decode(errors="replace")
     header = BlockHeader(stored_key, parent[:parent_bytes], layout_id, tenant, length, checksum)
     return header, sequence
 
