@@ -93,14 +93,21 @@ class Arena:
         `BadRequest` for a range outside one extent, `Unavailable` when the arena
         is closed or the machine refuses to map, and what `fetch` raises.
         """
+        view = self.view_mapped(address, nbytes, writable=writable)
+        if view is None:
+            offset = address & self._mask
+            views = self._map(address >> self._shift)
+            view = views[writable][offset : offset + nbytes]
+        return view
+
+    def view_mapped(self, address: int, nbytes: int, *, writable: bool) -> memoryview | None:
+        """Like `view`, but None where the extent is not mapped yet. Never waits."""
         offset = address & self._mask
         end = offset + nbytes
         if address < 0 or nbytes < 0 or end > self.extent_bytes:
             raise BadRequest(f"{nbytes} bytes at offset {offset} pass the extent's end")
         views = self._mapped.get(address >> self._shift)
-        if views is None:
-            views = self._map(address >> self._shift)
-        return views[writable][offset:end]
+        return None if views is None else views[writable][offset:end]
 
     def drop(self, extent: int) -> None:
         """Let go of an extent. Views that exist stay valid. Idempotent."""

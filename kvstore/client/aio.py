@@ -1,0 +1,359 @@
+"""The asynchronous client: the same flows as the synchronous one, on an event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+from kvstore.client import calls, connecting, transfers
+from kvstore.client.lease import Layout, LeaseBase, as_layouts, chain_of
+from kvstore.client.link import Budget, Counters, Link, new_core
+from kvstore.client.rpc import parse_endpoint
+from kvstore.client.steps import Call, Connect, Flow, OpenSession, ReadStream, Work, WriteStream
+from kvstore.client.transfers import Got
+from kvstore.client.transport_aio import AsyncTransport
+from kvstore.client.wire import ServerInfo
+from kvstore.errors import BadRequest, LeaseExpired, Unavailable
+from kvstore.types import (
+    ChainPresence,
+    ChainQuery,
+    LayoutSpec,
+    LeaseGrant,
+    PutOutcome,
+    ReservationGrant,
+    StoreStats,
+)
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+T = TypeVar("T")
+
+
+class AsyncClient:
+    """`Client` for asyncio: the same arguments, methods and errors.
+
+    It connects on entry to `async with`, or at the first call, and belongs to the
+    event loop that is running then. Copies run in the loop's default executor.
+    A cancelled call first finishes the copy it is in, because the memory may
+    belong to somebody else afterwards, and gives back what it holds.
+    """
+
+    def __init__(self, endpoint: str | None = None, *, timeout_s: float = 10.0) -> None:
+        self._address = parse_endpoint(endpoint)
+        self._core = new_core(self._address, timeout_s)
+        self._pid = os.getpid()
+        self._connecting = asyncio.Lock()
+        self._transport: AsyncTransport | None = None
+
+    async def connect(self) -> None:
+        """Find the server now. Raises `Unavailable`."""
+        budget = Budget(self._core.timeout_s)
+        try:
+            await self._run(connecting.current_link(self._core, budget))
+        except BaseException:
+            await self.close()
+            raise
+
+    async def __aenter__(self) -> Self:
+        await self.connect()
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """End the session. Leases and reservations go with it. Idempotent.
+
+        A copy that another task has under way is finished first.
+        """
+        self._core.closed = True
+        if self._core.link is not None:
+            self._core.link.retire()
+        if self._transport is not None:
+            await self._transport.close()
+
+    @property
+    def is_local(self) -> bool:
+        """Whether bytes go through shared memory."""
+        return self._core.link is not None and self._core.link.arena is not None
+
+    @property
+    def epoch(self) -> bytes:
+        """The server's, at the last (re)connect; it changes with every restart."""
+        return b"" if self._core.link is None else self._core.link.epoch
+
+    @property
+    def counters(self) -> Counters:
+        return self._core.counters
+
+    async def server_info(self) -> ServerInfo:
+        """Who the server is, and the limits it enforces."""
+        return await self._run(calls.server_info(self._core))
+
+    async def register_layout(self, spec: LayoutSpec) -> Layout:
+        """Make a layout known. Idempotent; repeated by itself after a restart."""
+        return Layout(await self._run(calls.register_layout(self._core, spec)), spec)
+
+    async def put(
+        self,
+        layout: Layout,
+        key: bytes,
+        data: Buffer,
+        *,
+        parent: bytes = b"",
+        wait_ms: int = 5000,
+    ) -> PutOutcome:
+        """Store one block of exactly `layout.block_bytes` bytes.
+
+        `parent`: key of the block before it in its chain. `wait_ms`: how long the
+        server may make space. Raises `BadKey`, `BadSize`, and `Conflict` when other
+        bytes are stored under this key.
+        """
+        return (await self.put_many(layout, (key,), (data,), parent=parent, wait_ms=wait_ms))[0]
+
+    async def put_many(
+        self,
+        layout: Layout,
+        keys: Sequence[bytes],
+        datas: Sequence[Buffer],
+        *,
+        parent: bytes = b"",
+        wait_ms: int = 5000,
+    ) -> list[PutOutcome]:
+        """Store consecutive positions of one chain; an outcome for each, in order."""
+        return await self._run(transfers.put_many(self._core, layout, keys, datas, parent, wait_ms))
+
+    async def get(self, layout: Layout, key: bytes, *, into: Buffer | None = None) -> Got:
+        """The block's bytes, or None for a miss.
+
+        With `into`, a writable buffer of at least a block's size, the bytes are
+        copied there and a view of that part is returned; after a miss its
+        contents are undefined.
+        """
+        return (await self.get_many(layout, (key,), into=None if into is None else (into,)))[0]
+
+    async def get_many(
+        self,
+        layout: Layout,
+        keys: Sequence[bytes],
+        *,
+        into: Sequence[Buffer] | None = None,
+    ) -> list[Got]:
+        """Like `get` for each key, whether or not the positions before it are held."""
+        return await self._run(transfers.get_many(self._core, layout, keys, into))
+
+    async def lookup(
+        self, layouts: Layout | Sequence[Layout], keys: Sequence[bytes]
+    ) -> ChainPresence:
+        """How much of a chain is held: advice, not a promise."""
+        return (await self.lookup_many([chain_of(layouts, keys)]))[0]
+
+    async def lookup_many(self, chains: Sequence[ChainQuery]) -> list[ChainPresence]:
+        return await self._run(calls.lookup(self._core, chains))
+
+    async def acquire(
+        self,
+        layouts: Layout | Sequence[Layout],
+        keys: Sequence[bytes],
+        *,
+        wait_ms: int = 1000,
+    ) -> AsyncLease:
+        """Pin the longest held prefix of a chain in DRAM; see `AsyncLease`.
+
+        `wait_ms`: how long blocks may take to come up from slower tiers.
+        """
+        chosen = as_layouts(layouts)
+
+        def flow() -> Flow[AsyncLease]:
+            chains = [chain_of(chosen, keys)]
+            grants, link = yield from calls.acquire(
+                self._core, Budget(self._core.timeout_s), chains, wait_ms
+            )
+            return AsyncLease(self, link, grants[0], chosen)
+
+        return await self._run(flow())
+
+    async def acquire_many(self, chains: Sequence[ChainQuery], wait_ms: int) -> list[LeaseGrant]:
+        """Low level: a grant for each chain, to be released by id."""
+
+        def flow() -> Flow[list[LeaseGrant]]:
+            budget = Budget(self._core.timeout_s)
+            return (yield from calls.acquire(self._core, budget, chains, wait_ms))[0]
+
+        return await self._run(flow())
+
+    async def renew(self, lease_ids: Sequence[int]) -> int:
+        """Extend leases; their new `expires_ns`. Raises `LeaseExpired`."""
+        return await self._run(calls.renew(self._core, lease_ids))
+
+    async def release(self, lease_ids: Sequence[int]) -> None:
+        """End leases. Those that have ended already are not an error."""
+        await self._run(calls.release(self._core, lease_ids, self._core.timeout_s))
+
+    async def reserve(
+        self, layout: Layout, entries: Sequence[tuple[bytes, bytes]], wait_ms: int
+    ) -> ReservationGrant:
+        """Low level: space for blocks (key, parent or b""), to be written and committed."""
+
+        def flow() -> Flow[ReservationGrant]:
+            budget = Budget(self._core.timeout_s)
+            reserving = calls.reserve(self._core, budget, layout.id, entries, wait_ms)
+            return (yield from reserving)[0]
+
+        return await self._run(flow())
+
+    async def commit(
+        self, reservation_id: int, indices: Sequence[int], checksums: Sequence[int]
+    ) -> None:
+        """Publish written blocks. `checksums`: XXH3-64 of each block's bytes."""
+        budget = Budget(self._core.timeout_s)
+        await self._run(calls.commit(self._core, budget, reservation_id, indices, checksums))
+
+    async def abort(self, reservation_id: int) -> None:
+        """Give a reservation back. Its slots may not be written any more."""
+        await self._run(calls.abort(self._core, reservation_id, self._core.timeout_s))
+
+    async def slot(
+        self, address: int, nbytes: int, writable: bool, *, epoch: bytes | None = None
+    ) -> memoryview:
+        """Low level, local only: the memory at an address of a grant.
+
+        The first use of an extent maps it, which asks the server. Raises
+        `LeaseExpired` when the session was lost since the last call. An address
+        that another process was granted needs that process's `epoch` beside it:
+        where that is not the epoch of the server there is now, `LeaseExpired`.
+        """
+        view = connecting.slot_at_hand(self._core, address, nbytes, writable, epoch)
+        if view is not None:
+            return view
+        return await self._run(connecting.slot(self._core, address, nbytes, writable, epoch))
+
+    async def prefetch(self, layouts: Layout | Sequence[Layout], keys: Sequence[bytes]) -> int:
+        """Ask for a chain to be brought up into DRAM; how many blocks are on the way."""
+        return await self._run(calls.prefetch(self._core, [chain_of(layouts, keys)]))
+
+    async def stats(self) -> StoreStats:
+        return await self._run(calls.stats(self._core))
+
+    async def clear(self) -> int:
+        """Forget all blocks of this tenant; how many."""
+        return await self._run(calls.clear(self._core))
+
+    async def flush(self, drop: bool = False) -> int:
+        """Write what is only in DRAM to the next tier; how many blocks.
+
+        With `drop` they also leave DRAM. Raises `NoLowerTier`.
+        """
+        return await self._run(calls.flush(self._core, drop))
+
+    async def _run(self, flow: Flow[T]) -> T:
+        if os.getpid() != self._pid:
+            raise BadRequest("this client was made before a fork; make another in the child")
+        try:
+            step = flow.send(None)
+            while True:
+                try:
+                    result = await self._perform(step)
+                except BaseException as error:
+                    # Cancellation too: the flow has things to give back.
+                    step = flow.throw(error)
+                else:
+                    step = flow.send(result)
+        except StopIteration as stop:
+            value: T = stop.value
+            return value
+
+    async def _perform(self, step: Any) -> Any:
+        if isinstance(step, Work):
+            return await _work(step)
+        if isinstance(step, Connect):
+            return await self._connect(step)
+        if self._transport is None:
+            self._transport = AsyncTransport(self._address)
+        match step:
+            case Call():
+                return await self._transport.call(step)
+            case ReadStream():
+                return await self._transport.read(step)
+            case WriteStream():
+                return await self._transport.write(step)
+            case OpenSession():
+                return await self._transport.open_session(step)
+        raise AssertionError(f"no such step: {step!r}")
+
+    async def _connect(self, step: Connect) -> Link:
+        budget = Budget(step.timeout_s)
+        try:
+            await asyncio.wait_for(self._connecting.acquire(), step.timeout_s)
+        except TimeoutError:
+            raise Unavailable("another task is still looking for the server") from None
+        try:
+            return await self._run(connecting.connect(self._core, budget))
+        finally:
+            self._connecting.release()
+
+
+async def _work(step: Work) -> Any:
+    """Run work in a thread and see it through, even when cancelled meanwhile."""
+    running = asyncio.get_running_loop().run_in_executor(None, step.run)
+    cancelled: asyncio.CancelledError | None = None
+    while not running.done():
+        try:
+            await asyncio.wait([running])
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        running.exception()  # Retrieved, so that asyncio does not complain of it.
+        raise cancelled
+    return running.result()
+
+
+class AsyncLease(LeaseBase):
+    """Blocks pinned in DRAM. An asynchronous context manager; leaving it releases.
+
+    Not to be used by two tasks at once.
+    """
+
+    def __init__(
+        self, client: AsyncClient, link: Link, grant: LeaseGrant, layouts: Sequence[Layout]
+    ) -> None:
+        super().__init__(client._core, link, grant, layouts)
+        self._client = client
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.release()
+
+    async def view(self, index: int) -> memoryview:
+        """Block `index` in place, read-only; local only.
+
+        The bytes are the block's only until the lease ends: check `expired` after
+        using them, and do not keep the view. Raises `LeaseExpired`.
+        """
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(None, self._view, index)
+
+    async def read(self, index: int) -> bytes | None:
+        """A checked copy of block `index`; None (and counted) if it is damaged.
+
+        Raises `LeaseExpired`.
+        """
+        return await self._client._run(transfers.read_lease(self._core, self, index))
+
+    async def renew(self) -> None:
+        """Extend by the server's lease time, from now. Raises `LeaseExpired`."""
+        if self._released:
+            raise LeaseExpired("the lease was released")
+        if self.lease_id:
+            self._renewed(await self._client.renew([self.lease_id]))
+
+    async def release(self) -> None:
+        """Idempotent."""
+        if not self._released:
+            self._released = True
+            await self._client.release([self.lease_id])

@@ -1,0 +1,217 @@
+"""One session with one life of the server, and what the client keeps across sessions.
+
+A `Link` is made by attaching and never changes: when the server restarts, or
+drops the session, the client makes another. What was granted under a link means
+nothing under the next one, although the server may well hand out the same
+numbers again. So the ids that leave the client carry their link's number in the
+bits above 64, and an id of an earlier link is told from a current one.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from kvstore.client.rpc import Endpoint
+from kvstore.client.steps import SessionStream
+from kvstore.client.wire import ServerInfo
+from kvstore.clock import Clock, MonotonicClock
+from kvstore.errors import BadRequest, Unavailable
+from kvstore.local.arena import Arena
+from kvstore.local.attach import Attachment
+from kvstore.types import LayoutSpec
+
+_TAG_SHIFT = 64
+_CLEAN_UP_SHARE = 0.1
+BACKOFF_FIRST_S = 0.05
+BACKOFF_MOST_S = 2.0
+MAX_OWED_ABORTS = 1024
+
+
+class Link:
+    """A session: its id, its server's epoch and, on the same host, the arena.
+
+    Threads that copy to or from the arena hold the link meanwhile; a link that
+    is retired ends its session when the last of them has let go, because the
+    server reuses a session's slots as soon as it ends.
+    """
+
+    def __init__(
+        self,
+        *,
+        number: int,
+        session: bytes,
+        info: ServerInfo,
+        attachment: Attachment | None,
+        arena: Arena | None,
+        stream: SessionStream | None,
+    ) -> None:
+        self.tag = number << _TAG_SHIFT
+        self.session = session
+        self.info = info
+        self.arena = arena
+        self._attachment = attachment
+        self._stream = stream
+        self._lock = threading.Lock()
+        self._holders = 0
+        self._retired = False
+        # Reservations whose abort did not get through; tried again before the
+        # next reserve, since the server keeps their slots until it hears of them.
+        self.owed_aborts: set[int] = set()
+
+    @property
+    def epoch(self) -> bytes:
+        return self.info.epoch
+
+    def alive(self) -> bool:
+        """Whether the session is open as far as can be told without asking."""
+        if self._retired:
+            return False
+        if self._attachment is not None:
+            return self._attachment.alive()
+        return self._stream is None or self._stream.alive()
+
+    def owns(self, number: int) -> bool:
+        """Whether an id was granted under this link."""
+        return number >> _TAG_SHIFT == self.tag >> _TAG_SHIFT
+
+    def bare(self, number: int) -> int:
+        """The server's id for one of this link's."""
+        return number - self.tag
+
+    def hold(self) -> None:
+        """Keep the session open until `let_go`. Raises `Unavailable` if it has ended."""
+        with self._lock:
+            if self._retired:
+                raise Unavailable("the session with the server has ended")
+            self._holders += 1
+
+    def let_go(self) -> None:
+        with self._lock:
+            self._holders -= 1
+            last = self._retired and not self._holders
+        if last:
+            self._end()
+
+    def retire(self) -> None:
+        """End the session, once nobody holds it. Idempotent."""
+        with self._lock:
+            last = not self._retired and not self._holders
+            self._retired = True
+        if last:
+            self._end()
+
+    def _end(self) -> None:
+        if self.arena is not None:
+            self.arena.close()
+        if self._attachment is not None:
+            self._attachment.close()
+        if self._stream is not None:
+            self._stream.cancel()
+
+
+class Budget:
+    """The time one operation may take, with a little kept back for cleaning up."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self._hard = time.monotonic() + timeout_s
+        self._soft = self._hard - timeout_s * _CLEAN_UP_SHARE
+
+    def left(self) -> float:
+        """Seconds for the next step. Raises `Unavailable` when there are none."""
+        left = self._soft - time.monotonic()
+        if left <= 0:
+            raise Unavailable("no answer from the server in time")
+        return left
+
+    def left_to_clean_up(self) -> float:
+        return max(self._hard - time.monotonic(), 0.001)
+
+
+class Counters:
+    """What happened to this client since it was made.
+
+    `corrupt`: blocks that arrived with the wrong checksum. `expired`: copies
+    discarded because their lease ended meanwhile. `connects`: sessions opened.
+    """
+
+    __slots__ = ("_lock", "connects", "corrupt", "expired")
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.corrupt = 0
+        self.expired = 0
+        self.connects = 0
+
+    def count_corrupt(self) -> None:
+        with self._lock:
+            self.corrupt += 1
+
+    def count_expired(self) -> None:
+        with self._lock:
+            self.expired += 1
+
+    def count_connect(self) -> None:
+        with self._lock:
+            self.connects += 1
+
+
+class Backoff:
+    """When a lost server may be tried again. Calls in between fail at once."""
+
+    def __init__(self, now_s: Callable[[], float] = time.monotonic) -> None:
+        self._now_s = now_s
+        self._delay_s = 0.0
+        self._next_s = 0.0
+
+    def check(self) -> None:
+        """Raises `Unavailable` while it is too early."""
+        wait = self._next_s - self._now_s()
+        if wait > 0:
+            raise Unavailable(f"the server is gone; next try in {wait:.2f} s")
+
+    def failed(self) -> None:
+        self._delay_s = min(max(self._delay_s * 2, BACKOFF_FIRST_S), BACKOFF_MOST_S)
+        self._next_s = self._now_s() + self._delay_s
+
+    def succeeded(self) -> None:
+        self._delay_s = self._next_s = 0.0
+
+
+@dataclass(slots=True)
+class Core:
+    """What a client is, whichever way it is driven.
+
+    `socket_path`: the gRPC Unix socket, None for a server reached over TCP.
+    `layouts`: every layout registered, to be registered again with a server
+    that has forgotten them.
+    """
+
+    socket_path: str | None
+    timeout_s: float
+    clock: Clock
+    counters: Counters
+    backoff: Backoff
+    layouts: dict[bytes, LayoutSpec]
+    link: Link | None = None
+    links_made: int = 0
+    closed: bool = False
+
+    def check_open(self) -> None:
+        if self.closed:
+            raise BadRequest("the client is closed")
+
+
+def new_core(endpoint: Endpoint, timeout_s: float) -> Core:
+    if not timeout_s > 0:
+        raise BadRequest(f"timeout_s must be positive, not {timeout_s}")
+    return Core(
+        socket_path=endpoint.socket_path,
+        timeout_s=timeout_s,
+        clock=MonotonicClock(),
+        counters=Counters(),
+        backoff=Backoff(),
+        layouts={},
+    )

@@ -1,0 +1,338 @@
+"""The synchronous client."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+from kvstore.client import calls, connecting, transfers
+from kvstore.client.lease import Layout, LeaseBase, as_layouts, chain_of
+from kvstore.client.link import Budget, Counters, Link, new_core
+from kvstore.client.rpc import parse_endpoint
+from kvstore.client.steps import Call, Connect, Flow, OpenSession, ReadStream, Work, WriteStream
+from kvstore.client.transfers import Got
+from kvstore.client.transport import SyncTransport
+from kvstore.client.wire import ServerInfo
+from kvstore.errors import BadRequest, LeaseExpired, Unavailable
+from kvstore.types import (
+    ChainPresence,
+    ChainQuery,
+    LayoutSpec,
+    LeaseGrant,
+    PutOutcome,
+    ReservationGrant,
+    StoreStats,
+)
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+T = TypeVar("T")
+
+
+class Client:
+    """A connection to a KV-cache store.
+
+    `endpoint`: "unix:///path/kvstore.sock" or the path alone for a server on this
+    host, "host:port" for another, None for this user's own server. On the
+    server's host bytes are copied through shared memory, elsewhere they go over
+    gRPC; the methods are the same.
+
+    Every method raises `Unavailable` rather than wait longer than `timeout_s` for
+    a server that is gone or hangs; `put_many` and `get_many` allow it for each
+    round of at most 64 MiB. When the server was restarted the client finds it
+    again by itself: leases and reservations of before raise `LeaseExpired` and
+    `ReservationExpired`, everything else goes on.
+
+    Safe to use from several threads. Not usable in a forked child, which raises
+    `BadRequest`: make the child its own client.
+    """
+
+    def __init__(self, endpoint: str | None = None, *, timeout_s: float = 10.0) -> None:
+        address = parse_endpoint(endpoint)
+        self._core = new_core(address, timeout_s)
+        self._pid = os.getpid()
+        self._connecting = threading.Lock()
+        self._transport = SyncTransport(address)
+        try:
+            self._run(connecting.current_link(self._core, Budget(timeout_s)))
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the session. Leases and reservations go with it. Idempotent.
+
+        A copy that another thread has under way is finished first, by that thread.
+        """
+        self._core.closed = True
+        if self._core.link is not None:
+            self._core.link.retire()
+        self._transport.close()
+
+    @property
+    def is_local(self) -> bool:
+        """Whether bytes go through shared memory."""
+        return self._core.link is not None and self._core.link.arena is not None
+
+    @property
+    def epoch(self) -> bytes:
+        """The server's, at the last (re)connect; it changes with every restart."""
+        return b"" if self._core.link is None else self._core.link.epoch
+
+    @property
+    def counters(self) -> Counters:
+        return self._core.counters
+
+    def server_info(self) -> ServerInfo:
+        """Who the server is, and the limits it enforces."""
+        return self._run(calls.server_info(self._core))
+
+    def register_layout(self, spec: LayoutSpec) -> Layout:
+        """Make a layout known. Idempotent; repeated by itself after a restart."""
+        return Layout(self._run(calls.register_layout(self._core, spec)), spec)
+
+    def put(
+        self,
+        layout: Layout,
+        key: bytes,
+        data: Buffer,
+        *,
+        parent: bytes = b"",
+        wait_ms: int = 5000,
+    ) -> PutOutcome:
+        """Store one block of exactly `layout.block_bytes` bytes.
+
+        `parent`: key of the block before it in its chain. `wait_ms`: how long the
+        server may make space. Raises `BadKey`, `BadSize`, and `Conflict` when other
+        bytes are stored under this key.
+        """
+        return self.put_many(layout, (key,), (data,), parent=parent, wait_ms=wait_ms)[0]
+
+    def put_many(
+        self,
+        layout: Layout,
+        keys: Sequence[bytes],
+        datas: Sequence[Buffer],
+        *,
+        parent: bytes = b"",
+        wait_ms: int = 5000,
+    ) -> list[PutOutcome]:
+        """Store consecutive positions of one chain; an outcome for each, in order."""
+        return self._run(transfers.put_many(self._core, layout, keys, datas, parent, wait_ms))
+
+    def get(self, layout: Layout, key: bytes, *, into: Buffer | None = None) -> Got:
+        """The block's bytes, or None for a miss.
+
+        With `into`, a writable buffer of at least a block's size, the bytes are
+        copied there and a view of that part is returned; after a miss its
+        contents are undefined.
+        """
+        return self.get_many(layout, (key,), into=None if into is None else (into,))[0]
+
+    def get_many(
+        self,
+        layout: Layout,
+        keys: Sequence[bytes],
+        *,
+        into: Sequence[Buffer] | None = None,
+    ) -> list[Got]:
+        """Like `get` for each key, whether or not the positions before it are held."""
+        return self._run(transfers.get_many(self._core, layout, keys, into))
+
+    def lookup(self, layouts: Layout | Sequence[Layout], keys: Sequence[bytes]) -> ChainPresence:
+        """How much of a chain is held: advice, not a promise."""
+        return self.lookup_many([chain_of(layouts, keys)])[0]
+
+    def lookup_many(self, chains: Sequence[ChainQuery]) -> list[ChainPresence]:
+        return self._run(calls.lookup(self._core, chains))
+
+    def acquire(
+        self,
+        layouts: Layout | Sequence[Layout],
+        keys: Sequence[bytes],
+        *,
+        wait_ms: int = 1000,
+    ) -> Lease:
+        """Pin the longest held prefix of a chain in DRAM; see `Lease`.
+
+        `wait_ms`: how long blocks may take to come up from slower tiers.
+        """
+        chosen = as_layouts(layouts)
+
+        def flow() -> Flow[Lease]:
+            chains = [chain_of(chosen, keys)]
+            grants, link = yield from calls.acquire(
+                self._core, Budget(self._core.timeout_s), chains, wait_ms
+            )
+            return Lease(self, link, grants[0], chosen)
+
+        return self._run(flow())
+
+    def acquire_many(self, chains: Sequence[ChainQuery], wait_ms: int) -> list[LeaseGrant]:
+        """Low level: a grant for each chain, to be released by id."""
+
+        def flow() -> Flow[list[LeaseGrant]]:
+            budget = Budget(self._core.timeout_s)
+            return (yield from calls.acquire(self._core, budget, chains, wait_ms))[0]
+
+        return self._run(flow())
+
+    def renew(self, lease_ids: Sequence[int]) -> int:
+        """Extend leases; their new `expires_ns`. Raises `LeaseExpired`."""
+        return self._run(calls.renew(self._core, lease_ids))
+
+    def release(self, lease_ids: Sequence[int]) -> None:
+        """End leases. Those that have ended already are not an error."""
+        self._run(calls.release(self._core, lease_ids, self._core.timeout_s))
+
+    def reserve(
+        self, layout: Layout, entries: Sequence[tuple[bytes, bytes]], wait_ms: int
+    ) -> ReservationGrant:
+        """Low level: space for blocks (key, parent or b""), to be written and committed."""
+
+        def flow() -> Flow[ReservationGrant]:
+            budget = Budget(self._core.timeout_s)
+            reserving = calls.reserve(self._core, budget, layout.id, entries, wait_ms)
+            return (yield from reserving)[0]
+
+        return self._run(flow())
+
+    def commit(self, reservation_id: int, indices: Sequence[int], checksums: Sequence[int]) -> None:
+        """Publish written blocks. `checksums`: XXH3-64 of each block's bytes."""
+        budget = Budget(self._core.timeout_s)
+        self._run(calls.commit(self._core, budget, reservation_id, indices, checksums))
+
+    def abort(self, reservation_id: int) -> None:
+        """Give a reservation back. Its slots may not be written any more."""
+        self._run(calls.abort(self._core, reservation_id, self._core.timeout_s))
+
+    def slot(
+        self, address: int, nbytes: int, writable: bool, *, epoch: bytes | None = None
+    ) -> memoryview:
+        """Low level, local only: the memory at an address of a grant.
+
+        The first use of an extent maps it, which asks the server. Raises
+        `LeaseExpired` when the session was lost since the last call. An address
+        that another process was granted needs that process's `epoch` beside it:
+        where that is not the epoch of the server there is now, `LeaseExpired`.
+        """
+        view = connecting.slot_at_hand(self._core, address, nbytes, writable, epoch)
+        if view is not None:
+            return view
+        return self._run(connecting.slot(self._core, address, nbytes, writable, epoch))
+
+    def prefetch(self, layouts: Layout | Sequence[Layout], keys: Sequence[bytes]) -> int:
+        """Ask for a chain to be brought up into DRAM; how many blocks are on the way."""
+        return self._run(calls.prefetch(self._core, [chain_of(layouts, keys)]))
+
+    def stats(self) -> StoreStats:
+        return self._run(calls.stats(self._core))
+
+    def clear(self) -> int:
+        """Forget all blocks of this tenant; how many."""
+        return self._run(calls.clear(self._core))
+
+    def flush(self, drop: bool = False) -> int:
+        """Write what is only in DRAM to the next tier; how many blocks.
+
+        With `drop` they also leave DRAM. Raises `NoLowerTier`.
+        """
+        return self._run(calls.flush(self._core, drop))
+
+    def _run(self, flow: Flow[T]) -> T:
+        if os.getpid() != self._pid:
+            raise BadRequest("this client was made before a fork; make another in the child")
+        try:
+            step = flow.send(None)
+            while True:
+                try:
+                    result = self._perform(step)
+                except BaseException as error:
+                    # Interrupts too: the flow has things to give back.
+                    step = flow.throw(error)
+                else:
+                    step = flow.send(result)
+        except StopIteration as stop:
+            value: T = stop.value
+            return value
+
+    def _perform(self, step: Any) -> Any:
+        match step:
+            case Call():
+                return self._transport.call(step)
+            case Work():
+                return step.run()
+            case ReadStream():
+                return self._transport.read(step)
+            case WriteStream():
+                return self._transport.write(step)
+            case OpenSession():
+                return self._transport.open_session(step)
+            case Connect():
+                return self._connect(step)
+        raise AssertionError(f"no such step: {step!r}")
+
+    def _connect(self, step: Connect) -> Link:
+        budget = Budget(step.timeout_s)
+        if not self._connecting.acquire(timeout=step.timeout_s):
+            raise Unavailable("another thread is still looking for the server")
+        try:
+            return self._run(connecting.connect(self._core, budget))
+        finally:
+            self._connecting.release()
+
+
+class Lease(LeaseBase):
+    """Blocks pinned in DRAM. A context manager; leaving it releases.
+
+    Not to be used by two threads at once.
+    """
+
+    def __init__(
+        self, client: Client, link: Link, grant: LeaseGrant, layouts: Sequence[Layout]
+    ) -> None:
+        super().__init__(client._core, link, grant, layouts)
+        self._client = client
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.release()
+
+    def view(self, index: int) -> memoryview:
+        """Block `index` in place, read-only; local only.
+
+        The bytes are the block's only until the lease ends: check `expired` after
+        using them, and do not keep the view. Raises `LeaseExpired`.
+        """
+        return self._view(index)
+
+    def read(self, index: int) -> bytes | None:
+        """A checked copy of block `index`; None (and counted) if it is damaged.
+
+        Raises `LeaseExpired`.
+        """
+        return self._client._run(transfers.read_lease(self._core, self, index))
+
+    def renew(self) -> None:
+        """Extend by the server's lease time, from now. Raises `LeaseExpired`."""
+        if self._released:
+            raise LeaseExpired("the lease was released")
+        if self.lease_id:
+            self._renewed(self._client.renew([self.lease_id]))
+
+    def release(self) -> None:
+        """Idempotent."""
+        if not self._released:
+            self._released = True
+            self._client.release([self.lease_id])

@@ -1,0 +1,130 @@
+"""The synchronous driver's gRPC."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+
+from kvstore.client import wire
+from kvstore.client.failures import typed_error
+from kvstore.client.rpc import CHANNEL_OPTIONS, METHODS, STREAMS, Endpoint, metadata
+from kvstore.client.steps import Call, OpenSession, ReadStream, WriteStream
+from kvstore.errors import BadRequest, KVStoreError, Unavailable
+from kvstore.types import SESSION_ID_BYTES
+from kvstore.wire.v1 import kvstore_pb2 as pb
+
+
+class SyncTransport:
+    """One channel. Safe to use from several threads, not after a fork."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._channel = grpc.insecure_channel(endpoint.target, options=CHANNEL_OPTIONS)
+        self._unary: dict[str, Callable[..., Any]] = {
+            name: self._channel.unary_unary(
+                method.path,
+                request_serializer=method.serialize,
+                response_deserializer=method.deserialize,
+            )
+            for name, method in METHODS.items()
+            if name not in STREAMS
+        }
+        opening, reading, writing = (METHODS[n] for n in ("OpenSession", "Read", "Write"))
+        self._open: Callable[..., Any] = self._channel.unary_stream(
+            opening.path,
+            request_serializer=opening.serialize,
+            response_deserializer=opening.deserialize,
+        )
+        self._read: Callable[..., Any] = self._channel.unary_stream(
+            reading.path,
+            request_serializer=reading.serialize,
+            response_deserializer=wire.decode_read,
+        )
+        self._write: Callable[..., Any] = self._channel.stream_unary(
+            writing.path,
+            request_serializer=wire.encode_write,
+            response_deserializer=writing.deserialize,
+        )
+
+    def call(self, step: Call) -> Any:
+        try:
+            return self._unary[step.method](
+                step.request,
+                timeout=step.timeout_s,
+                metadata=metadata(step.session),
+                wait_for_ready=step.wait_for_ready,
+            )
+        except grpc.RpcError as error:
+            raise _typed(step.method, error) from error
+        except ValueError as error:
+            raise _closed(error) from error
+
+    def read(self, step: ReadStream) -> None:
+        try:
+            stream = self._read(
+                step.request, timeout=step.timeout_s, metadata=metadata(step.session)
+            )
+            for piece in stream:
+                step.sink(piece)
+        except grpc.RpcError as error:
+            raise _typed("Read", error) from error
+        except ValueError as error:
+            raise _closed(error) from error
+
+    def write(self, step: WriteStream) -> None:
+        try:
+            self._write(iter(step.pieces), timeout=step.timeout_s, metadata=metadata(step.session))
+        except grpc.RpcError as error:
+            raise _typed("Write", error) from error
+        except ValueError as error:
+            raise _closed(error) from error
+
+    def open_session(self, step: OpenSession) -> tuple[bytes, _Stream]:
+        try:
+            call = self._open(pb.OpenSessionRequest())
+        except ValueError as error:
+            raise _closed(error) from error
+        # The stream has no deadline, being the session; its first message has.
+        timer = threading.Timer(step.timeout_s, call.cancel)
+        timer.daemon = True
+        timer.start()
+        try:
+            session: bytes = next(call).session
+        except StopIteration:
+            raise Unavailable("OpenSession: the server ended the session at once") from None
+        except grpc.RpcError as error:
+            raise _typed("OpenSession", error) from error
+        finally:
+            timer.cancel()
+        if len(session) != SESSION_ID_BYTES:
+            call.cancel()
+            raise Unavailable("OpenSession: the server sent no session id")
+        return session, _Stream(call)
+
+    def close(self) -> None:
+        """Ends every RPC under way with `Unavailable`. Idempotent."""
+        self._channel.close()
+
+
+class _Stream:
+    def __init__(self, call: Any) -> None:
+        self._call = call
+
+    def alive(self) -> bool:
+        return bool(self._call.is_active())
+
+    def cancel(self) -> None:
+        self._call.cancel()
+
+
+def _typed(method: str, error: grpc.RpcError) -> KVStoreError:
+    if not isinstance(error, grpc.Call):
+        return Unavailable(f"{method}: {error}")
+    return typed_error(method, error.code(), error.details(), error.trailing_metadata())
+
+
+def _closed(error: ValueError) -> KVStoreError:
+    # What grpc raises for a channel that another thread closed in this moment.
+    return BadRequest(f"the client is closed, or a field is out of range: {error}")

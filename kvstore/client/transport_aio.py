@@ -1,0 +1,134 @@
+"""The asynchronous driver's gRPC. Everything here belongs to one event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from kvstore.client import wire
+from kvstore.client.failures import typed_error
+from kvstore.client.rpc import CHANNEL_OPTIONS, METHODS, STREAMS, Endpoint, metadata
+from kvstore.client.steps import Call, OpenSession, ReadStream, WriteStream
+from kvstore.errors import BadRequest, KVStoreError, Unavailable
+from kvstore.types import SESSION_ID_BYTES
+from kvstore.wire.v1 import kvstore_pb2 as pb
+
+
+class AsyncTransport:
+    """One channel of the running event loop."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._channel = grpc.aio.insecure_channel(endpoint.target, options=CHANNEL_OPTIONS)
+        self._unary: dict[str, Callable[..., Any]] = {
+            name: self._channel.unary_unary(
+                method.path,
+                request_serializer=method.serialize,
+                response_deserializer=method.deserialize,
+            )
+            for name, method in METHODS.items()
+            if name not in STREAMS
+        }
+        opening, reading, writing = (METHODS[n] for n in ("OpenSession", "Read", "Write"))
+        self._open: Callable[..., Any] = self._channel.unary_stream(
+            opening.path,
+            request_serializer=opening.serialize,
+            response_deserializer=opening.deserialize,
+        )
+        self._read: Callable[..., Any] = self._channel.unary_stream(
+            reading.path,
+            request_serializer=reading.serialize,
+            response_deserializer=wire.decode_read,
+        )
+        self._write: Callable[..., Any] = self._channel.stream_unary(
+            writing.path,
+            request_serializer=wire.encode_write,
+            response_deserializer=writing.deserialize,
+        )
+
+    async def call(self, step: Call) -> Any:
+        try:
+            return await self._unary[step.method](
+                step.request,
+                timeout=step.timeout_s,
+                metadata=metadata(step.session),
+                wait_for_ready=step.wait_for_ready,
+            )
+        except grpc.RpcError as error:
+            raise _typed(step.method, error) from error
+        except (ValueError, grpc.aio.UsageError) as error:
+            raise _closed(error) from error
+
+    async def read(self, step: ReadStream) -> None:
+        try:
+            stream = self._read(
+                step.request, timeout=step.timeout_s, metadata=metadata(step.session)
+            )
+            async for piece in stream:
+                step.sink(piece)
+        except grpc.RpcError as error:
+            raise _typed("Read", error) from error
+        except (ValueError, grpc.aio.UsageError) as error:
+            raise _closed(error) from error
+
+    async def write(self, step: WriteStream) -> None:
+        try:
+            await self._write(
+                iter(step.pieces), timeout=step.timeout_s, metadata=metadata(step.session)
+            )
+        except grpc.RpcError as error:
+            raise _typed("Write", error) from error
+        except (ValueError, grpc.aio.UsageError) as error:
+            raise _closed(error) from error
+
+    async def open_session(self, step: OpenSession) -> tuple[bytes, _Stream]:
+        try:
+            call = self._open(pb.OpenSessionRequest())
+        except grpc.aio.UsageError as error:
+            raise _closed(error) from error
+        try:
+            # The stream has no deadline, being the session; its first message has.
+            first = await asyncio.wait_for(call.read(), step.timeout_s)
+        except TimeoutError:
+            call.cancel()
+            raise Unavailable("OpenSession: no answer in time") from None
+        except grpc.RpcError as error:
+            raise _typed("OpenSession", error) from error
+        except BaseException:
+            call.cancel()
+            raise
+        # A stream that ends at once yields a marker, not a message.
+        session: bytes = getattr(first, "session", b"")
+        if len(session) != SESSION_ID_BYTES:
+            call.cancel()
+            raise Unavailable("OpenSession: the server opened no session")
+        return session, _Stream(call)
+
+    async def close(self) -> None:
+        """Ends every RPC under way. Idempotent."""
+        await self._channel.close(None)
+
+
+class _Stream:
+    def __init__(self, call: Any) -> None:
+        self._call = call
+
+    def alive(self) -> bool:
+        return not self._call.done()
+
+    def cancel(self) -> None:
+        self._call.cancel()
+
+
+def _typed(method: str, error: grpc.RpcError) -> KVStoreError:
+    if not isinstance(error, grpc.aio.AioRpcError):
+        return Unavailable(f"{method}: {error}")
+    trailing: Any = error.trailing_metadata()
+    return typed_error(method, error.code(), error.details(), trailing)
+
+
+def _closed(error: Exception) -> KVStoreError:
+    return BadRequest(f"the client is closed, or a field is out of range: {error}")

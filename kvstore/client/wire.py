@@ -1,0 +1,184 @@
+"""The client's words to and from the wire's messages.
+
+Repeated fields go in and out as whole lists; the bulk messages of Read and Write
+are encoded by hand, because the generated code would copy every block three
+times. `tests/unit/client` holds the hand-written encoding against the generated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import NamedTuple
+
+from kvstore.client.steps import WritePiece
+from kvstore.types import (
+    ChainPresence,
+    ChainQuery,
+    LayoutSpec,
+    LeaseGrant,
+    ReservationGrant,
+    ReserveOutcome,
+    ReserveResult,
+    StoreStats,
+    Tier,
+    TierStats,
+)
+from kvstore.wire.v1 import kvstore_pb2 as pb
+
+MAX_MESSAGE_BYTES = 16 << 20
+MAX_CHAINS = 1024
+MAX_WAIT_MS = 60_000
+PIECE_BYTES = 1 << 20
+"""Most data in one message of Read or Write."""
+
+SESSION_METADATA = "kvstore-session-bin"
+ERROR_METADATA = "kvstore-error"
+
+_READ_DATA_TAG = 0x0A  # field 1, length-delimited
+_WRITE_RESERVATION_TAG = b"\x08"  # field 1, varint
+_WRITE_INDEX_TAG = b"\x10"  # field 2, varint
+_WRITE_DATA_TAG = b"\x1a"  # field 3, length-delimited
+
+_OUTCOMES: tuple[ReserveOutcome | None, ...] = (None, *ReserveOutcome)
+
+
+class ServerInfo(NamedTuple):
+    """Who the server is and its limits; fields as in `GetServerInfoResponse`."""
+
+    version: str
+    epoch: bytes
+    attach_path: str
+    max_block_bytes: int
+    max_keys: int
+    lease_ms: int
+    reservation_ms: int
+
+
+def layout_message(spec: LayoutSpec) -> pb.Layout:
+    return pb.Layout(**asdict(spec))
+
+
+def chain_messages(chains: Sequence[ChainQuery]) -> list[pb.Chain]:
+    return [pb.Chain(layout_ids=chain.layout_ids, keys=chain.keys) for chain in chains]
+
+
+def presences(response: pb.LookupResponse) -> list[ChainPresence]:
+    return [ChainPresence(chain.held, chain.in_dram) for chain in response.chains]
+
+
+def grants(response: pb.AcquireResponse, tag: int) -> list[LeaseGrant]:
+    """`tag` is added to every lease id; see `Link`."""
+    return [
+        LeaseGrant(
+            lease.lease_id + tag if lease.lease_id else 0,
+            lease.held,
+            list(lease.addresses),
+            list(lease.checksums),
+            lease.expires_ns,
+            lease.from_dram,
+        )
+        for lease in response.leases
+    ]
+
+
+def reserve_message(
+    layout_id: bytes, entries: Sequence[tuple[bytes, bytes]], wait_ms: int
+) -> pb.ReserveRequest:
+    request = pb.ReserveRequest(layout_id=layout_id, wait_ms=wait_ms)
+    add = request.entries.add
+    for key, parent in entries:
+        add(key=key, parent=parent)
+    return request
+
+
+def reservation(response: pb.ReserveResponse, tag: int) -> ReservationGrant:
+    """`tag` is added to the reservation's id; see `Link`."""
+    results = [
+        # An outcome this client does not know grants nothing.
+        ReserveResult(_outcome(result.outcome), result.address, result.checksum)
+        for result in response.results
+    ]
+    number = response.reservation_id
+    return ReservationGrant(number + tag if number else 0, results, response.expires_ns)
+
+
+def _outcome(value: int) -> ReserveOutcome:
+    outcome = _OUTCOMES[value] if 0 <= value < len(_OUTCOMES) else None
+    return ReserveOutcome.DENIED if outcome is None else outcome
+
+
+def server_info(response: pb.GetServerInfoResponse) -> ServerInfo:
+    return ServerInfo(
+        version=response.version,
+        epoch=response.epoch,
+        attach_path=response.attach_path,
+        max_block_bytes=response.max_block_bytes,
+        max_keys=response.max_keys,
+        lease_ms=response.lease_ms,
+        reservation_ms=response.reservation_ms,
+    )
+
+
+def stats(response: pb.GetStatsResponse) -> StoreStats:
+    known = {int(tier) for tier in Tier}
+    return StoreStats(
+        uptime_seconds=response.uptime_seconds,
+        tiers=tuple(
+            TierStats(
+                tier=Tier(tier.tier),
+                capacity_bytes=tier.capacity_bytes,
+                used_bytes=tier.used_bytes,
+                blocks=tier.blocks,
+                evictions=tier.evictions,
+                bytes_in=tier.bytes_in,
+                bytes_out=tier.bytes_out,
+                healthy=tier.healthy,
+            )
+            for tier in response.tiers
+            if tier.tier in known
+        ),
+        sessions=response.sessions,
+        leases=response.leases,
+        reservations=response.reservations,
+        acquired_positions=response.acquired_positions,
+        acquired_hits=response.acquired_hits,
+        acquired_hits_dram=response.acquired_hits_dram,
+        committed_blocks=response.committed_blocks,
+        corrupt_blocks=response.corrupt_blocks,
+        tenant_blocks=response.tenant_blocks,
+    )
+
+
+def encode_write(piece: WritePiece) -> bytes:
+    """A serialized `WriteRequest`, with one copy of the data."""
+    parts: list[bytes | memoryview] = []
+    if piece.reservation_id:
+        parts += (_WRITE_RESERVATION_TAG, _varint(piece.reservation_id))
+    if piece.entry:
+        parts += (_WRITE_INDEX_TAG, _varint(piece.entry))
+    parts += (_WRITE_DATA_TAG, _varint(piece.data.nbytes), piece.data)
+    return b"".join(parts)
+
+
+def decode_read(message: bytes) -> memoryview:
+    """The data of a serialized `ReadResponse`, without a copy where it is alone."""
+    if message and message[0] == _READ_DATA_TAG:
+        length = shift = 0
+        for position in range(1, min(len(message), 11)):
+            length |= (message[position] & 0x7F) << shift
+            if not message[position] & 0x80:
+                if position + 1 + length == len(message):
+                    return memoryview(message)[position + 1 :]
+                break
+            shift += 7
+    return memoryview(pb.ReadResponse.FromString(message).data)
+
+
+def _varint(value: int) -> bytes:
+    encoded = bytearray()
+    while value > 0x7F:
+        encoded.append(value & 0x7F | 0x80)
+        value >>= 7
+    encoded.append(value)
+    return bytes(encoded)
