@@ -21,6 +21,7 @@ live view.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -78,11 +79,9 @@ class _Extent:
             _log.error("a closed extent's memory was not returned: %s", os.strerror(code))
         os.close(self.fd)
         self.view.release()
-        try:
+        # Where a view is still out, it holds the mapping, which goes with it.
+        with contextlib.suppress(BufferError):
             self.mapping.close()
-        except BufferError:
-            # A view is still out. It holds the mapping, which goes with it.
-            pass
 
 
 def _advise(mapping: mmap.mmap, nbytes: int) -> None:

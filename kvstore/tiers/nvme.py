@@ -32,7 +32,7 @@ import itertools
 import logging
 import threading
 from collections.abc import Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from os import fdatasync
 from pathlib import Path
 from typing import NoReturn
@@ -250,11 +250,9 @@ class NvmeTier:
     def forget(self, address: int, header: BlockHeader) -> None:
         with self._lock:
             self._batch.blocks[address] = None
-        try:
+        # A failure is raised by the next write or sync; here nothing is lost by it.
+        with suppress(TierFailed):
             self._flush_if_due()
-        except TierFailed:
-            # The next write or sync raises it; here nothing is lost by it.
-            pass
 
     def sync(self) -> None:
         self._check_usable()

@@ -89,7 +89,7 @@ class Batch:
 
     def without_new_blocks(self) -> Batch:
         """The same, adding no block."""
-        removed: dict[int, bytes | None] = {address: None for address in self.blocks}
+        removed: dict[int, bytes | None] = dict.fromkeys(self.blocks)
         return Batch(self.closed, self.opened, removed, self.layouts)
 
 

@@ -1,0 +1,69 @@
+"""A slot's header: what is written is what is found, and no byte of it may change."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from kvstore.errors import BadRequest, CorruptBlock
+from kvstore.tiers.base import BlockHeader
+from kvstore.tiers.nvme_slot import (
+    HEADER_BYTES,
+    MAX_TENANT_BYTES,
+    Scratch,
+    check_header,
+    decode_header,
+    encode_header,
+)
+from kvstore.types import ALIGNMENT
+
+HEADER = BlockHeader(b"k" * 16, b"p" * 16, b"l" * 16, "alice", 123_456, (1 << 64) - 1)
+
+
+def page_of(header: BlockHeader, sequence: int = 7) -> bytes:
+    page = Scratch().header
+    encode_header(page, header, sequence)
+    return bytes(page)
+
+
+@pytest.mark.parametrize("parent", [b"", b"p" * 16])
+@pytest.mark.parametrize("tenant", ["", "bøb", "x" * MAX_TENANT_BYTES])
+def test_a_header_comes_back_whole(parent: bytes, tenant: str) -> None:
+    header = dataclasses.replace(HEADER, parent=parent, tenant=tenant)
+    assert decode_header(memoryview(bytearray(page_of(header, 9)))) == (header, 9)
+
+
+def test_any_byte_changed_is_a_corrupt_block() -> None:
+    page = page_of(HEADER)
+    assert len(page) == HEADER_BYTES
+    for position in range(HEADER_BYTES):
+        for flipped in (1 << position % 8, 0xFF):
+            spoilt = bytearray(page)
+            spoilt[position] ^= flipped
+            with pytest.raises(CorruptBlock):
+                check_header(memoryview(spoilt), HEADER)
+
+
+def test_a_used_page_leaves_nothing_in_the_next_header() -> None:
+    scratch = Scratch()
+    scratch.header[:] = b"\xff" * HEADER_BYTES
+    encode_header(scratch.header, HEADER, 7)
+    assert bytes(scratch.header) == page_of(HEADER)
+
+
+def test_a_name_too_long_for_the_header_is_refused() -> None:
+    with pytest.raises(BadRequest):
+        page_of(dataclasses.replace(HEADER, tenant="x" * (MAX_TENANT_BYTES + 1)))
+
+
+@pytest.mark.parametrize("length", [1, 4095, 4096, 4097, 3 * 4096 + 5])
+def test_padding_is_zeros_and_every_piece_is_whole_pages(length: int) -> None:
+    scratch = Scratch()
+    scratch.tail[:] = b"\xff" * ALIGNMENT
+    payload = memoryview(bytearray(b"s" * (length + 100)))
+    scratch.fill_tail(payload, length)
+    pieces = scratch.buffers(payload, length)
+    assert all(len(piece) % ALIGNMENT == 0 for piece in pieces)
+    stored = b"".join(pieces)[HEADER_BYTES:]
+    assert stored == b"s" * length + bytes(-length % ALIGNMENT)
