@@ -53,7 +53,7 @@ _HOME = {
 }
 
 __version__ = "0.1.0"
-__all__ = sorted(_HOME)  # noqa: PLE0605
+__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> object:
@@ -61,9 +61,7 @@ def __getattr__(name: str) -> object:
     if home is None:
         raise AttributeError(f"module 'kvstore' has no attribute {name!r}")
     value: object = (
-        import_module("kvstore.errors")
-        if name == "errors"
-        else getattr(import_module(home), name)
+        import_module("kvstore.errors") if name == "errors" else getattr(import_module(home), name)
     )
     globals()[name] = value
     return value

@@ -49,16 +49,15 @@ class AsyncClient:
         self._transport: AsyncTransport | None = None
 
     async def connect(self) -> None:
-        """Find the server now. Raises `Unavailable`."""
-        budget = Budget(self._core.timeout_s)
+        """Find the server now. Raises `Unavailable`; may be tried again."""
+        await self._run(connecting.current_link(self._core, Budget(self._core.timeout_s)))
+
+    async def __aenter__(self) -> Self:
         try:
-            await self._run(connecting.current_link(self._core, budget))
+            await self.connect()
         except BaseException:
             await self.close()
             raise
-
-    async def __aenter__(self) -> Self:
-        await self.connect()
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
@@ -257,7 +256,7 @@ class AsyncClient:
             while True:
                 try:
                     result = await self._perform(step)
-                except BaseException as error:
+                except BaseException as error:  # noqa: BLE001 - it goes into the flow
                     # Cancellation too: the flow has things to give back.
                     step = flow.throw(error)
                 else:

@@ -256,7 +256,7 @@ class Client:
             while True:
                 try:
                     result = self._perform(step)
-                except BaseException as error:
+                except BaseException as error:  # noqa: BLE001 - it goes into the flow
                     # Interrupts too: the flow has things to give back.
                     step = flow.throw(error)
                 else:

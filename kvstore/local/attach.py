@@ -19,6 +19,7 @@ half of the conversation (`Attachment`).
 
 from __future__ import annotations
 
+import array
 import json
 import os
 import select
@@ -26,6 +27,7 @@ import socket
 import threading
 import time
 import weakref
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from kvstore.errors import (
@@ -46,6 +48,8 @@ ATTACH_SUFFIX = ".attach"
 
 _MAX_U64 = (1 << 64) - 1
 _CONNECT_RETRY_S = 0.01
+# Room for two, so that a surplus descriptor is seen and closed.
+_DESCRIPTOR_SPACE = socket.CMSG_SPACE(2 * array.array("i").itemsize)
 
 
 class AttachRequest(NamedTuple):
@@ -301,15 +305,19 @@ def _receive(connection: socket.socket, deadline: float) -> tuple[bytes, list[in
     """One datagram and the descriptors that came with it, which the caller owns."""
     connection.settimeout(_remaining(deadline))
     try:
-        # Two descriptors are asked for so that a surplus one is seen and closed
-        # rather than silently kept by the kernel.
-        datagram, descriptors, flags, _ = socket.recv_fds(
-            connection, MAX_DATAGRAM_BYTES, 2, socket.MSG_CMSG_CLOEXEC
+        # Not `socket.recv_fds`, which drops its flags: the descriptors would be
+        # inherited by every child.
+        datagram, ancillary, flags, _ = connection.recvmsg(
+            MAX_DATAGRAM_BYTES, _DESCRIPTOR_SPACE, socket.MSG_CMSG_CLOEXEC
         )
     except TimeoutError as error:
         raise Unavailable("the attach socket did not answer in time") from error
     except OSError as error:
         raise Unavailable(f"the attach connection is lost: {error}") from error
+    descriptors = array.array("i")
+    for level, kind, data in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            descriptors.frombytes(data[: len(data) - len(data) % descriptors.itemsize])
     if not datagram:
         _close_all(descriptors)
         raise Unavailable("the server closed the attach connection")
@@ -326,7 +334,7 @@ def _remaining(deadline: float) -> float:
     return left
 
 
-def _close_all(descriptors: list[int]) -> None:
+def _close_all(descriptors: Iterable[int]) -> None:
     for descriptor in descriptors:
         os.close(descriptor)
 
