@@ -490,3 +490,29 @@ def test_a_block_found_in_two_places_is_recovered_once(tmp_path: Path) -> None:
     third = open_tier(tmp_path)
     assert len(recovered(third)) == 1
     third.close()
+
+
+def test_a_closed_extent_takes_its_own_blocks_out_of_the_index_and_no_others(
+    tmp_path: Path,
+) -> None:
+    tier = open_tier(tmp_path)
+    headers = fill(tier, 3)
+    tier.sync()
+    tier.close_extent(1)
+    tier.sync()
+    size = tier.slot_bytes(BLOCK_BYTES)
+    assert sorted(tier._index.extents()) == [0, 2]
+    kept = {a: h for a, h in headers.items() if a // EXTENT_BYTES != 1}
+    assert dict(tier._index.records()) == kept
+
+    # Opened again before the removal is on disk: only the new block is there.
+    tier.close_extent(2)
+    tier.open_extent(2, size)
+    new = put(tier, 2 * EXTENT_BYTES, 1)
+    tier.close()
+    again = open_tier(tmp_path)
+    assert recovered(again) == {
+        **{a: h for a, h in kept.items() if a < EXTENT_BYTES},
+        2 * EXTENT_BYTES: new,
+    }
+    again.close()
