@@ -499,7 +499,7 @@ def store_config(config: Config, machine: Machine | None = None) -> StoreConfig:
         )
     return StoreConfig(
         dram_capacity_bytes=dram // extent * extent,
-        nvme_capacity_bytes=nvme // nvme_extent * nvme_extent,
+        nvme_capacity_bytes=nvme,
         extent_bytes=extent,
         nvme_extent_bytes=nvme_extent,
         lease_ms=config.server.lease_ms,

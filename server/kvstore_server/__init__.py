@@ -1,0 +1,1 @@
+"""The server: gRPC, the attach socket and the admin port over one `kvstore.store.Store`."""

@@ -1,0 +1,63 @@
+"""How the small commands reach a server: one gRPC channel, one call at a time.
+
+They are not clients of the cache: they need no session, no shared memory and no
+reconnecting, only an answer or a clear reason why there is none.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from kvstore.config import load_config
+from kvstore.errors import WIRE_ERRORS, KVStoreError, Unavailable
+from kvstore.wire.v1.kvstore_pb2_grpc import KVStoreStub
+
+CALL_TIMEOUT_S = 10.0
+
+
+def add_endpoint_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--endpoint",
+        metavar="WHERE",
+        help="unix:///path, a path, or HOST:PORT; default: where `kvstore serve` listens",
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="the server's TOML file")
+
+
+def endpoint_of(args: argparse.Namespace) -> str:
+    """Raises `ConfigError`."""
+    return args.endpoint or load_config(args.config).server.socket
+
+
+def socket_of(endpoint: str) -> Path | None:
+    """The Unix socket's path; None for an endpoint over TCP."""
+    path = endpoint.removeprefix("unix://").removeprefix("unix:")
+    return Path(path) if path.startswith("/") else None
+
+
+@contextmanager
+def calling(endpoint: str) -> Iterator[KVStoreStub]:
+    """A stub for `endpoint`. Errors of calls made with it come out typed."""
+    path = socket_of(endpoint)
+    target = endpoint if path is None else f"unix:{path}"
+    with grpc.insecure_channel(target) as channel:
+        try:
+            yield KVStoreStub(channel)  # type: ignore[no-untyped-call]
+        except grpc.RpcError as error:
+            raise _typed(error, endpoint) from error
+
+
+def _typed(error: grpc.RpcError, endpoint: str) -> KVStoreError:
+    trailing: Any = error.trailing_metadata() or ()
+    code = dict(trailing).get("kvstore-error")
+    if code in WIRE_ERRORS:
+        return WIRE_ERRORS[code](error.details() or code)
+    if error.code() is grpc.StatusCode.UNAVAILABLE:
+        return Unavailable(f"no server answers at {endpoint}")
+    return Unavailable(f"{endpoint}: {error.code().name.lower()}: {error.details()}")

@@ -1,0 +1,108 @@
+"""Finds the subcommand, runs it, and turns its errors into one line and a code."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple, NoReturn, Protocol
+
+from kvstore.errors import ConfigError, KVStoreError, Unavailable
+
+
+class Command(NamedTuple):
+    """A subcommand: the module that has it, and its line in `kvstore --help`."""
+
+    module: str
+    summary: str
+
+
+COMMANDS: dict[str, Command] = {
+    "serve": Command("kvstore.cli.serve", "run the server"),
+    "check-config": Command("kvstore.cli.check_config", "print the effective configuration"),
+    "status": Command("kvstore.cli.status", "show what a running server holds and does"),
+    "flush": Command("kvstore.cli.flush", "write what is only in DRAM to NVMe"),
+    "clear": Command("kvstore.cli.clear", "forget every block of the caller's tenant"),
+    "bench": Command("kvstore.cli.bench", "measure this machine and the store on it"),
+    "demo": Command("kvstore.cli.demo", "run a small model with and without the store"),
+}
+
+
+class Subparsers(Protocol):
+    """What `argparse.ArgumentParser.add_subparsers` returns, as far as it is used."""
+
+    def add_parser(self, name: str, **kwargs: Any) -> argparse.ArgumentParser: ...
+
+
+class CommandModule(Protocol):
+    def add_parser(self, subparsers: Subparsers) -> argparse.ArgumentParser: ...
+    def run(self, args: argparse.Namespace) -> int: ...
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse without abbreviations, that names the nearest flag of a wrong one."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("allow_abbrev", False)
+        super().__init__(*args, **kwargs)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flag = unknown[0].partition("=")[0]
+            near = difflib.get_close_matches(flag, self._all_flags(), n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            self.error(f"unknown argument {flag}{hint}")
+        return parsed
+
+    def _all_flags(self) -> list[str]:
+        flags: list[str] = []
+        for action in self._actions:
+            flags += action.option_strings
+            if isinstance(action, argparse._SubParsersAction):
+                for parser in action.choices.values():
+                    flags += [f for a in parser._actions for f in a.option_strings]
+        return flags
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    name = next((word for word in argv if not word.startswith("-")), None)
+    if name not in COMMANDS:
+        _usage(argv, name)
+    module: CommandModule = importlib.import_module(COMMANDS[name].module)
+    parser = Parser(prog="kvstore")
+    subparsers = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+    module.add_parser(subparsers)
+    args = parser.parse_args(argv)
+    try:
+        return module.run(args)
+    except KVStoreError as error:
+        print(f"kvstore: {error}", file=sys.stderr)
+        return _exit_code(error)
+    except KeyboardInterrupt:
+        return 130
+
+
+def _exit_code(error: KVStoreError) -> int:
+    if isinstance(error, ConfigError):
+        return os.EX_CONFIG
+    return os.EX_UNAVAILABLE if isinstance(error, Unavailable) else 1
+
+
+def _usage(argv: Sequence[str], name: str | None) -> NoReturn:
+    """Answer a command line without a known command, and exit."""
+    parser = Parser(prog="kvstore", description="A tiered store for the KV cache of LLMs.")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for command, (_, summary) in COMMANDS.items():
+        subparsers.add_parser(command, help=summary)
+    if name is not None:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        parser.error(f"unknown command {name}{hint}")
+    parser.parse_args(list(argv) or ["--help"])
+    parser.error("a command is needed")

@@ -1,0 +1,62 @@
+"""`kvstore serve`, and `python -m kvstore_server`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from kvstore.cli.main import COMMANDS, Parser, Subparsers
+from kvstore.config import KEYS, Config, load_config
+from kvstore.errors import ConfigError
+
+
+def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
+    parser = subparsers.add_parser("serve", help=COMMANDS["serve"].summary)
+    add_config_arguments(parser)
+    return parser
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--config`, and a flag for every key of the configuration."""
+    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file (KVSTORE_CONFIG)")
+    for key in KEYS.values():
+        parser.add_argument(
+            key.flag,
+            dest=key.name,
+            metavar=key.name.rpartition(".")[2].upper(),
+            help=f"{key.description} Default: {key.default!r}.".replace("%", "%%"),
+        )
+
+
+def config_from(args: argparse.Namespace) -> Config:
+    """Raises `ConfigError`."""
+    given = vars(args)
+    flags = {name: given[name] for name in KEYS if given.get(name) is not None}
+    return load_config(args.config, flags=flags)
+
+
+def run(args: argparse.Namespace) -> int:
+    config = config_from(args)
+    try:
+        from kvstore_server.run import run as run_server
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"the server's packages are not installed ({error.name} is missing); "
+            "install tiered-kvstore[server]"
+        ) from error
+    return run_server(config)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Without the word `serve`, for `python -m kvstore_server`."""
+    parser = Parser(prog="kvstore_server", description="Run the KV-cache store's server.")
+    add_config_arguments(parser)
+    args = parser.parse_args(argv)
+    try:
+        return run(args)
+    except ConfigError as error:
+        print(f"kvstore: {error}", file=sys.stderr)
+        return os.EX_CONFIG

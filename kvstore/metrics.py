@@ -1,0 +1,210 @@
+"""What the server tells Prometheus.
+
+Two kinds of figures. Events (a transfer, an eviction, a refused call) are counted
+as they happen. Levels and the store's own counters are read from `Store.stats()`
+when somebody scrapes, so they cost the hot path nothing and cannot disagree with
+what `GetStats` answers.
+
+Labels come from closed sets: tiers, classes, error names, method names. Never a
+key, a session, a tenant or anything else that a caller can make up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from kvstore.errors import WIRE_ERRORS
+from kvstore.types import StoreStats, Tier
+
+if TYPE_CHECKING:
+    from prometheus_client.core import Metric
+
+LATENCY_BUCKETS_S = (
+    10e-6, 25e-6, 50e-6, 100e-6, 250e-6, 500e-6, 1e-3, 2.5e-3, 5e-3,
+    10e-3, 25e-3, 50e-3, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
+)  # fmt: skip
+
+
+class Metrics:
+    """The server's metrics, in a registry of their own. Implements `StoreObserver`."""
+
+    def __init__(self, registry: CollectorRegistry, *, version: str) -> None:
+        self.registry = registry
+        ProcessCollector(registry=registry)
+        build = Gauge(
+            "kvstore_build_info", "Always 1; the version is a label.", ["version"],
+            registry=registry,
+        )  # fmt: skip
+        build.labels(version).set(1)
+        self._ready = Gauge(
+            "kvstore_ready", "1 while the server takes calls, as /readyz.", registry=registry
+        )
+        self._add_store_metrics(registry)
+        self._add_call_metrics(registry)
+
+    def _add_store_metrics(self, registry: CollectorRegistry) -> None:
+        moved = ["src", "dst", "class"]
+        self._transfer_bytes = Counter(
+            "kvstore_transfer_bytes_total", "Bytes moved between tiers.", moved, registry=registry
+        )
+        self._transfer_seconds = Histogram(
+            "kvstore_transfer_seconds", "Time of one transfer between tiers.", moved,
+            buckets=LATENCY_BUCKETS_S, registry=registry,
+        )  # fmt: skip
+        self._evictions = Counter(
+            "kvstore_evictions_total", "Blocks dropped from a tier.", ["tier", "reason"],
+            registry=registry,
+        )  # fmt: skip
+        self._corrupt = Counter(
+            "kvstore_corrupt_blocks_total", "Blocks found damaged and dropped.", ["tier"],
+            registry=registry,
+        )  # fmt: skip
+        self._io_errors = Counter(
+            "kvstore_io_errors_total", "Failed operations of a tier.", ["op", "errno"],
+            registry=registry,
+        )  # fmt: skip
+        self._tiers_off = Counter(
+            "kvstore_tier_failures_total", "Times a tier was switched off.", ["tier"],
+            registry=registry,
+        )  # fmt: skip
+        # A series that is there from the start can be alerted on: its first
+        # increase is one.
+        for tier in Tier:
+            self._corrupt.labels(tier.label)
+            self._tiers_off.labels(tier.label)
+
+    def _add_call_metrics(self, registry: CollectorRegistry) -> None:
+        self._call_seconds = Histogram(
+            "kvstore_call_seconds", "Time of a finished call, waiting included.", ["method"],
+            buckets=LATENCY_BUCKETS_S, registry=registry,
+        )  # fmt: skip
+        self._rejected = Counter(
+            "kvstore_rejected_total", "Calls answered with an error, by its name.", ["reason"],
+            registry=registry,
+        )  # fmt: skip
+        for code in WIRE_ERRORS:
+            self._rejected.labels(code)
+        self._unexpected = Counter(
+            "kvstore_unexpected_errors_total", "Faults of the server itself, each in the log.",
+            ["where"], registry=registry,
+        )  # fmt: skip
+        for where in ("call", "attach", "admin"):
+            self._unexpected.labels(where)
+        self._remote = Counter(
+            "kvstore_remote_bytes_total", "Bytes of blocks sent by Read and taken by Write.",
+            ["direction"], registry=registry,
+        )  # fmt: skip
+        self._read_bytes = self._remote.labels("read")
+        self._write_bytes = self._remote.labels("write")
+
+    # StoreObserver
+
+    def transfer_done(self, src: str, dst: str, kind: str, nbytes: int, seconds: float) -> None:
+        self._transfer_bytes.labels(src, dst, kind).inc(nbytes)
+        self._transfer_seconds.labels(src, dst, kind).observe(seconds)
+
+    def evicted(self, tier: str, reason: str, blocks: int) -> None:
+        self._evictions.labels(tier, reason).inc(blocks)
+
+    def io_error(self, op: str, errno_name: str) -> None:
+        self._io_errors.labels(op, errno_name).inc()
+
+    def corrupt(self, tier: str) -> None:
+        self._corrupt.labels(tier).inc()
+
+    def tier_off(self, tier: str) -> None:
+        self._tiers_off.labels(tier).inc()
+
+    # The server's own events
+
+    def call_done(self, method: str, seconds: float) -> None:
+        self._call_seconds.labels(method).observe(seconds)
+
+    def rejected(self, code: str) -> None:
+        """`code`: a name of the wire's `ErrorCode`."""
+        self._rejected.labels(code).inc()
+
+    def unexpected(self, where: str) -> None:
+        self._unexpected.labels(where).inc()
+
+    def bytes_read(self, nbytes: int) -> None:
+        self._read_bytes.inc(nbytes)
+
+    def bytes_written(self, nbytes: int) -> None:
+        self._write_bytes.inc(nbytes)
+
+    def set_ready(self, ready: bool) -> None:
+        self._ready.set(1 if ready else 0)
+
+    def watch_store(
+        self, stats: Callable[[], StoreStats], stalled_seconds: Callable[[], float]
+    ) -> None:
+        """Read the store's figures at every scrape from now on."""
+        self.registry.register(StoreCollector(stats, stalled_seconds))
+
+
+class StoreCollector(Collector):
+    """`Store.stats()` as metrics, read when scraped."""
+
+    def __init__(
+        self, stats: Callable[[], StoreStats], stalled_seconds: Callable[[], float]
+    ) -> None:
+        self._stats = stats
+        self._stalled_seconds = stalled_seconds
+
+    def collect(self) -> Iterable[Metric]:
+        stats = self._stats()
+        yield _gauge("kvstore_uptime_seconds", "Since the store started.", stats.uptime_seconds)
+        yield _gauge(
+            "kvstore_housekeeping_age_seconds",
+            "Since the store's housekeeping last finished; what /livez judges.",
+            self._stalled_seconds(),
+        )
+        yield _gauge("kvstore_sessions", "Open sessions.", stats.sessions)
+        yield _gauge("kvstore_leases", "Leases held.", stats.leases)
+        yield _gauge("kvstore_reservations", "Reservations held.", stats.reservations)
+        yield from _lookups(stats)
+        committed = CounterMetricFamily(
+            "kvstore_committed_blocks", "Blocks committed by clients.", stats.committed_blocks
+        )
+        yield committed
+        yield from _tiers(stats)
+
+
+def _gauge(name: str, help_text: str, value: float) -> Metric:
+    return GaugeMetricFamily(name, help_text, value)
+
+
+def _lookups(stats: StoreStats) -> Iterable[Metric]:
+    family = CounterMetricFamily(
+        "kvstore_lookups",
+        "Positions of chains asked for in acquires, by where they were found.",
+        labels=["tier", "result"],
+    )
+    family.add_metric([Tier.DRAM.label, "hit"], stats.acquired_hits_dram)
+    family.add_metric([Tier.NVME.label, "hit"], stats.acquired_hits - stats.acquired_hits_dram)
+    family.add_metric(["none", "miss"], stats.acquired_positions - stats.acquired_hits)
+    yield family
+
+
+def _tiers(stats: StoreStats) -> Iterable[Metric]:
+    capacity = GaugeMetricFamily(
+        "kvstore_tier_capacity_bytes", "The most a tier may hold.", labels=["tier"]
+    )
+    used = GaugeMetricFamily("kvstore_tier_used_bytes", "What a tier holds.", labels=["tier"])
+    blocks = GaugeMetricFamily("kvstore_tier_blocks", "Blocks in a tier.", labels=["tier"])
+    healthy = GaugeMetricFamily(
+        "kvstore_tier_healthy", "0 once a fault switched the tier off.", labels=["tier"]
+    )
+    for tier in stats.tiers:
+        label = [tier.tier.label]
+        capacity.add_metric(label, tier.capacity_bytes)
+        used.add_metric(label, tier.used_bytes)
+        blocks.add_metric(label, tier.blocks)
+        healthy.add_metric(label, 1 if tier.healthy else 0)
+    yield from (capacity, used, blocks, healthy)

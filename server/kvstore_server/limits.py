@@ -1,0 +1,39 @@
+"""Bounds of what one caller may ask of the server at once."""
+
+from __future__ import annotations
+
+MAX_MESSAGE_BYTES = 16 << 20
+MAX_CHUNK_BYTES = 1 << 20
+"""Of a block's bytes in one message of Read or Write."""
+
+MAX_CHAINS = 1024
+"""In one call."""
+MAX_LAYOUTS = 256
+"""Named by one chain."""
+MAX_KEYS = 65536
+"""In one call: keys over all chains, counted once for each layout of their chain;
+or entries, lease ids, indices."""
+
+MAX_WAIT_MS = 60_000
+MAX_METADATA_BYTES = 16 << 10
+
+MAX_STREAMS = 256
+"""Calls at a time on one connection."""
+SPARE_CALLS = 512
+"""Calls at a time over all connections, beyond one stream a session."""
+
+KEEPALIVE_MS = 10_000
+KEEPALIVE_TIMEOUT_MS = 5_000
+MIN_CLIENT_PING_MS = 5_000
+
+ATTACH_TIMEOUT_S = 5.0
+"""How long a connection to the attach socket may stay silent before it attaches."""
+SPARE_CONNECTIONS = 64
+"""Connections to the attach socket that are not sessions (yet)."""
+
+ADMIN_CONNECTIONS = 32
+ADMIN_REQUEST_BYTES = 8 << 10
+ADMIN_TIMEOUT_S = 5.0
+
+STALLED_AFTER_S = 5.0
+"""Housekeeping runs every 100 ms; without one for this long the server is not live."""

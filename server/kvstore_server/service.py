@@ -1,0 +1,373 @@
+"""The KVStore service: each RPC checked at the edge, then handed to the store.
+
+Nothing is decided here but who is calling and whether a request is within bounds.
+Handlers run on the store's own loop, so they call it directly.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+
+from kvstore.errors import (
+    BadKey,
+    BadRequest,
+    BadSize,
+    Draining,
+    NoSession,
+    TooLarge,
+)
+from kvstore.metrics import Metrics
+from kvstore.store import Session, Store
+from kvstore.types import KEY_BYTES, ChainQuery, LayoutSpec
+from kvstore.wire.v1 import kvstore_pb2 as pb
+from kvstore_server import limits
+from kvstore_server.calls import SERVICE_NAME, Calls, Context
+from kvstore_server.framing import frame_read, parse_write
+from kvstore_server.principals import Principals, TcpPeer
+
+SESSION_METADATA = "kvstore-session-bin"
+
+
+@dataclass(frozen=True, slots=True)
+class ServerInfo:
+    """What `GetServerInfo` says besides what the store knows."""
+
+    version: str
+    attach_path: str
+    lease_ms: int
+    reservation_ms: int
+
+
+class KVStoreService:
+    """The handlers of one server."""
+
+    def __init__(
+        self, store: Store, principals: Principals, metrics: Metrics, info: ServerInfo
+    ) -> None:
+        self.calls = Calls(metrics)
+        self._store = store
+        self._principals = principals
+        self._metrics = metrics
+        self._info = info
+        self._ending = asyncio.Event()
+
+    def handlers(self) -> grpc.GenericRpcHandler[Any, Any]:
+        """Every method of the .proto; one without a handler here fails at start."""
+        codecs: dict[str, dict[str, Any]] = {
+            "Read": {"response_serializer": None},
+            "Write": {"request_deserializer": None},
+        }
+        handlers = {}
+        for method in pb.DESCRIPTOR.services_by_name["KVStore"].methods:
+            behaviour = getattr(self, _snake(method.name))
+            codec = codecs.get(method.name, {})
+            handlers[method.name] = self.calls.handler_for(method, behaviour, **codec)
+        return grpc.method_handlers_generic_handler(SERVICE_NAME, handlers)
+
+    def end_sessions(self) -> None:
+        """End the streams that keep remote sessions open."""
+        self._ending.set()
+
+    # Who is calling
+
+    def _session(self, context: Context) -> Session:
+        session = self._session_or_none(context)
+        if session is None:
+            raise NoSession(f"this call needs a session, as {SESSION_METADATA} metadata")
+        return session
+
+    def _session_or_none(self, context: Context) -> Session | None:
+        for name, value in context.invocation_metadata() or ():
+            if name == SESSION_METADATA and isinstance(value, bytes):
+                session = self._store.session(value)
+                if session.local and isinstance(self._peer(context), TcpPeer):
+                    # Its owner is a process of this host, known to the kernel.
+                    # Whoever shows the id from elsewhere is not.
+                    raise NoSession("no such session; attach again")
+                return session
+        return None
+
+    def _tenant(self, context: Context) -> str:
+        session = self._session_or_none(context)
+        if session is not None:
+            return session.tenant
+        return self._principals.tenant_of(self._peer(context))
+
+    def _peer(self, context: Context) -> Any:
+        return self._principals.of_peer(context.peer())
+
+    # Sessions and layouts
+
+    def get_server_info(
+        self, request: pb.GetServerInfoRequest, context: Context
+    ) -> pb.GetServerInfoResponse:
+        # Answered on the Unix socket before anybody has said who they are: it is
+        # how a client learns where to attach.
+        peer = self._peer(context)
+        remote = isinstance(peer, TcpPeer)
+        if remote:
+            self._principals.tenant_of(peer)
+        return pb.GetServerInfoResponse(
+            version=self._info.version,
+            epoch=self._store.epoch,
+            attach_path="" if remote else self._info.attach_path,
+            max_block_bytes=self._store.extent_bytes,
+            max_keys=limits.MAX_KEYS,
+            lease_ms=self._info.lease_ms,
+            reservation_ms=self._info.reservation_ms,
+        )
+
+    async def open_session(self, request: pb.OpenSessionRequest, context: Context) -> None:
+        async with self.calls.translating("OpenSession", context):
+            tenant = self._principals.tenant_of(self._peer(context))
+            session = self._store.open_session(tenant, local=False)
+            try:
+                await context.write(pb.OpenSessionResponse(session=session.id))
+                await self._ending.wait()
+                raise Draining("the server is shutting down")
+            finally:
+                self._store.close_session(session)
+
+    def register_layout(
+        self, request: pb.RegisterLayoutRequest, context: Context
+    ) -> pb.RegisterLayoutResponse:
+        wanted = request.layout
+        spec = LayoutSpec(
+            model=wanted.model,
+            revision=wanted.revision,
+            dtype=wanted.dtype,
+            kv_layout=wanted.kv_layout,
+            block_tokens=wanted.block_tokens,
+            block_bytes=wanted.block_bytes,
+            rank=wanted.rank,
+            world=wanted.world or 1,
+            group=wanted.group,
+            backend=wanted.backend,
+        )
+        layout_id = self._store.register_layout(self._tenant(context), spec)
+        return pb.RegisterLayoutResponse(layout_id=layout_id)
+
+    # Chains
+
+    def lookup(self, request: pb.LookupRequest, context: Context) -> pb.LookupResponse:
+        found = self._store.lookup(self._tenant(context), _chains(request.chains))
+        return pb.LookupResponse(
+            chains=[pb.ChainPresence(held=p.held, in_dram=p.in_dram) for p in found]
+        )
+
+    async def acquire(self, request: pb.AcquireRequest, context: Context) -> pb.AcquireResponse:
+        grants = await self._store.acquire(
+            self._session(context), _chains(request.chains), _wait_ms(request.wait_ms)
+        )
+        return pb.AcquireResponse(
+            leases=[
+                pb.Lease(
+                    lease_id=grant.lease_id,
+                    held=grant.held,
+                    addresses=grant.addresses,
+                    checksums=grant.checksums,
+                    expires_ns=grant.expires_ns,
+                    from_dram=grant.from_dram,
+                )
+                for grant in grants
+            ]
+        )
+
+    def renew(self, request: pb.RenewRequest, context: Context) -> pb.RenewResponse:
+        _check_count(len(request.lease_ids))
+        expires_ns = self._store.renew(self._session(context), request.lease_ids)
+        return pb.RenewResponse(expires_ns=expires_ns)
+
+    def release(self, request: pb.ReleaseRequest, context: Context) -> pb.ReleaseResponse:
+        _check_count(len(request.lease_ids))
+        self._store.release(self._session(context), request.lease_ids)
+        return pb.ReleaseResponse()
+
+    def prefetch(self, request: pb.PrefetchRequest, context: Context) -> pb.PrefetchResponse:
+        started = self._store.prefetch(self._tenant(context), _chains(request.chains))
+        return pb.PrefetchResponse(started=started)
+
+    # Writing
+
+    async def reserve(self, request: pb.ReserveRequest, context: Context) -> pb.ReserveResponse:
+        _check_count(len(request.entries))
+        _check_keys([entry.key for entry in request.entries])
+        _check_keys([entry.parent for entry in request.entries if entry.parent])
+        grant = await self._store.reserve(
+            self._session(context),
+            request.layout_id,
+            [(entry.key, entry.parent) for entry in request.entries],
+            _wait_ms(request.wait_ms),
+        )
+        return pb.ReserveResponse(
+            reservation_id=grant.reservation_id,
+            results=[
+                pb.ReserveResult(
+                    outcome=_enum(result.outcome),
+                    address=result.address,
+                    checksum=result.checksum,
+                )
+                for result in grant.results
+            ],
+            expires_ns=grant.expires_ns,
+        )
+
+    def commit(self, request: pb.CommitRequest, context: Context) -> pb.CommitResponse:
+        _check_count(len(request.indices))
+        self._store.commit(
+            self._session(context), request.reservation_id, request.indices, request.checksums
+        )
+        return pb.CommitResponse()
+
+    def abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:
+        self._store.abort(self._session(context), request.reservation_id)
+        return pb.AbortResponse()
+
+    # Bytes
+
+    async def read(self, request: pb.ReadRequest, context: Context) -> None:
+        async with self.calls.answering("Read", context):
+            session = self._session(context)
+            _check_count(len(request.indices))
+            for index in request.indices or range(_blocks_of(session, request.lease_id)):
+                await self._send_block(session, request.lease_id, index, context)
+
+    async def _send_block(
+        self, session: Session, lease_id: int, index: int, context: Context
+    ) -> None:
+        offset = 0
+        while True:
+            # Asked for anew for each piece: between two of them the lease may have
+            # ended and the slot been given to another block.
+            block = self._store.lease_view(session, lease_id, index)
+            piece = block[offset : offset + limits.MAX_CHUNK_BYTES]
+            framed = frame_read(piece)
+            offset += len(piece)
+            self._metrics.bytes_read(len(piece))
+            await context.write(framed)
+            if offset >= len(block):
+                return
+
+    async def write(self, messages: AsyncIterator[bytes], context: Context) -> pb.WriteResponse:
+        session = self._session(context)
+        reservation_id: int | None = None
+        current: int | None = None
+        offset = length = 0
+        async for message in messages:
+            chunk = parse_write(message)
+            if reservation_id is None:
+                reservation_id = chunk.reservation_id
+            elif chunk.reservation_id not in (0, reservation_id):
+                raise BadRequest("one Write writes into one reservation")
+            if len(chunk.data) > limits.MAX_CHUNK_BYTES:
+                raise BadSize(f"a message carries at most {limits.MAX_CHUNK_BYTES} bytes of data")
+            if chunk.index != current:
+                _check_whole(current, offset, length)
+                current, offset = chunk.index, 0
+            # Asked for anew for each piece, as in `_send_block`.
+            slot = self._store.reservation_view(session, reservation_id, chunk.index)
+            length = len(slot)
+            if offset + len(chunk.data) > length:
+                raise BadSize(f"more than the {length} bytes of a block for entry {chunk.index}")
+            slot[offset : offset + len(chunk.data)] = chunk.data
+            offset += len(chunk.data)
+            self._metrics.bytes_written(len(chunk.data))
+        _check_whole(current, offset, length)
+        return pb.WriteResponse()
+
+    # Administration
+
+    def get_stats(self, request: pb.GetStatsRequest, context: Context) -> pb.GetStatsResponse:
+        stats = self._store.stats(self._tenant(context))
+        return pb.GetStatsResponse(
+            uptime_seconds=stats.uptime_seconds,
+            tiers=[
+                pb.TierStats(
+                    tier=_enum(tier.tier),
+                    capacity_bytes=tier.capacity_bytes,
+                    used_bytes=tier.used_bytes,
+                    blocks=tier.blocks,
+                    evictions=tier.evictions,
+                    bytes_in=tier.bytes_in,
+                    bytes_out=tier.bytes_out,
+                    healthy=tier.healthy,
+                )
+                for tier in stats.tiers
+            ],
+            sessions=stats.sessions,
+            leases=stats.leases,
+            reservations=stats.reservations,
+            acquired_positions=stats.acquired_positions,
+            acquired_hits=stats.acquired_hits,
+            acquired_hits_dram=stats.acquired_hits_dram,
+            committed_blocks=stats.committed_blocks,
+            corrupt_blocks=stats.corrupt_blocks,
+            tenant_blocks=stats.tenant_blocks,
+        )
+
+    def clear(self, request: pb.ClearRequest, context: Context) -> pb.ClearResponse:
+        return pb.ClearResponse(blocks=self._store.clear(self._tenant(context)))
+
+    async def flush(self, request: pb.FlushRequest, context: Context) -> pb.FlushResponse:
+        return pb.FlushResponse(
+            written=await self._store.flush(self._tenant(context), request.drop)
+        )
+
+
+def _enum(value: int) -> Any:
+    """A value of one of our enums as the .proto's enum of the same values. The
+    stubs want the generated class there, which at run time is not one."""
+    return int(value)
+
+
+def _blocks_of(session: Session, lease_id: int) -> int:
+    """Blocks of a lease; 1 for a lease that is not there, whose first block will
+    then be refused with the right error."""
+    lease = session.leases.get(lease_id)
+    return 1 if lease is None else len(lease.replicas)
+
+
+def _snake(name: str) -> str:
+    return "".join(f"_{c.lower()}" if c.isupper() else c for c in name).lstrip("_")
+
+
+def _chains(chains: Sequence[pb.Chain]) -> list[ChainQuery]:
+    """The chains of a request, once they are within bounds."""
+    if len(chains) > limits.MAX_CHAINS:
+        raise TooLarge(f"{len(chains)} chains in one call; at most {limits.MAX_CHAINS}")
+    _check_count(sum(len(chain.keys) * len(chain.layout_ids) for chain in chains))
+    queries = []
+    for chain in chains:
+        if not 1 <= len(chain.layout_ids) <= limits.MAX_LAYOUTS:
+            raise BadRequest(f"a chain names 1 to {limits.MAX_LAYOUTS} layouts")
+        _check_count(len(chain.keys))
+        _check_keys(chain.keys)
+        queries.append(ChainQuery(chain.layout_ids, chain.keys))
+    return queries
+
+
+def _check_keys(keys: Sequence[bytes]) -> None:
+    for length in set(map(len, keys)):
+        if length != KEY_BYTES:
+            raise BadKey(f"a key is {KEY_BYTES} bytes, not {length}")
+
+
+def _check_count(count: int) -> None:
+    if count > limits.MAX_KEYS:
+        raise TooLarge(f"{count} items in one call; at most {limits.MAX_KEYS}")
+
+
+def _wait_ms(wait_ms: int) -> int:
+    if wait_ms > limits.MAX_WAIT_MS:
+        raise BadRequest(f"wait_ms is at most {limits.MAX_WAIT_MS}")
+    return wait_ms
+
+
+def _check_whole(index: int | None, offset: int, length: int) -> None:
+    if index is not None and offset != length:
+        raise BadSize(f"entry {index} got {offset} of its {length} bytes")
