@@ -45,7 +45,6 @@ from kvstore.errors import (
     BadRequest,
     CorruptBlock,
     Draining,
-    KVStoreError,
     TierError,
     TierFailed,
     TierFull,
@@ -521,7 +520,7 @@ class Store:
 
         try:
             await self._in_thread(strike)
-        except TierError as error:
+        except TierFailed as error:
             self._tier_failed(error, "forget")
         self._unsynced = True
         for replica in replicas:
@@ -536,7 +535,9 @@ class Store:
             await self._in_thread(
                 partial(nvme.remember_layout, layout.tenant, layout.layout_id, spec)
             )
-        except TierError as error:
+        except TierFull as error:
+            log.warning("a layout cannot be kept across restarts: %s", error)
+        except TierFailed as error:
             self._tier_failed(error, "index")
         self._unsynced = True
 
@@ -577,14 +578,13 @@ class Store:
         self._unsynced = False
         try:
             await self._in_thread(self._nvme.sync)
-        except TierError as error:
+        except TierFull as error:
+            log.warning("the NVMe index is full: %s", error)
+        except TierFailed as error:
             self._tier_failed(error, "sync")
 
-    def _tier_failed(self, error: KVStoreError, op: str) -> None:
-        cause = error.__cause__
-        number = cause.errno if isinstance(cause, OSError) else None
-        name = errno.errorcode.get(number, "OTHER") if number is not None else "OTHER"
-        self._observer.io_error(op, name)
+    def _tier_failed(self, error: TierFailed, op: str) -> None:
+        self._observer.io_error(op, errno.errorcode.get(error.errno, "OTHER"))
         if self._planner.residency.nvme_on:
             log.error("the NVMe tier failed and is switched off until a restart: %s", error)
             self._observer.tier_off(Tier.NVME.label)

@@ -120,6 +120,7 @@ class Planner:
         self._last_id = 0
         self._filling: dict[Replica, list[AcquireTicket]] = {}
         self._waiting: deque[ReserveTicket] = deque()
+        self._cramped: list[AcquireTicket] = []
         self._flushes: list[FlushTicket] = []
         self._resume_saving_ns = 0
 
@@ -216,42 +217,58 @@ class Planner:
         if len(session.leases) + len(chains) > self.limits.max_leases:
             raise TooMany(f"a session may hold {self.limits.max_leases} leases")
         layouts = [[self.catalog.layout(session.tenant, i) for i in c.layout_ids] for c in chains]
-        ticket = AcquireTicket(session, [])
-        for chain, shards in zip(chains, layouts, strict=True):
-            ticket.claims.append(self._claim(ticket, shards, chain.keys, wait))
-        if ticket.missing:
+        claims = [
+            ChainClaim(shards, chain.keys) for chain, shards in zip(chains, layouts, strict=True)
+        ]
+        ticket = AcquireTicket(session, claims, wait=wait)
+        self._extend(ticket)
+        if self._may_get_on(ticket):
             session.tickets.add(ticket)
-            for replica in ticket.missing:
-                self._filling.setdefault(replica, []).append(ticket)
+            if any(claim.cramped for claim in claims):
+                self._cramped.append(ticket)
         else:
             self._settle_acquire(ticket, now_ns)
         return ticket
 
-    def _claim(
-        self, ticket: AcquireTicket, layouts: list[Layout], keys: Sequence[bytes], wait: bool
-    ) -> ChainClaim:
-        claim = ChainClaim(len(keys), [], 0)
-        if not layouts:
-            return claim
-        for key in keys:
-            position: list[Replica] = []
-            for layout in layouts:
-                replica = self._claim_block(layout, key, wait)
-                if replica is None:
+    def _extend(self, ticket: AcquireTicket) -> None:
+        """Pin what can be pinned now; see to it that the rest is brought up."""
+        for claim in ticket.claims:
+            while len(claim.positions) < len(claim.keys) and claim.layouts:
+                position = self._claim_position(claim, ticket.wait)
+                if position is None:
                     break
-                position.append(replica)
-            if len(position) < len(layouts):
-                for replica in position:
-                    self.residency.unpin(replica)
-                break
-            filling = [replica for replica in position if replica.state is State.FILLING]
-            if not filling and claim.from_dram == len(claim.positions):
-                claim.from_dram += 1
-            ticket.missing.update(filling)
-            claim.positions.append(position)
-        return claim
+                filling = [replica for replica in position if replica.state is State.FILLING]
+                if not filling and claim.from_dram == len(claim.positions):
+                    claim.from_dram += 1
+                claim.positions.append(position)
+                for replica in filling:
+                    if replica not in ticket.missing:
+                        ticket.missing.add(replica)
+                        self._filling.setdefault(replica, []).append(ticket)
 
-    def _claim_block(self, layout: Layout, key: bytes, wait: bool) -> Replica | None:
+    def _claim_position(self, claim: ChainClaim, wait: bool) -> list[Replica] | None:
+        """One replica a layout, pinned, or None; `claim.cramped` says whether it is
+        room that is lacking."""
+        claim.cramped = False
+        position: list[Replica] = []
+        for layout in claim.layouts:
+            replica = self._claim_block(claim, layout, claim.keys[len(claim.positions)], wait)
+            if replica is None:
+                for pinned in position:
+                    self.residency.unpin(pinned)
+                return None
+            position.append(replica)
+        return position
+
+    def _may_get_on(self, ticket: AcquireTicket) -> bool:
+        """The ticket has something to wait for."""
+        if ticket.missing:
+            return True
+        return ticket.wait and any(c.cramped for c in ticket.claims) and self.residency.busy
+
+    def _claim_block(
+        self, claim: ChainClaim, layout: Layout, key: bytes, wait: bool
+    ) -> Replica | None:
         """The block's DRAM replica, pinned, READY or (with `wait`) on its way."""
         block = self.catalog.find(layout, key)
         if block is None:
@@ -259,6 +276,7 @@ class Planner:
         replica = block.dram
         if replica is None and wait and _ready(block.nvme):
             replica = self.residency.bring_up(block, TransferClass.DEMAND)
+            claim.cramped = replica is None
         if replica is None:
             return None
         if replica.state is State.FILLING and wait:
@@ -276,6 +294,8 @@ class Planner:
             if not waiting:
                 del self._filling[replica]
         ticket.missing.clear()
+        if ticket in self._cramped:
+            self._cramped.remove(ticket)
         ticket.session.tickets.discard(ticket)
         expires_ns = now_ns + self.limits.lease_ms * 1_000_000
         ticket.answer = [self._grant(ticket.session, claim, expires_ns) for claim in ticket.claims]
@@ -290,7 +310,7 @@ class Planner:
                 if replica.state is not State.GONE:
                     self.residency.unpin(replica)
         from_dram = min(claim.from_dram, held)
-        self.counters.acquired_positions += claim.asked
+        self.counters.acquired_positions += len(claim.keys)
         self.counters.acquired_hits += held
         self.counters.acquired_hits_dram += from_dram
         if not held:
@@ -563,9 +583,10 @@ class Planner:
     def _target_settled(self, copy: Copy, now_ns: int, *, written: bool) -> None:
         for ticket in self._filling.pop(copy.target, ()):
             ticket.missing.discard(copy.target)
-            if not ticket.missing:
-                self._settle_acquire(ticket, now_ns)
-                self.residency.actions.append(Answer(ticket))
+            if not self._may_get_on(ticket):
+                self._answer_acquire(ticket, now_ns)
+        self._retry_acquires(now_ns)
+        self._retry_reserves(now_ns)
         for flush in self._flushes:
             if copy.target in flush.writing:
                 flush.writing.remove(copy.target)
@@ -584,8 +605,7 @@ class Planner:
         """The NVMe tier is to be used no more."""
         self.residency.switch_off_nvme()
         for ticket in {t for waiting in self._filling.values() for t in waiting}:
-            self._settle_acquire(ticket, now_ns)
-            self.residency.actions.append(Answer(ticket))
+            self._answer_acquire(ticket, now_ns)
 
     # What is found at a start
 
@@ -629,6 +649,7 @@ class Planner:
             self._expire_reservation(reservation)
         if self.residency.save_paused and now_ns >= self._resume_saving_ns:
             self.residency.save_paused = False
+        self._retry_acquires(now_ns)
         self._retry_reserves(now_ns)
 
     def _expire_reservation(self, reservation: Reservation) -> None:
@@ -665,6 +686,18 @@ class Planner:
 
     # Getting on with what waits
 
+    def _answer_acquire(self, ticket: AcquireTicket, now_ns: int) -> None:
+        self._settle_acquire(ticket, now_ns)
+        self.residency.actions.append(Answer(ticket))
+
+    def _retry_acquires(self, now_ns: int) -> None:
+        for ticket in list(self._cramped):
+            self._extend(ticket)
+            if not self._may_get_on(ticket):
+                self._answer_acquire(ticket, now_ns)
+            elif not any(claim.cramped for claim in ticket.claims):
+                self._cramped.remove(ticket)
+
     def _retry_reserves(self, now_ns: int) -> None:
         for _ in range(len(self._waiting)):
             ticket = self._waiting[0]
@@ -679,6 +712,11 @@ class Planner:
         for ticket in self._waiting:
             space_class = ticket.layout.dram_class
             wanted[space_class] = wanted.get(space_class, 0) + len(ticket.entries)
+        for cramped in self._cramped:
+            for claim in cramped.claims:
+                for layout in claim.layouts:
+                    lacking = len(claim.keys) - len(claim.positions)
+                    wanted[layout.dram_class] = wanted.get(layout.dram_class, 0) + lacking
         self.residency.write_back(wanted)
         self.residency.actions.extend(self.residency.transfers.start())
 

@@ -88,6 +88,11 @@ class Residency:
         """Dirty replicas can be written to NVMe, now or soon."""
         return self.nvme_on and not self.save_paused and not self._nvme_full
 
+    @property
+    def busy(self) -> bool:
+        """Something is under way that may make room when it ends."""
+        return len(self.transfers) > 0 or self.forgetting > 0
+
     def touch(self, block: Block) -> None:
         """The block was used."""
         if block.dram is not None and block.dram.state is State.READY:

@@ -7,6 +7,7 @@ when its caller's patience ends.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from kvstore.core.catalog import Block, Layout, Replica
@@ -19,12 +20,15 @@ class ChainClaim:
     """One chain of an acquire: its pinned replicas, position by position.
 
     `positions[p]` holds one replica a layout; all of them are pinned. `from_dram`
-    counts the leading positions that were in DRAM when asked for.
+    counts the leading positions that were in DRAM when asked for. `cramped`: the
+    next position is held, but there was no room in DRAM to bring it up.
     """
 
-    asked: int
-    positions: list[list[Replica]]
-    from_dram: int
+    layouts: list[Layout]
+    keys: Sequence[bytes]
+    positions: list[list[Replica]] = field(default_factory=list)
+    from_dram: int = 0
+    cramped: bool = False
 
 
 @dataclass(eq=False, slots=True)
@@ -33,6 +37,7 @@ class AcquireTicket:
     claims: list[ChainClaim]
     missing: set[Replica] = field(default_factory=set)
     """Replicas still being filled."""
+    wait: bool = False
     answer: list[LeaseGrant] | None = None
 
 

@@ -1,0 +1,381 @@
+"""A shell for the planner without time, threads or tiers, and a model that knows
+what may be answered.
+
+Memory is a dict from address to a value that stands for the bytes. Copies take
+effect piecemeal: the target is garbage from start to end, and the source is read
+at the end, so a slot that is given away too early shows as a wrong answer.
+"""
+
+from __future__ import annotations
+
+import random
+
+from kvstore.core.actions import Answer, CloseExtent, Copy, Forget, OpenExtent
+from kvstore.core.lifecycle import State
+from kvstore.core.planner import Limits, Planner
+from kvstore.core.sessions import Session
+from kvstore.core.space import Space
+from kvstore.core.tickets import AcquireTicket, ReserveTicket, Ticket
+from kvstore.types import ALIGNMENT, ChainQuery, LayoutSpec, ReserveOutcome, Tier
+
+SLOT = ALIGNMENT
+LEASE_MS = 1_000
+RESERVATION_MS = 2_000
+GARBAGE = "garbage"
+
+
+def tenant_key(tenant: str) -> bytes:
+    return tenant.encode().ljust(32, b"\0")
+
+
+def make_planner(dram_slots: int, nvme_slots: int, extent_slots: int = 4) -> Planner:
+    extent = extent_slots * SLOT
+    return Planner(
+        Limits(
+            lease_ms=LEASE_MS,
+            reservation_ms=RESERVATION_MS,
+            max_sessions=16,
+            max_leases=64,
+            max_reservations=16,
+            max_layouts=8,
+            max_running=3,
+        ),
+        tenant_key=tenant_key,
+        eviction="lru",
+        dram=Space(dram_slots * SLOT, extent),
+        nvme=Space(nvme_slots * SLOT, extent) if nvme_slots else None,
+        nvme_slot_bytes=(lambda n: n) if nvme_slots else None,
+    )
+
+
+def layout(model: str = "m", rank: int = 0, world: int = 1, slots: int = 1) -> LayoutSpec:
+    return LayoutSpec(model, "bf16", 16, slots * SLOT, rank=rank, world=world)
+
+
+def key(number: int) -> bytes:
+    return number.to_bytes(32, "little")
+
+
+def chain(base: int, length: int) -> list[bytes]:
+    """Keys of a chain; chains of different bases share nothing."""
+    return [key(base * 10_000 + i) for i in range(length)]
+
+
+class Shell:
+    """Carries out actions; copies and forgets wait until the test ends them."""
+
+    def __init__(self, planner: Planner) -> None:
+        self.planner = planner
+        self.now_ns = 1_000_000_000
+        self.memory: dict[Tier, dict[int, object]] = {Tier.DRAM: {}, Tier.NVME: {}}
+        self.extents: dict[Tier, set[int]] = {Tier.DRAM: set(), Tier.NVME: set()}
+        self.copies: list[Copy] = []
+        self.forgets: list[Forget] = []
+        self.answered: list[Ticket] = []
+
+    def run(self) -> None:
+        while actions := self.planner.take_actions():
+            for action in actions:
+                match action:
+                    case OpenExtent(tier, extent, _):
+                        assert extent not in self.extents[tier]
+                        self.extents[tier].add(extent)
+                        space = self._space(tier)
+                        assert len(self.extents[tier]) <= space.max_extents, "beyond capacity"
+                    case CloseExtent(tier, extent):
+                        self.extents[tier].remove(extent)
+                    case Copy(_, target):
+                        self.memory[target.tier][target.address] = GARBAGE
+                        self.copies.append(action)
+                    case Forget():
+                        self.forgets.append(action)
+                    case Answer(ticket):
+                        assert ticket.answer is not None
+                        assert ticket not in self.answered, "answered twice"
+                        self.answered.append(ticket)
+
+    def _space(self, tier: Tier) -> Space:
+        residency = self.planner.residency
+        pool = residency.dram if tier is Tier.DRAM else residency.nvme
+        assert pool is not None
+        return pool.space
+
+    def end_copy(self, index: int = 0, *, fail: bool = False, full: bool = False) -> None:
+        copy = self.copies.pop(index)
+        if fail or full:
+            self.planner.transfer_failed(copy, self.now_ns, full=full)
+        else:
+            source = self.memory[copy.source.tier][copy.source.address]
+            self.memory[copy.target.tier][copy.target.address] = source
+            self.planner.transfer_done(copy, self.now_ns)
+        self.run()
+
+    def corrupt_copy(self, index: int = 0) -> None:
+        copy = self.copies.pop(index)
+        self.planner.transfer_failed(copy, self.now_ns, source_corrupt=True)
+        self.run()
+
+    def end_forget(self, index: int = 0) -> None:
+        self.planner.forgotten(self.forgets.pop(index).replica)
+        self.run()
+
+    def settle(self) -> None:
+        """Let everything under way end well."""
+        while self.copies or self.forgets:
+            if self.copies:
+                self.end_copy()
+            else:
+                self.end_forget()
+
+    def advance(self, milliseconds: float) -> None:
+        self.now_ns += int(milliseconds * 1e6)
+        self.planner.tick(self.now_ns)
+        self.run()
+
+    # A client's usual moves
+
+    def session(self, number: int, tenant: str = "t", *, local: bool = True) -> Session:
+        return self.planner.open_session(number.to_bytes(16, "little"), tenant, local=local)
+
+    def put(
+        self, session: Session, layout_id: bytes, keys: list[bytes], *, value: object = None
+    ) -> list[ReserveOutcome]:
+        """Reserve, write and commit a chain; the outcome of each entry."""
+        parents = [b"", *keys[:-1]]
+        ticket = self.planner.reserve(
+            session,
+            layout_id,
+            list(zip(keys, parents, strict=True)),
+            wait=False,
+            now_ns=self.now_ns,
+        )
+        self.run()
+        grant = ticket.answer
+        assert grant is not None
+        granted = [i for i, r in enumerate(grant.results) if r.outcome is ReserveOutcome.GRANTED]
+        for i in granted:
+            stored = (session.tenant, layout_id, keys[i]) if value is None else value
+            self.memory[Tier.DRAM][grant.results[i].address] = stored
+        if granted:
+            sums = [hash(keys[i]) & 0xFFFF for i in granted]
+            self.planner.commit(session, grant.reservation_id, granted, sums)
+        self.run()
+        return [result.outcome for result in grant.results]
+
+    def acquire(
+        self, session: Session, layout_ids: list[bytes], keys: list[bytes], *, wait: bool = False
+    ) -> AcquireTicket:
+        ticket = self.planner.acquire(
+            session, [ChainQuery(layout_ids, keys)], wait=wait, now_ns=self.now_ns
+        )
+        self.run()
+        return ticket
+
+    def held(self, session: Session, layout_id: bytes, keys: list[bytes]) -> int:
+        return self.planner.lookup(session.tenant, [ChainQuery([layout_id], keys)])[0].held
+
+
+class RandomLife:
+    """Clients, tiers and time doing whatever they may do, in an order drawn from a
+    seed; after every step the planner is checked against itself and the model."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = random.Random(seed)
+        rng = self.rng
+        nvme_slots = rng.choice([0, 8, 32, 64])
+        self.shell = Shell(make_planner(rng.choice([8, 16, 32]), nvme_slots))
+        self.nvme = bool(nvme_slots)
+        self.tenants = ["a", "b"]
+        self.layouts: dict[str, list[bytes]] = {
+            tenant: [
+                self.shell.planner.register_layout(tenant, layout("m")),
+                self.shell.planner.register_layout(tenant, layout("big", slots=2)),
+            ]
+            for tenant in self.tenants
+        }
+        self.sessions: list[Session] = []
+        self.next_session = 1
+        self.next_value = 0
+        # Every value ever committed under a name: tenant, layout, key.
+        self.committed: dict[tuple[str, bytes, bytes], set[object]] = {}
+        self.writing: list[tuple[ReserveTicket, dict[int, object], list[bytes]]] = []
+        self.reading: list[tuple[AcquireTicket, bytes, list[bytes]]] = []
+
+    def step(self) -> None:
+        moves = [
+            self.connect, self.reserve, self.reserve, self.write_commit, self.write_commit,
+            self.acquire, self.acquire, self.read, self.read, self.end_copy, self.end_copy,
+            self.end_forget, self.tick, self.disconnect, self.clear, self.abort, self.prefetch,
+            self.flush, self.patience,
+        ]  # fmt: skip
+        self.rng.choice(moves)()
+        self.shell.run()
+        self.shell.planner.check_integrity()
+
+    def some_session(self) -> Session:
+        if not self.sessions:
+            self.connect()
+        return self.rng.choice(self.sessions)
+
+    def some_chain(self) -> list[bytes]:
+        # Chains of one base are prefixes of each other, as prompts are.
+        return chain(self.rng.randrange(6), self.rng.randint(1, 8))
+
+    def connect(self) -> None:
+        if len(self.sessions) < 5:
+            tenant = self.rng.choice(self.tenants)
+            local = self.rng.random() < 0.7
+            self.sessions.append(self.shell.session(self.next_session, tenant, local=local))
+            self.next_session += 1
+
+    def disconnect(self) -> None:
+        if self.sessions and self.rng.random() < 0.3:
+            session = self.sessions.pop(self.rng.randrange(len(self.sessions)))
+            self.shell.planner.close_session(session)
+            self.writing = [w for w in self.writing if w[0].session is not session]
+            self.reading = [r for r in self.reading if r[0].session is not session]
+
+    def reserve(self) -> None:
+        session = self.some_session()
+        keys = self.some_chain()
+        layout_id = self.rng.choice(self.layouts[session.tenant])
+        start = self.rng.randrange(len(keys))
+        entries = [(k, keys[i - 1] if i else b"") for i, k in enumerate(keys)][start:]
+        if len(session.reservations) >= 8:
+            return
+        ticket = self.shell.planner.reserve(
+            session,
+            layout_id,
+            entries,
+            wait=self.rng.random() < 0.5,
+            now_ns=self.shell.now_ns,
+        )
+        self.writing.append((ticket, {}, keys[start:]))
+
+    def write_commit(self) -> None:
+        """Write some granted slots, commit some written ones."""
+        if not self.writing:
+            return
+        ticket, written, keys = self.rng.choice(self.writing)
+        grant = ticket.answer
+        if grant is None or not grant.reservation_id:
+            return
+        layout_id = ticket.layout.layout_id
+        reservation = ticket.session.reservations.get(grant.reservation_id)
+        for i, result in enumerate(grant.results):
+            # A local client writes whenever it likes; the others only with the
+            # server's help, which needs an open entry.
+            may_write = ticket.session.local or (
+                reservation is not None and reservation.entries[i] is not None
+            )
+            if result.outcome is ReserveOutcome.GRANTED and may_write and i not in written:
+                self.next_value += 1
+                written[i] = self.next_value
+                self.shell.memory[Tier.DRAM][result.address] = self.next_value
+        if reservation is None or reservation.expired:
+            return
+        ready = [i for i in written if reservation.entries[i] is not None]
+        some = [i for i in ready if self.rng.random() < 0.7]
+        if some:
+            sums = [int(str(written[i])) for i in some]
+            self.shell.planner.commit(ticket.session, grant.reservation_id, some, sums)
+            for i in some:
+                name = (ticket.session.tenant, layout_id, keys[i])
+                self.committed.setdefault(name, set()).add(written[i])
+
+    def abort(self) -> None:
+        if self.writing:
+            ticket, _, _ = self.writing.pop(self.rng.randrange(len(self.writing)))
+            if ticket.answer is None:
+                self.shell.planner.give_up(ticket, self.shell.now_ns)
+            assert ticket.answer is not None
+            self.shell.planner.abort(ticket.session, ticket.answer.reservation_id)
+
+    def acquire(self) -> None:
+        session = self.some_session()
+        if len(session.leases) >= 32:
+            return
+        layout_id = self.rng.choice(self.layouts[session.tenant])
+        keys = self.some_chain()
+        ticket = self.shell.acquire(session, [layout_id], keys, wait=self.rng.random() < 0.7)
+        self.reading.append((ticket, layout_id, keys))
+
+    def read(self) -> None:
+        """Everything leased reads as what was committed last under its key."""
+        for ticket, layout_id, keys in self.reading:
+            grant = None if ticket.answer is None else ticket.answer[0]
+            if grant is None or grant.lease_id not in ticket.session.leases:
+                continue
+            for i in range(grant.held):
+                value = self.shell.memory[Tier.DRAM][grant.addresses[i]]
+                assert value == grant.checksums[i], "a lease shows other bytes than committed"
+                name = (ticket.session.tenant, layout_id, keys[i])
+                assert value in self.committed[name], "a lease shows another block"
+        if self.reading:
+            index = self.rng.randrange(len(self.reading))
+            ticket, layout_id, keys = self.reading[index]
+            if ticket.answer is not None:
+                self.reading.pop(index)
+                self.shell.planner.release(ticket.session, [ticket.answer[0].lease_id])
+
+    def end_copy(self) -> None:
+        if self.shell.copies:
+            index = self.rng.randrange(len(self.shell.copies))
+            luck = self.rng.random()
+            if luck < 0.05:
+                self.shell.end_copy(index, fail=True)
+            elif luck < 0.08 and self.shell.copies[index].target.tier is Tier.NVME:
+                self.shell.end_copy(index, full=True)
+            elif luck < 0.11:
+                self.shell.corrupt_copy(index)
+            else:
+                self.shell.end_copy(index)
+
+    def end_forget(self) -> None:
+        if self.shell.forgets:
+            self.shell.end_forget(self.rng.randrange(len(self.shell.forgets)))
+
+    def tick(self) -> None:
+        self.shell.advance(self.rng.choice([1, 50, 400, 1500]))
+
+    def clear(self) -> None:
+        if self.rng.random() < 0.05:
+            self.shell.planner.clear(self.rng.choice(self.tenants))
+
+    def prefetch(self) -> None:
+        tenant = self.rng.choice(self.tenants)
+        chains = [ChainQuery([self.rng.choice(self.layouts[tenant])], self.some_chain())]
+        self.shell.planner.prefetch(tenant, chains)
+
+    def flush(self) -> None:
+        if self.nvme and self.rng.random() < 0.1 and self.shell.planner.residency.nvme_on:
+            tenant = self.rng.choice([None, *self.tenants])
+            self.shell.planner.flush(tenant, drop=self.rng.random() < 0.5)
+
+    def patience(self) -> None:
+        """Somebody's patience ends."""
+        tickets: list[Ticket] = [t for t, _, _ in self.writing] + [t for t, _, _ in self.reading]
+        waiting = [t for t in tickets if t.answer is None]
+        if waiting:
+            self.shell.planner.give_up(self.rng.choice(waiting), self.shell.now_ns)
+
+    def wind_down(self) -> None:
+        """All clients leave and everything ends: nothing may be left behind."""
+        for session in list(self.sessions):
+            self.shell.planner.close_session(session)
+        self.shell.run()
+        self.shell.settle()
+        self.shell.planner.check_integrity()
+        planner = self.shell.planner
+        assert planner.open_sessions == planner.open_leases == planner.open_reservations == 0
+        for tenant in self.tenants:
+            planner.clear(tenant)
+        self.shell.run()
+        self.shell.settle()
+        planner.check_integrity()
+        assert len(planner.catalog) == 0
+        residency = planner.residency
+        assert len(residency.dram) == 0, "a DRAM slot leaked"
+        if residency.nvme is not None:
+            leaked = [r for r in residency.nvme.replicas() if r.state is not State.DAMAGED]
+            assert not leaked, "an NVMe slot leaked"

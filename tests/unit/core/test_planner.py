@@ -1,0 +1,503 @@
+"""The planner's promises, one by one, with every copy ended by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvstore.core.lifecycle import State
+from kvstore.errors import (
+    BadRequest,
+    Conflict,
+    ForeignLease,
+    ForeignReservation,
+    LeaseExpired,
+    NoLowerTier,
+    NoSession,
+    ReservationExpired,
+    TooMany,
+    UnknownLayout,
+    UnknownReservation,
+)
+from kvstore.tiers.base import BlockHeader
+from kvstore.types import ChainQuery, LayoutSpec, ReserveOutcome, Tier
+from tests.simulation.model import (
+    LEASE_MS,
+    RESERVATION_MS,
+    SLOT,
+    Shell,
+    chain,
+    key,
+    layout,
+    make_planner,
+)
+
+GRANTED, PRESENT, PENDING, DENIED = (
+    ReserveOutcome.GRANTED,
+    ReserveOutcome.PRESENT,
+    ReserveOutcome.PENDING,
+    ReserveOutcome.DENIED,
+)
+
+
+@pytest.fixture
+def shell() -> Shell:
+    return Shell(make_planner(dram_slots=8, nvme_slots=32))
+
+
+@pytest.fixture
+def dram_only() -> Shell:
+    return Shell(make_planner(dram_slots=8, nvme_slots=0))
+
+
+def a_layout(shell: Shell, tenant: str = "t") -> bytes:
+    return shell.planner.register_layout(tenant, layout())
+
+
+def test_a_block_is_found_only_after_its_commit(shell: Shell) -> None:
+    client, lid = shell.session(1), a_layout(shell)
+    ticket = shell.planner.reserve(client, lid, [(key(1), b"")], wait=False, now_ns=0)
+    assert shell.held(client, lid, [key(1)]) == 0
+    assert shell.acquire(client, [lid], [key(1)]).answer == [(0, 0, [], [], 0, 0)]
+    assert ticket.answer is not None
+    shell.planner.commit(client, ticket.answer.reservation_id, [0], [7])
+    assert shell.held(client, lid, [key(1)]) == 1
+
+
+def test_a_position_counts_only_when_every_shard_holds_it(shell: Shell) -> None:
+    client = shell.session(1)
+    ranks = [shell.planner.register_layout("t", layout(rank=r, world=2)) for r in (0, 1)]
+    keys = chain(1, 3)
+    shell.put(client, ranks[0], keys)
+    shell.put(client, ranks[1], keys[:2])
+    grant = shell.acquire(client, ranks, keys).answer[0]  # type: ignore[index]
+    assert grant.held == 2
+    read = [shell.memory[Tier.DRAM][address] for address in grant.addresses]
+    assert read == [("t", ranks[0], k) for k in keys[:2]] + [("t", ranks[1], k) for k in keys[:2]]
+
+
+def test_a_hole_ends_a_hit(shell: Shell) -> None:
+    client, lid = shell.session(1), a_layout(shell)
+    keys = chain(1, 3)
+    shell.put(client, lid, [keys[0]])
+    shell.put(client, lid, [keys[2]])
+    assert shell.held(client, lid, keys) == 1
+
+
+def test_tenants_do_not_see_each_others_blocks(shell: Shell) -> None:
+    ours, theirs = shell.session(1, "a"), shell.session(2, "b")
+    lid = a_layout(shell, "a")
+    assert a_layout(shell, "b") == lid
+    shell.put(ours, lid, [key(1)])
+    assert shell.held(theirs, lid, [key(1)]) == 0
+    assert shell.put(theirs, lid, [key(1)]) == [GRANTED]
+
+
+def test_what_is_leased_is_not_evicted(dram_only: Shell) -> None:
+    shell = dram_only
+    client, lid = shell.session(1), a_layout(shell)
+    kept = chain(1, 4)
+    shell.put(client, lid, kept)
+    grant = shell.acquire(client, [lid], kept).answer[0]  # type: ignore[index]
+    for base in range(2, 8):
+        shell.put(client, lid, chain(base, 4))
+    assert [shell.memory[Tier.DRAM][a] for a in grant.addresses] == [("t", lid, k) for k in kept]
+    assert shell.put(client, lid, chain(9, 8)).count(GRANTED) == 4
+
+
+def test_children_leave_before_parents(dram_only: Shell) -> None:
+    shell = dram_only
+    client, lid = shell.session(1), a_layout(shell)
+    long = chain(1, 8)
+    # In two pieces, as chunked prefill commits them.
+    shell.put(client, lid, long[:4])
+    shell.planner.reserve(client, lid, [(long[4], long[3])], wait=False, now_ns=0)
+    ticket = shell.planner.reserve(
+        client,
+        lid,
+        [(k, long[i - 1]) for i, k in enumerate(long)][5:],
+        wait=False,
+        now_ns=0,
+    )
+    assert ticket.answer is not None
+    for reservation in [r for r in client.reservations.values() if r.open]:
+        indices = range(len(reservation.entries))
+        shell.planner.commit(client, reservation.reservation_id, indices, [0] * len(indices))
+    for number in range(1, 8):
+        shell.put(client, lid, [key(10_000_000 + number)])
+        assert shell.held(client, lid, long) == 8 - number
+
+
+def test_a_refused_block_waits_for_space_and_gets_it(shell: Shell) -> None:
+    client, lid = shell.session(1), a_layout(shell)
+    for number in range(8):
+        ticket = shell.planner.reserve(
+            client, lid, [(key(number), b"")], wait=True, now_ns=shell.now_ns
+        )
+        assert ticket.answer is not None
+    waiting = shell.planner.reserve(client, lid, [(key(99), b"")], wait=True, now_ns=shell.now_ns)
+    shell.run()
+    assert waiting.answer is None
+    shell.planner.abort(client, 1)
+    shell.advance(1)
+    assert waiting.answer is not None
+    assert waiting.answer.results[0].outcome is GRANTED
+
+
+def test_without_patience_a_refused_block_is_denied_at_once(shell: Shell) -> None:
+    client, lid = shell.session(1), a_layout(shell)
+    entries = [(key(n), b"") for n in range(10)]
+    ticket = shell.planner.reserve(client, lid, entries, wait=True, now_ns=0)
+    assert ticket.answer is not None, "a part that is granted is answered at once"
+    outcomes = [r.outcome for r in ticket.answer.results]
+    assert outcomes == [GRANTED] * 8 + [DENIED] * 2
+    assert shell.put(client, lid, [key(50)]) == [DENIED]
+
+
+def test_a_full_dram_moves_blocks_to_nvme_and_back(shell: Shell) -> None:
+    client, lid = shell.session(1), a_layout(shell)
+    first = chain(1, 4)
+    shell.put(client, lid, first)
+    for base in range(2, 10):
+        # A quarter of the slots is kept free or clean: two of eight.
+        assert shell.put(client, lid, chain(base, 2)) == [GRANTED] * 2
+        shell.settle()
+    assert shell.held(client, lid, first) == 4
+    presence = shell.planner.lookup("t", [ChainQuery([lid], first)])[0]
+    assert presence.in_dram == 0
+    ticket = shell.acquire(client, [lid], first, wait=True)
+    assert ticket.answer is None
+    shell.settle()
+    assert ticket.answer is not None
+    grant = ticket.answer[0]
+    assert (grant.held, grant.from_dram) == (4, 0)
+    assert [shell.memory[Tier.DRAM][a] for a in grant.addresses] == [("t", lid, k) for k in first]
+
+
+def on_nvme_only(shell: Shell, length: int = 4) -> tuple[object, bytes, list[bytes]]:
+    client, lid = shell.session(1), a_layout(shell)
+    keys = chain(1, length)
+    shell.put(client, lid, keys)
+    shell.planner.flush("t", drop=True)
+    shell.run()
+    shell.settle()
+    assert shell.planner.lookup("t", [ChainQuery([lid], keys)])[0] == (length, 0)
+    return client, lid, keys
+
+
+def test_ten_acquires_of_one_prefix_read_it_once(shell: Shell) -> None:
+    client, lid, keys = on_nvme_only(shell)
+    tickets = [shell.acquire(client, [lid], keys, wait=True) for _ in range(10)]  # type: ignore[arg-type]
+    assert len(shell.copies) + len(shell.planner.residency.transfers.copies()) <= 2 * len(keys)
+    shell.settle()
+    assert {t.answer[0].held for t in tickets if t.answer} == {4}
+    addresses = {tuple(t.answer[0].addresses) for t in tickets if t.answer}
+    assert len(addresses) == 1
+
+
+def test_a_failed_read_shortens_the_hit_instead_of_lying(shell: Shell) -> None:
+    client, lid, keys = on_nvme_only(shell)
+    ticket = shell.acquire(client, [lid], keys, wait=True)  # type: ignore[arg-type]
+    broken = next(
+        i for i, c in enumerate(shell.copies) if c.target.block is shell.copies[1].target.block
+    )
+    position = keys.index(
+        next(k for k in keys if shell.planner.catalog.find(
+            shell.planner.catalog.layout("t", lid), k) is shell.copies[broken].target.block)
+    )  # fmt: skip
+    shell.corrupt_copy(broken)
+    shell.settle()
+    assert ticket.answer is not None
+    assert ticket.answer[0].held == position
+    assert shell.held(client, lid, keys) == position  # type: ignore[arg-type]
+    damaged = [
+        r for r in shell.planner.residency.nvme.replicas()  # type: ignore[union-attr]
+        if r.state is State.DAMAGED
+    ]  # fmt: skip
+    assert len(damaged) == 1, "the slot is quarantined"
+    shell.planner.check_integrity()
+
+
+def test_when_patience_ends_the_ready_prefix_is_granted(shell: Shell) -> None:
+    client, lid, keys = on_nvme_only(shell)
+    ticket = shell.acquire(client, [lid], keys, wait=True)  # type: ignore[arg-type]
+    first = shell.planner.catalog.find(shell.planner.catalog.layout("t", lid), keys[0])
+    shell.end_copy(next(i for i, c in enumerate(shell.copies) if c.target.block is first))
+    shell.planner.give_up(ticket, shell.now_ns)
+    assert ticket.answer is not None
+    assert ticket.answer[0].held == 1
+    shell.planner.release(client, [ticket.answer[0].lease_id])  # type: ignore[arg-type]
+    shell.settle()
+    shell.planner.check_integrity()
+
+
+def test_a_dead_client_leaves_nothing_behind(shell: Shell) -> None:
+    client, lid = shell.session(1), a_layout(shell)
+    shell.put(client, lid, chain(1, 4))
+    shell.acquire(client, [lid], chain(1, 4))
+    shell.planner.reserve(client, lid, [(key(7), b""), (key(8), b"")], wait=False, now_ns=0)
+    shell.planner.close_session(client)
+    shell.planner.close_session(client)
+    shell.planner.check_integrity()
+    assert shell.planner.open_leases == shell.planner.open_reservations == 0
+    assert shell.planner.residency.dram.space.used_bytes == 4 * SLOT
+    with pytest.raises(NoSession):
+        shell.planner.session(client.id)
+
+
+def test_an_expired_lease_lets_go_and_says_so(shell: Shell) -> None:
+    client, lid = shell.session(1), a_layout(shell)
+    shell.put(client, lid, [key(1)])
+    grant = shell.acquire(client, [lid], [key(1)]).answer[0]  # type: ignore[index]
+    shell.advance(LEASE_MS / 2)
+    shell.planner.renew(client, [grant.lease_id], shell.now_ns)
+    shell.advance(LEASE_MS * 0.75)
+    assert shell.planner.open_leases == 1, "a renewed lease lives on"
+    shell.advance(LEASE_MS)
+    assert shell.planner.open_leases == 0
+    with pytest.raises(LeaseExpired):
+        shell.planner.renew(client, [grant.lease_id], shell.now_ns)
+    shell.planner.release(client, [grant.lease_id])
+
+
+def test_a_late_local_writer_cannot_hit_anothers_block(shell: Shell) -> None:
+    late, lid = shell.session(1), a_layout(shell)
+    other = shell.session(2)
+    ticket = shell.planner.reserve(late, lid, [(key(1), b"")], wait=False, now_ns=shell.now_ns)
+    assert ticket.answer is not None
+    address = ticket.answer.results[0].address
+    shell.advance(RESERVATION_MS + 1)
+    with pytest.raises(ReservationExpired):
+        shell.planner.commit(late, ticket.answer.reservation_id, [0], [1])
+    # The key is free again, the slot is not.
+    assert shell.put(other, lid, [key(1)]) == [GRANTED]
+    for number in range(2, 20):
+        shell.put(other, lid, [key(number)])
+        shell.settle()
+    in_use = {r.address for r in shell.planner.residency.dram.replicas() if r.state is State.READY}
+    assert address not in in_use
+    shell.planner.close_session(late)
+    shell.planner.check_integrity()
+    assert len(shell.planner.residency.dram) == len(in_use)
+
+
+def test_foreign_claims_are_refused_and_nothing_happens(shell: Shell) -> None:
+    owner, thief, lid = shell.session(1), shell.session(2), a_layout(shell)
+    shell.put(owner, lid, [key(1)])
+    grant = shell.acquire(owner, [lid], [key(1)]).answer[0]  # type: ignore[index]
+    own = shell.acquire(thief, [lid], [key(1)]).answer[0]  # type: ignore[index]
+    reserved = shell.planner.reserve(owner, lid, [(key(2), b"")], wait=False, now_ns=0).answer
+    assert reserved is not None
+    with pytest.raises(ForeignLease):
+        shell.planner.release(thief, [own.lease_id, grant.lease_id])
+    with pytest.raises(ForeignLease):
+        shell.planner.renew(thief, [own.lease_id, grant.lease_id], 0)
+    with pytest.raises(ForeignReservation):
+        shell.planner.commit(thief, reserved.reservation_id, [0], [1])
+    with pytest.raises(ForeignReservation):
+        shell.planner.abort(thief, reserved.reservation_id)
+    assert shell.planner.open_leases == 2
+    assert shell.planner.open_reservations == 1
+
+
+def test_a_repeated_commit_is_harmless_and_a_different_one_is_a_conflict(shell: Shell) -> None:
+    client, lid = shell.session(1), a_layout(shell)
+    ticket = shell.planner.reserve(
+        client, lid, [(key(1), b""), (key(2), key(1))], wait=False, now_ns=shell.now_ns
+    )
+    assert ticket.answer is not None
+    rid = ticket.answer.reservation_id
+    shell.planner.commit(client, rid, [0, 1], [11, 12])
+    shell.planner.commit(client, rid, [0, 1], [11, 12])
+    with pytest.raises(Conflict):
+        shell.planner.commit(client, rid, [1], [13])
+    grant = shell.acquire(client, [lid], [key(1), key(2)]).answer[0]  # type: ignore[index]
+    assert grant.checksums == [11, 12]
+
+
+@pytest.mark.parametrize(
+    ("indices", "sums"), [([2], [0]), ([0, 0], [1, 1]), ([0], []), ([-1], [0])]
+)
+def test_a_commit_that_makes_no_sense_publishes_nothing(
+    shell: Shell, indices: list[int], sums: list[int]
+) -> None:
+    client, lid = shell.session(1), a_layout(shell)
+    ticket = shell.planner.reserve(
+        client, lid, [(key(1), b""), (key(2), key(1))], wait=False, now_ns=0
+    )
+    assert ticket.answer is not None
+    with pytest.raises(BadRequest):
+        shell.planner.commit(client, ticket.answer.reservation_id, indices, sums)
+    assert shell.held(client, lid, [key(1)]) == 0
+
+
+def test_a_second_writer_of_a_key_is_told(shell: Shell) -> None:
+    one, two, lid = shell.session(1), shell.session(2), a_layout(shell)
+    ticket = shell.planner.reserve(one, lid, [(key(1), b"")], wait=False, now_ns=0)
+    assert shell.put(two, lid, [key(1)]) == [PENDING]
+    assert ticket.answer is not None
+    shell.planner.commit(one, ticket.answer.reservation_id, [0], [5])
+    again = shell.planner.reserve(two, lid, [(key(1), b"")], wait=False, now_ns=0).answer
+    assert again is not None
+    assert again.results[0] == (PRESENT, 0, 5)
+    assert again.reservation_id == 0
+
+
+def test_unknown_names_are_told_apart(shell: Shell) -> None:
+    client = shell.session(1)
+    with pytest.raises(UnknownLayout):
+        shell.planner.lookup("t", [ChainQuery([b"x" * 16], [key(1)])])
+    with pytest.raises(UnknownLayout):
+        shell.planner.reserve(client, b"x" * 16, [(key(1), b"")], wait=False, now_ns=0)
+    with pytest.raises(UnknownReservation):
+        shell.planner.commit(client, 99, [0], [0])
+    with pytest.raises(LeaseExpired):
+        shell.planner.renew(client, [99], 0)
+    shell.planner.abort(client, 99)
+
+
+def test_a_block_larger_than_an_extent_is_refused_when_registered(shell: Shell) -> None:
+    extent = shell.planner.residency.dram.space.extent_bytes
+    with pytest.raises(BadRequest, match="does not fit"):
+        shell.planner.register_layout("t", LayoutSpec("m", "bf16", 16, extent + 1))
+
+
+def test_claims_are_bounded(shell: Shell) -> None:
+    client, lid = shell.session(1), a_layout(shell)
+    shell.put(client, lid, [key(1)])
+    for _ in range(64):
+        shell.acquire(client, [lid], [key(1)])
+    with pytest.raises(TooMany):
+        shell.acquire(client, [lid], [key(1)])
+    roomy = Shell(make_planner(dram_slots=64, nvme_slots=0))
+    writer, lid = roomy.session(1), a_layout(roomy)
+    for number in range(16):
+        roomy.planner.reserve(writer, lid, [(key(number), b"")], wait=False, now_ns=0)
+    with pytest.raises(TooMany):
+        roomy.planner.reserve(writer, lid, [(key(99), b"")], wait=False, now_ns=0)
+    for number in range(15):
+        roomy.session(100 + number)
+    with pytest.raises(TooMany):
+        roomy.session(200)
+    for number in range(7):
+        roomy.planner.register_layout("t", layout(model=f"m{number}"))
+    with pytest.raises(TooMany):
+        roomy.planner.register_layout("t", layout(model="one more"))
+
+
+def test_a_cleared_block_stays_readable_for_who_holds_it(shell: Shell) -> None:
+    client, lid = shell.session(1), a_layout(shell)
+    shell.put(client, lid, [key(1)])
+    grant = shell.acquire(client, [lid], [key(1)]).answer[0]  # type: ignore[index]
+    assert shell.planner.clear("t") == 1
+    assert shell.held(client, lid, [key(1)]) == 0
+    assert shell.put(client, lid, [key(1)], value="new") == [GRANTED]
+    assert shell.memory[Tier.DRAM][grant.addresses[0]] == ("t", lid, key(1))
+    shell.planner.release(client, [grant.lease_id])
+    shell.planner.check_integrity()
+
+
+def test_a_new_tenant_gets_its_share_of_a_full_store(shell: Shell) -> None:
+    rich, poor = shell.session(1, "rich"), shell.session(2, "poor")
+    lid = a_layout(shell, "rich")
+    a_layout(shell, "poor")
+    for base in range(4):
+        shell.put(rich, lid, chain(base, 4))
+        shell.settle()
+    for _ in range(4):
+        outcome = shell.put(poor, lid, [key(77)])
+        shell.settle()
+        if outcome == [GRANTED]:
+            break
+    assert shell.held(poor, lid, [key(77)]) == 1
+    shell.planner.check_integrity()
+
+
+def test_a_failed_nvme_tier_costs_misses_not_answers(shell: Shell) -> None:
+    client, lid, keys = on_nvme_only(shell)
+    ticket = shell.acquire(client, [lid], keys, wait=True)  # type: ignore[arg-type]
+    shell.planner.tier_failed(shell.now_ns)
+    while shell.copies:
+        shell.end_copy(fail=True)
+    shell.settle()
+    assert ticket.answer is not None
+    assert ticket.answer[0].held == 0
+    assert shell.held(client, lid, keys) == 0  # type: ignore[arg-type]
+    for base in range(5, 10):
+        assert shell.put(client, lid, chain(base, 4)) == [GRANTED] * 4  # type: ignore[arg-type]
+    with pytest.raises(NoLowerTier):
+        shell.planner.flush("t", drop=False)
+    shell.planner.check_integrity()
+
+
+def test_nvme_that_is_full_of_others_does_not_block_dram() -> None:
+    shell = Shell(make_planner(dram_slots=16, nvme_slots=4))
+    client, lid = shell.session(1), a_layout(shell)
+    for base in range(30):
+        ticket = shell.planner.reserve(
+            client, lid, [(k, b"") for k in chain(base, 4)], wait=True, now_ns=shell.now_ns
+        )
+        for _ in range(20):
+            shell.run()
+            shell.settle()
+            shell.advance(10)
+            if ticket.answer is not None:
+                break
+        assert ticket.answer is not None, "a put waits for ever"
+        if ticket.answer.reservation_id:
+            granted = [i for i, r in enumerate(ticket.answer.results) if r.outcome is GRANTED]
+            for i in granted:
+                shell.memory[Tier.DRAM][ticket.answer.results[i].address] = base
+            shell.planner.commit(client, ticket.answer.reservation_id, granted, [0] * len(granted))
+        shell.planner.check_integrity()
+
+
+def test_what_is_found_at_a_start_is_served(shell: Shell) -> None:
+    _, lid, keys = on_nvme_only(shell)
+    nvme = shell.planner.residency.nvme
+    assert nvme is not None
+    found = [
+        (BlockHeader(r.block.stored_key, r.block.parent, lid, "t", SLOT, r.block.checksum or 0),
+         r.address)
+        for r in nvme.replicas()
+    ]  # fmt: skip
+    extents = [(n, SLOT) for n in shell.extents[Tier.NVME]]
+    again = Shell(make_planner(dram_slots=8, nvme_slots=32))
+    again.memory[Tier.NVME] = shell.memory[Tier.NVME]
+    refused = again.planner.restore([("t", layout())], extents, found)
+    assert refused == ([], [])
+    again.planner.check_integrity()
+    session = again.session(5)
+    ticket = again.acquire(session, [lid], keys, wait=True)
+    again.settle()
+    assert ticket.answer is not None
+    assert [again.memory[Tier.DRAM][a] for a in ticket.answer[0].addresses] == [
+        ("t", lid, k) for k in keys
+    ]
+
+
+def test_a_smaller_capacity_at_a_start_drops_what_does_not_fit(shell: Shell) -> None:
+    _, lid, _ = on_nvme_only(shell, length=8)
+    nvme = shell.planner.residency.nvme
+    assert nvme is not None
+    found = [
+        (BlockHeader(r.block.stored_key, r.block.parent, lid, "t", SLOT, 0), r.address)
+        for r in nvme.replicas()
+    ]
+    again = Shell(make_planner(dram_slots=8, nvme_slots=4))
+    extents, blocks = again.planner.restore(
+        [("t", layout())], [(n, SLOT) for n in sorted(shell.extents[Tier.NVME])], found
+    )
+    assert len(extents) == 1
+    assert len(blocks) == 4
+    again.planner.check_integrity()
+
+
+def test_memory_that_the_machine_refuses_shrinks_the_tier_and_nothing_else(shell: Shell) -> None:
+    client, lid = shell.session(1), a_layout(shell)
+    shell.put(client, lid, [key(1)])
+    number = shell.planner.residency.dram.space.extent_of(
+        shell.acquire(client, [lid], [key(1)]).answer[0].addresses[0]  # type: ignore[index]
+    )
+    shell.planner.extent_failed(Tier.DRAM, number)
+    assert shell.put(client, lid, [key(2)]) == [DENIED]
+    shell.planner.check_integrity()
