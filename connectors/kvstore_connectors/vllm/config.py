@@ -1,0 +1,83 @@
+"""What a user may put into `kv_connector_extra_config`.
+
+    endpoint            Unix socket of a running server. Left out: the connector
+                        finds this user's server, or starts one.
+    server_args         Arguments for the server the connector starts, a list of
+                        strings. Of no effect on one that is running already.
+    acquire_timeout_ms  How long a request may wait for its blocks to come up from
+                        slower tiers before it is computed instead.
+
+Whether blocks are stored, loaded or both follows `kv_role`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from kvstore.errors import ConfigError
+
+_MAX_ACQUIRE_TIMEOUT_MS = 60_000
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectorConfig:
+    """Parsed and checked. `endpoint` is a file path, or None for the default server."""
+
+    endpoint: str | None = None
+    server_args: tuple[str, ...] = ()
+    acquire_timeout_ms: int = 1000
+
+    @classmethod
+    def parse(cls, extra: Mapping[str, Any]) -> ConnectorConfig:
+        """Raises `ConfigError`, which names the key and the nearest right one."""
+        known = [field.name for field in fields(cls)]
+        for key in extra:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+                hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+                raise ConfigError(f"kv_connector_extra_config: unknown key {key!r}; {hint}")
+        config = cls(
+            endpoint=_socket_path(extra.get("endpoint")),
+            server_args=_arguments(extra.get("server_args", ())),
+            acquire_timeout_ms=_milliseconds(extra.get("acquire_timeout_ms", 1000)),
+        )
+        if config.endpoint is not None and config.server_args:
+            raise ConfigError(
+                "kv_connector_extra_config: 'server_args' are for a server that the connector"
+                " starts; with 'endpoint' it starts none"
+            )
+        return config
+
+
+def _socket_path(value: object) -> str | None:
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise ConfigError("kv_connector_extra_config: 'endpoint' must be a string")
+    path = value.removeprefix("unix://")
+    if not path.startswith("/"):
+        raise ConfigError(
+            "kv_connector_extra_config: 'endpoint' must be the absolute path of a server's Unix"
+            f" socket (with or without unix://), not {value!r}: the connector needs a server on"
+            " its own host, whose memory it can share"
+        )
+    return path
+
+
+def _arguments(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
+        raise ConfigError("kv_connector_extra_config: 'server_args' must be a list of strings")
+    return tuple(value)
+
+
+def _milliseconds(value: object) -> int:
+    # bool is an int to isinstance.
+    if type(value) is not int or not 1 <= value <= _MAX_ACQUIRE_TIMEOUT_MS:
+        raise ConfigError(
+            "kv_connector_extra_config: 'acquire_timeout_ms' must be a whole number from 1 to"
+            f" {_MAX_ACQUIRE_TIMEOUT_MS}, not {value!r}"
+        )
+    return value

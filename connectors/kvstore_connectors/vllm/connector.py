@@ -1,0 +1,270 @@
+"""`KVStoreConnector`: vLLM's hooks, handed to the half that runs in this process.
+
+A connector that cannot serve an engine switches itself off with one warning: every
+hook then does nothing, and inference goes on as without it. What a user wrote wrong
+is refused at start, with a `ConfigError` that names it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorRole,
+    SupportsHMA,
+)
+from vllm.logger import init_logger
+
+from kvstore.errors import ConfigError
+from kvstore_connectors.vllm import layout
+from kvstore_connectors.vllm.acquire import AcquireQueue
+from kvstore_connectors.vllm.config import ConnectorConfig
+from kvstore_connectors.vllm.link import StoreLink, connector_of
+from kvstore_connectors.vllm.metadata import StepMetadata, WorkerReport
+from kvstore_connectors.vllm.scheduler import SchedulerSide
+from kvstore_connectors.vllm.stats import ConnectorPromMetrics, ConnectorStats
+from kvstore_connectors.vllm.worker import WorkerSide
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import VllmConfig
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
+    from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
+        KVConnectorPromMetrics,
+        KVConnectorStats,
+        PromMetric,
+        PromMetricT,
+    )
+    from vllm.forward_context import ForwardContext
+    from vllm.v1.attention.backend import AttentionMetadata
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.metrics.cache_hit_source import CacheHitSource
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+
+    from kvstore.types import LayoutSpec
+
+logger = init_logger("vllm.kvstore")
+
+_SAFE_HASHES = ("sha256", "sha256_cbor")
+
+
+class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
+    """Prefix caching beyond the engine's own memory and life, through a KV store."""
+
+    def __init__(
+        self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
+    ) -> None:
+        """Raises `ConfigError` for a configuration that cannot be meant."""
+        super().__init__(vllm_config, role, kv_cache_config)
+        transfer = self._kv_transfer_config
+        config = ConnectorConfig.parse(transfer.kv_connector_extra_config or {})
+        _check(vllm_config)
+        # A load may fail whenever the server does; failing the request over it,
+        # vLLM's default, would make a cache the weakest part. vLLM reads this
+        # after it has made the scheduler's connector.
+        transfer.kv_load_failure_policy = "recompute"
+        self._scheduler: SchedulerSide | None = None
+        self._worker: WorkerSide | None = None
+        reason = layout.unsupported_reason(vllm_config, kv_cache_config)
+        if reason is not None:
+            logger.warning("KVStoreConnector is off: %s.", reason)
+        elif role is KVConnectorRole.SCHEDULER:
+            self._scheduler = self._make_scheduler(config)
+        else:
+            self._worker = self._make_worker(config)
+
+    def _specs_for(self, salt: str) -> list[LayoutSpec]:
+        return layout.layout_specs(self._vllm_config, self._kv_cache_config, salt)
+
+    def _make_scheduler(self, config: ConnectorConfig) -> SchedulerSide:
+        cache = self._kv_cache_config
+        block_tokens = layout.geometry(cache).block_tokens
+        link = StoreLink(connector_of(config), self._specs_for(""), "scheduler")
+        queue = AcquireQueue(link, config.acquire_timeout_ms)
+        link.start()
+        queue.start()
+        return SchedulerSide(
+            link=link,
+            queue=queue,
+            block_tokens=block_tokens,
+            hash_tokens=cache.hash_block_size or block_tokens,
+            workers=self._vllm_config.parallel_config.world_size,
+            acquire_timeout_ms=config.acquire_timeout_ms,
+            loads=self._kv_transfer_config.is_kv_consumer,
+            stores=self._kv_transfer_config.is_kv_producer,
+            specs_for=self._specs_for,
+        )
+
+    def _make_worker(self, config: ConnectorConfig) -> WorkerSide:
+        rank = self._vllm_config.parallel_config.rank
+        shard, writes = layout.shard_of(rank, self._vllm_config, self._kv_cache_config)
+        link = StoreLink(connector_of(config), self._specs_for(""), f"worker-{rank}")
+        link.start()
+        return WorkerSide(
+            link=link,
+            geometry=layout.geometry(self._kv_cache_config),
+            shard=shard,
+            writes=writes,
+            specs_for=self._specs_for,
+        )
+
+    # -- both halves ------------------------------------------------------------
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        return False
+
+    @classmethod
+    def get_required_kvcache_layout(cls, vllm_config: VllmConfig) -> str | None:
+        # Blocks outermost makes a block one contiguous piece. The CPU backend has
+        # one layout only, and vLLM warns about a wish that it cannot meet.
+        return None if vllm_config.device_config.device_type == "cpu" else "BLHNC"
+
+    @classmethod
+    def build_kv_connector_stats(
+        cls, data: dict[str, Any] | None = None
+    ) -> KVConnectorStats | None:
+        return ConnectorStats(data or {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: VllmConfig,
+        metric_types: dict[type[PromMetric], type[PromMetricT]],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> KVConnectorPromMetrics | None:
+        return ConnectorPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+    def get_kv_connector_stats(self) -> KVConnectorStats | None:
+        if self._scheduler is not None:
+            return self._scheduler.stats.take()
+        return None if self._worker is None else self._worker.take_stats()
+
+    def shutdown(self) -> None:
+        if self._scheduler is not None:
+            self._scheduler.close()
+        if self._worker is not None:
+            self._worker.close()
+
+    # -- scheduler --------------------------------------------------------------
+
+    def on_new_request(self, request: Request) -> None:
+        if self._scheduler is not None:
+            self._scheduler.on_new_request(request)
+
+    def get_num_new_matched_tokens(
+        self, request: Request, num_computed_tokens: int
+    ) -> tuple[int | None, bool]:
+        if self._scheduler is None:
+            return 0, False
+        return self._scheduler.get_num_new_matched_tokens(request, num_computed_tokens)
+
+    def update_state_after_alloc(
+        self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
+    ) -> None:
+        if self._scheduler is not None:
+            self._scheduler.update_state_after_alloc(
+                request, blocks.get_block_ids, num_external_tokens
+            )
+
+    def get_external_cache_hit_sources(
+        self, request: Request, num_external_tokens: int
+    ) -> dict[CacheHitSource, int]:
+        if self._scheduler is None:
+            return {}
+        return self._scheduler.hit_sources(request, num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
+        if self._scheduler is None:
+            return StepMetadata()
+        return self._scheduler.build_meta(scheduler_output)
+
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        if self._scheduler is not None:
+            self._scheduler.update_output(connector_output)
+
+    def request_finished(
+        self, request: Request, block_ids: list[int]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        if self._scheduler is None:
+            return False, None
+        return self._scheduler.request_finished(request), None
+
+    def request_finished_all_groups(
+        self, request: Request, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        if self._scheduler is None:
+            return False, None
+        return self._scheduler.request_finished(request), None
+
+    def has_pending_block_frees(self) -> bool:
+        return self._scheduler is not None and self._scheduler.blocks_are_coming_back()
+
+    def reset_cache(self) -> bool | None:
+        if self._scheduler is not None:
+            self._scheduler.reset()
+        return True
+
+    # -- worker -----------------------------------------------------------------
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        if self._worker is not None:
+            self._worker.register_kv_caches(kv_caches)
+
+    def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
+        if self._worker is not None and isinstance(kv_connector_metadata, StepMetadata):
+            self._worker.before_step(kv_connector_metadata)
+
+    def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
+        meta = self._connector_metadata
+        if self._worker is not None and isinstance(meta, StepMetadata):
+            self._worker.start_loads(meta)
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Nothing to wait for: a request is computed after its load has ended."""
+
+    def save_kv_layer(
+        self,
+        layer_name: str,
+        kv_layer: torch.Tensor,
+        attn_metadata: AttentionMetadata,
+        **kwargs: Any,
+    ) -> None:
+        """Blocks are stored whole, after the step."""
+
+    def wait_for_save(self) -> None:
+        meta = self._connector_metadata
+        if self._worker is not None and isinstance(meta, StepMetadata):
+            self._worker.start_stores(meta)
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        meta = self._connector_metadata
+        if self._worker is None or not isinstance(meta, StepMetadata):
+            return None, None
+        return self._worker.take_finished(meta)
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        return set() if self._worker is None else self._worker.take_failed_blocks()
+
+    def build_connector_worker_meta(self) -> WorkerReport | None:
+        return None if self._worker is None else self._worker.take_report()
+
+
+def _check(vllm_config: VllmConfig) -> None:
+    algorithm = vllm_config.cache_config.prefix_caching_hash_algo
+    if algorithm not in _SAFE_HASHES:
+        raise ConfigError(
+            f"KVStoreConnector cannot use --prefix-caching-hash-algo {algorithm}: its hashes are"
+            " neither collision resistant nor the same in every process. Use sha256."
+        )
+    device = vllm_config.device_config.device_type
+    if device != "cpu":
+        raise ConfigError(
+            f"KVStoreConnector cannot serve a KV cache on {device!r} yet, only one in host memory"
+            " (vLLM's CPU build)."
+        )

@@ -1,0 +1,85 @@
+"""What scheduler and workers tell each other, once a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorMetadata,
+    KVConnectorWorkerMetadata,
+)
+
+
+@dataclass(slots=True)
+class LoadJob:
+    """Fill `block_ids` of one request from leased slots.
+
+    `addresses[shard][i]` and `checksums[shard][i]` belong to `block_ids[i]`. They
+    mean something only to the server life named by `epoch`, and only until
+    `expires_ns` on CLOCK_MONOTONIC.
+    """
+
+    request_id: str
+    block_ids: list[int]
+    addresses: list[list[int]]
+    checksums: list[list[int]]
+    expires_ns: int
+    epoch: bytes
+
+
+@dataclass(slots=True)
+class StoreJob:
+    """Publish blocks that this step's forward pass completes.
+
+    `parents[i]` is the key of the block before `keys[i]`, empty at a chain's start.
+    """
+
+    job_id: int
+    request_id: str
+    block_ids: list[int]
+    keys: list[bytes]
+    parents: list[bytes]
+
+
+@dataclass
+class StepMetadata(KVConnectorMetadata):
+    """The scheduler's orders for one step.
+
+    `cancelled`: store jobs whose blocks are about to be reused. `flushing`:
+    requests that have finished and whose blocks are held until their store jobs
+    are reported. `idle`: the step computes nothing, so waiting costs nobody.
+    `salt`: part of the layouts; changes when the engine forgets its cache.
+    """
+
+    loads: list[LoadJob] = field(default_factory=list)
+    stores: list[StoreJob] = field(default_factory=list)
+    cancelled: list[int] = field(default_factory=list)
+    flushing: list[str] = field(default_factory=list)
+    idle: bool = False
+    salt: str = ""
+
+
+@dataclass(slots=True)
+class JobReport:
+    """`workers`: how many have reported. `lost`: some block was not stored."""
+
+    workers: int
+    lost: bool
+
+
+@dataclass
+class WorkerReport(KVConnectorWorkerMetadata):
+    """Store jobs that no longer read their blocks, by job id."""
+
+    jobs: dict[int, JobReport] = field(default_factory=dict)
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> WorkerReport:
+        assert isinstance(other, WorkerReport)
+        merged = dict(self.jobs)
+        for job_id, theirs in other.jobs.items():
+            ours = merged.get(job_id)
+            if ours is None:
+                merged[job_id] = theirs
+            else:
+                merged[job_id] = JobReport(ours.workers + theirs.workers, ours.lost or theirs.lost)
+        return WorkerReport(merged)
