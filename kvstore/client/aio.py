@@ -15,7 +15,7 @@ from kvstore.client.steps import Call, Connect, Flow, OpenSession, ReadStream, W
 from kvstore.client.transfers import Got
 from kvstore.client.transport_aio import AsyncTransport
 from kvstore.client.wire import ServerInfo
-from kvstore.errors import BadRequest, LeaseExpired, Unavailable
+from kvstore.errors import BadRequest, KVStoreError, LeaseExpired, Unavailable
 from kvstore.types import (
     ChainPresence,
     ChainQuery,
@@ -47,6 +47,8 @@ class AsyncClient:
         self._pid = os.getpid()
         self._connecting = asyncio.Lock()
         self._transport: AsyncTransport | None = None
+        # Each lasts at most two timeouts.
+        self._undoing: set[asyncio.Task[None]] = set()
 
     async def connect(self) -> None:
         """Find the server now. Raises `Unavailable`; may be tried again."""
@@ -71,6 +73,8 @@ class AsyncClient:
         self._core.closed = True
         if self._core.link is not None:
             self._core.link.retire()
+        for undoing in self._undoing:
+            undoing.cancel()
         if self._transport is not None:
             await self._transport.close()
 
@@ -273,8 +277,10 @@ class AsyncClient:
         if self._transport is None:
             self._transport = AsyncTransport(self._address)
         match step:
-            case Call():
+            case Call(undo=None):
                 return await self._transport.call(step)
+            case Call():
+                return await self._call_that_grants(self._transport, step)
             case ReadStream():
                 return await self._transport.read(step)
             case WriteStream():
@@ -282,6 +288,17 @@ class AsyncClient:
             case OpenSession():
                 return await self._transport.open_session(step)
         raise AssertionError(f"no such step: {step!r}")
+
+    async def _call_that_grants(self, transport: AsyncTransport, step: Call) -> Any:
+        """The server may have granted what a cancelled caller no longer hears of."""
+        calling = asyncio.create_task(transport.call(step))
+        try:
+            return await asyncio.shield(calling)
+        except asyncio.CancelledError:
+            undoing = asyncio.create_task(_undo(transport, calling, step))
+            self._undoing.add(undoing)
+            undoing.add_done_callback(self._undoing.discard)
+            raise
 
     async def _connect(self, step: Connect) -> Link:
         budget = Budget(step.timeout_s)
@@ -293,6 +310,16 @@ class AsyncClient:
             return await self._run(connecting.connect(self._core, budget))
         finally:
             self._connecting.release()
+
+
+async def _undo(transport: AsyncTransport, calling: asyncio.Task[Any], step: Call) -> None:
+    try:
+        response = await calling
+        if step.undo is not None and (back := step.undo(response)) is not None:
+            await transport.call(back)
+    except KVStoreError:
+        # Nothing was granted, or it ends with its time.
+        return
 
 
 async def _work(step: Work) -> Any:

@@ -12,10 +12,10 @@ from kvstore.client.steps import Call, Flow
 from kvstore.client.wire import ServerInfo
 from kvstore.errors import (
     BadRequest,
+    ClientError,
     KVStoreError,
     LeaseExpired,
     NoSession,
-    Refused,
     ReservationExpired,
 )
 from kvstore.types import (
@@ -69,7 +69,13 @@ def acquire(
             chains=wire.chain_messages(chains), wait_ms=_clamp(wait_ms, budget)
         )
 
-    response, link = yield from call(core, budget, "Acquire", request)
+    def undo(link: Link, response: pb.AcquireResponse) -> Call | None:
+        ids = [lease.lease_id for lease in response.leases if lease.lease_id]
+        if not ids:
+            return None
+        return Call("Release", pb.ReleaseRequest(lease_ids=ids), link.session, core.timeout_s)
+
+    response, link = yield from call(core, budget, "Acquire", request, undo)
     return wire.grants(cast(pb.AcquireResponse, response), link.tag), link
 
 
@@ -118,7 +124,13 @@ def reserve(
     def request() -> Message:
         return wire.reserve_message(layout_id, entries, _clamp(wait_ms, budget))
 
-    response, link = yield from call(core, budget, "Reserve", request)
+    def undo(link: Link, response: pb.ReserveResponse) -> Call | None:
+        number = response.reservation_id
+        if not number:
+            return None
+        return Call("Abort", pb.AbortRequest(reservation_id=number), link.session, core.timeout_s)
+
+    response, link = yield from call(core, budget, "Reserve", request, undo)
     return wire.reservation(cast(pb.ReserveResponse, response), link.tag), link
 
 
@@ -155,7 +167,10 @@ def abort(core: Core, reservation_id: int, timeout_s: float) -> Flow[None]:
         yield Call("Abort", pb.AbortRequest(reservation_id=number), link.session, timeout_s)
     except NoSession:
         link.retire()
-    except Refused:
+    except ClientError:
+        raise
+    except BaseException:
+        # Not heard, or interrupted.
         if len(link.owed_aborts) < MAX_OWED_ABORTS:
             link.owed_aborts.add(number)
         raise

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from kvstore.client import wire
 from kvstore.client.link import Budget, Core, Link
@@ -37,20 +38,29 @@ def current_link(core: Core, budget: Budget) -> Flow[Link]:
 
 
 def call(
-    core: Core, budget: Budget, method: str, make_request: Callable[[], Message]
+    core: Core,
+    budget: Budget,
+    method: str,
+    make_request: Callable[[], Message],
+    undo: Callable[[Link, Any], Call | None] | None = None,
 ) -> Flow[tuple[Message, Link]]:
     """One RPC that names nothing of an earlier session, and the link it went over.
 
     When the server has lost the session it has done nothing, so the call is
     repeated once under a new one.
     """
+
+    def over(link: Link) -> Call:
+        on_leaving = None if undo is None else partial(undo, link)
+        return Call(method, make_request(), link.session, budget.left(), undo=on_leaving)
+
     link = yield from current_link(core, budget)
     try:
-        response = yield Call(method, make_request(), link.session, budget.left())
+        response = yield over(link)
     except NoSession:
         link.retire()
         link = yield from current_link(core, budget)
-        response = yield Call(method, make_request(), link.session, budget.left())
+        response = yield over(link)
     return response, link
 
 

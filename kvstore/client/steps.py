@@ -26,6 +26,9 @@ class Call(NamedTuple):
 
     `session` is empty for a call without one. With `wait_for_ready` the call
     waits, within its time, for the server to be reachable.
+
+    A call that grants something has an `undo`: from its response, the call that
+    gives the grant back. A driver that abandons such a call performs it.
     """
 
     method: str
@@ -33,6 +36,7 @@ class Call(NamedTuple):
     session: bytes
     timeout_s: float
     wait_for_ready: bool = False
+    undo: Callable[[Any], Call | None] | None = None
 
 
 class ReadStream(NamedTuple):

@@ -177,8 +177,6 @@ class Attachment:
         # order, before the reply to the next request.
         self._owed = 0
         self._closed = False
-        self._poll = select.poll()
-        self._poll.register(connection, select.POLLRDHUP)
         self.session = attached.session
         self.epoch = attached.epoch
         self.extent_bytes = attached.extent_bytes
@@ -247,7 +245,14 @@ class Attachment:
 
     def alive(self) -> bool:
         """Whether the connection is still open. Costs a microsecond, never waits."""
-        return not self._closed and not self._poll.poll(0)
+        descriptor = self._socket.fileno()
+        if self._closed or descriptor < 0:
+            return False
+        # A poll object of its own for each call: one may not be used by two
+        # threads at once.
+        poll = select.poll()
+        poll.register(descriptor, select.POLLRDHUP)
+        return not poll.poll(0)
 
     def close(self) -> None:
         """End the session. Idempotent."""

@@ -1,0 +1,217 @@
+"""The server killed, restarted, hung: errors are typed, prompt, and end by themselves."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+import kvstore
+from kvstore import PutOutcome
+from kvstore.errors import (
+    BadRequest,
+    LeaseExpired,
+    ReservationExpired,
+    Unavailable,
+)
+from tests.integration.client.conftest import Server, block, eventually, key, layout_of
+
+
+def test_nobody_there_is_unavailable_at_once(driver: Callable[..., Any], tmp_path: Any) -> None:
+    for endpoint in (str(tmp_path / "none"), f"unix://{tmp_path}/none", "127.0.0.1:1"):
+        started = time.monotonic()
+        with pytest.raises(Unavailable):
+            driver(endpoint, timeout_s=5)
+        assert time.monotonic() - started < 4
+
+
+def test_a_killed_and_restarted_server_is_found_again(
+    fresh_server: Server, driver: Callable[..., Any], place: str, connect: Any
+) -> None:
+    if place == "remote":
+        # The port must be the same after the restart.
+        fresh_server.arguments[fresh_server.arguments.index("127.0.0.1:0")] = fresh_server.remote
+    client = connect(fresh_server, timeout_s=5)
+    layout = layout_of(client, 5000)
+    client.put(layout, key(1), block(1, 5000))
+    epoch = client.epoch
+    lease = client.acquire(layout, [key(1)])
+    grant = client.reserve(layout, [(key(2), b"")], 0)
+
+    fresh_server.kill()
+    started = time.monotonic()
+    for _ in range(3):
+        with pytest.raises(Unavailable):
+            client.get(layout, key(1))
+    assert time.monotonic() - started < 3, "a dead server must not cost its timeout"
+
+    fresh_server.start()
+    assert eventually(lambda: client.get(layout, key(1))) is None
+    assert client.epoch != epoch
+    assert client.is_local == (place == "local")
+    assert client.put(layout, key(1), block(3, 5000)) is PutOutcome.STORED
+    # The new server hands out the old numbers again; they must not be taken for them.
+    current = client.acquire(layout, [key(1)])
+    current_grant = client.reserve(layout, [(key(3), b"")], 0)
+    assert lease.expired
+    with pytest.raises(LeaseExpired):
+        lease.read(0)
+    with pytest.raises(LeaseExpired):
+        client.renew([lease.lease_id])
+    with pytest.raises(ReservationExpired):
+        client.commit(grant.reservation_id, [0], [0])
+    lease.release()
+    client.abort(grant.reservation_id)
+    assert current.read(0) == block(3, 5000)
+    assert client.stats().reservations == 1
+    client.abort(current_grant.reservation_id)
+    if place == "local":
+        with pytest.raises(LeaseExpired):
+            client.slot(grant.results[0].address, 5000, True, epoch=epoch)
+
+
+def test_a_hung_server_costs_the_timeout_and_is_used_again_when_it_goes_on(
+    fresh_server: Server, connect: Any
+) -> None:
+    client = connect(fresh_server, timeout_s=0.5)
+    layout = layout_of(client, 5000)
+    client.put(layout, key(1), block(1, 5000))
+    fresh_server.send(signal.SIGSTOP)
+    try:
+        actions: list[Callable[[], Any]] = [
+            lambda: client.get(layout, key(1)),
+            lambda: client.put(layout, key(2), block(2, 5000)),
+            lambda: client.lookup(layout, [key(1)]),
+            lambda: client.stats(),
+        ]
+        for action in actions:
+            started = time.monotonic()
+            with pytest.raises(Unavailable):
+                action()
+            assert time.monotonic() - started < 1.5
+    finally:
+        fresh_server.send(signal.SIGCONT)
+    assert eventually(lambda: client.get(layout, key(1))) == block(1, 5000)
+    assert eventually(lambda: client.put(layout, key(9), block(9, 5000))) is PutOutcome.STORED
+
+
+def test_a_hung_server_does_not_hang_a_new_client(
+    fresh_server: Server, driver: Callable[..., Any]
+) -> None:
+    fresh_server.send(signal.SIGSTOP)
+    try:
+        for endpoint in (fresh_server.socket, fresh_server.remote):
+            started = time.monotonic()
+            with pytest.raises(Unavailable):
+                driver(endpoint, timeout_s=0.4)
+            assert time.monotonic() - started < 2
+    finally:
+        fresh_server.send(signal.SIGCONT)
+
+
+def test_views_of_a_dead_servers_memory_stay_readable(fresh_server: Server) -> None:
+    """An engine that is reading must not be killed by the loss of its cache."""
+    with kvstore.Client(fresh_server.socket, timeout_s=2) as client:
+        layout = layout_of(client, 5000)
+        client.put(layout, key(1), block(1, 5000))
+        view = client.acquire(layout, [key(1)]).view(0)
+        fresh_server.kill()
+        assert bytes(view) == block(1, 5000)
+        with pytest.raises(Unavailable):
+            client.stats()
+        assert bytes(view) == block(1, 5000)
+
+
+def _hold_and_die(socket: str, ready: Any) -> None:
+    client = kvstore.Client(socket)
+    layout = layout_of(client, 5000)
+    client.acquire(layout, [key(1)])
+    client.reserve(layout, [(key(2), b"")], 0)
+    ready.set()
+    time.sleep(60)
+
+
+def test_what_a_killed_client_held_is_given_back(fresh_server: Server) -> None:
+    with kvstore.Client(fresh_server.socket) as client:
+        layout = layout_of(client, 5000)
+        client.put(layout, key(1), block(1, 5000))
+        context = multiprocessing.get_context("spawn")
+        ready = context.Event()
+        process = context.Process(target=_hold_and_die, args=(fresh_server.socket, ready))
+        process.start()
+        assert ready.wait(30)
+        stats = client.stats()
+        assert (stats.leases, stats.reservations, stats.sessions) == (1, 1, 2)
+        process.kill()
+        process.join()
+        deadline = time.monotonic() + 5
+        while client.stats()[2:5] != (1, 0, 0):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+
+def test_a_closed_client_says_so_and_gives_its_session_back(server: Server, connect: Any) -> None:
+    with kvstore.Client(server.socket) as watcher:
+        before = watcher.stats().sessions
+        client = connect(server)
+        assert watcher.stats().sessions == before + 1
+        client.close()
+        client.close()
+        with pytest.raises(BadRequest, match="closed"):
+            client.stats()
+        deadline = time.monotonic() + 5
+        while watcher.stats().sessions != before:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+
+@pytest.mark.filterwarnings("ignore:This process.*multi-threaded:DeprecationWarning")
+def test_a_forked_child_is_told_to_make_its_own_client(server: Server) -> None:
+    with kvstore.Client(server.socket) as client:
+        child = os.fork()
+        if child == 0:
+            try:
+                client.stats()
+            except BadRequest:
+                os._exit(0)
+            finally:
+                os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        client.stats()
+
+
+def test_a_cancelled_call_gives_back_what_it_holds(server: Server) -> None:
+    async def run() -> None:
+        async with kvstore.AsyncClient(server.socket) as client:
+            layout = await client.register_layout(
+                kvstore.LayoutSpec(model="m", dtype="f", block_tokens=1, block_bytes=1 << 20)
+            )
+            keys = [key(number) for number in range(8)]
+            datas = [block(number, 1 << 20) for number in range(8)]
+            for delay in (0.0, 0.001, 0.002, 0.003, 0.005, 0.008, 0.013):
+                task = asyncio.create_task(client.put_many(layout, keys, datas))
+                await asyncio.sleep(delay)
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
+                reading = asyncio.create_task(client.get_many(layout, keys))
+                await asyncio.sleep(delay)
+                reading.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await reading
+            deadline = time.monotonic() + 5
+            while (await client.stats())[3:5] != (0, 0):
+                assert time.monotonic() < deadline
+                await asyncio.sleep(0.02)
+            outcomes = await client.put_many(layout, keys, datas)
+            assert set(outcomes) <= {PutOutcome.STORED, PutOutcome.PRESENT}
+            assert await client.get_many(layout, keys) == datas
+
+    asyncio.run(run())
