@@ -37,7 +37,8 @@ from kvstore.core.actions import (
     RememberLayout,
 )
 from kvstore.core.catalog import Layout, Replica
-from kvstore.core.planner import Counters, Limits, Planner
+from kvstore.core.limits import Counters, Limits
+from kvstore.core.planner import Planner
 from kvstore.core.sessions import Session
 from kvstore.core.space import Space
 from kvstore.core.tickets import AcquireTicket, ReserveTicket, Ticket
@@ -132,7 +133,7 @@ class Store:
         self._unsynced = False
         self._draining = False
         self._bytes = {tier: [0, 0] for tier in Tier}
-        self._evictions = {tier: 0 for tier in Tier}
+        self._evictions = dict.fromkeys(Tier, 0)
 
     # Life
 

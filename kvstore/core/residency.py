@@ -82,6 +82,8 @@ class Residency:
         self._emptying: int | None = None
         # Coldest first, per class; what write-back takes from.
         self._dirty: dict[SpaceClass, LRU] = {}
+        # Copies to NVMe that have not ended, per DRAM class of their block.
+        self._saving: dict[SpaceClass, int] = {}
 
     @property
     def can_save(self) -> bool:
@@ -149,6 +151,7 @@ class Residency:
             return None
         self._note_dirty(block)
         self.transfers.push(Copy(source, target), TransferClass.WRITE_BACK)
+        self._count_saving(block, 1)
         return target
 
     def restore(self, layout: Layout, stored: StoredBlock, address: int) -> None:
@@ -168,7 +171,7 @@ class Residency:
 
     def filled(self, copy: Copy) -> None:
         """A copy has ended well."""
-        self.transfers.finish(copy.target)
+        self._end_copy(copy)
         copy.target.apply(Event.FILLED)
         if copy.target.state is State.READY:
             self._listed(copy.target)
@@ -179,7 +182,7 @@ class Residency:
     def fill_failed(self, copy: Copy, *, source_corrupt: bool) -> None:
         """A copy has ended badly. With `source_corrupt`, because its source is not
         what was once put there: then the block is not there any more."""
-        self.transfers.finish(copy.target)
+        self._end_copy(copy)
         self._unplace(copy.target)
         if source_corrupt:
             self._damaged(copy.source)
@@ -190,7 +193,7 @@ class Residency:
     def write_back(self, wanted: dict[SpaceClass, int]) -> None:
         """Write dirty replicas ahead, coldest first, until every class has a quarter
         of its slots, and at least those `wanted`, free or clean."""
-        if not self.nvme_on or self.save_paused:
+        if not self.can_save:
             return
         for space_class, dirty in list(self._dirty.items()):
             space = self.dram.space
@@ -201,6 +204,10 @@ class Residency:
             for replica in list(islice(dirty.candidates(), max(0, min(lacking, room)))):
                 if self.save(replica.block) is None:
                     return
+
+    def look_again(self) -> None:
+        """NVMe may have got something that can leave. To be called now and then."""
+        self._nvme_full = False
 
     def drop_clean(self, tenant: str | None) -> None:
         """Drop every DRAM replica of a tenant (None: of all) that is clean and not
@@ -293,7 +300,9 @@ class Residency:
                 self.dram, space_class
             ):
                 continue
-            victim = self.dram.coldest(space_class, self._may_leave_dram)
+            victim = None
+            if not self.can_save or self._has_clean(space_class):
+                victim = self.dram.coldest(space_class, self._may_leave_dram)
             if victim is None:
                 return None
             self.dram.evictions += 1
@@ -319,6 +328,11 @@ class Residency:
                 self._drop_from_nvme(victim)
             self._nvme_full = not self.forgetting
         return replica
+
+    def _has_clean(self, space_class: SpaceClass) -> bool:
+        """Some replica of the class is clean: spares the search where none is."""
+        dirty = len(self._dirty.get(space_class, ()))
+        return self.dram.listed(space_class) > dirty + self._saving.get(space_class, 0)
 
     def _grow(self, pool: Pool, space_class: SpaceClass) -> bool:
         """One more extent for the class, if one is spare or empty."""
@@ -438,6 +452,8 @@ class Residency:
 
     def _drop_from_dram(self, replica: Replica) -> None:
         self._unlisted(replica)
+        if replica.block.nvme is not None:
+            self._nvme_full = False
         replica.apply(Event.DROP)
         replica.block.dram = None
         self.dram.vacate(replica)
@@ -476,6 +492,17 @@ class Residency:
         replica.apply(Event.FILL_FAILED)
         self._pool(replica).vacate(replica)
         self.unpin(copy.source)
+        if replica.tier is Tier.NVME:
+            self._count_saving(replica.block, -1)
+
+    def _end_copy(self, copy: Copy) -> None:
+        self.transfers.finish(copy.target)
+        if copy.target.tier is Tier.NVME:
+            self._count_saving(copy.target.block, -1)
+
+    def _count_saving(self, block: Block, change: int) -> None:
+        space_class = block.layout.dram_class
+        self._saving[space_class] = self._saving.get(space_class, 0) + change
 
     def _damaged(self, replica: Replica) -> None:
         """Its bytes are not what was committed: nobody may find it again."""

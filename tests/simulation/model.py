@@ -12,7 +12,8 @@ import random
 
 from kvstore.core.actions import Answer, CloseExtent, Copy, Forget, OpenExtent
 from kvstore.core.lifecycle import State
-from kvstore.core.planner import Limits, Planner
+from kvstore.core.limits import Limits
+from kvstore.core.planner import Planner
 from kvstore.core.sessions import Session
 from kvstore.core.space import Space
 from kvstore.core.tickets import AcquireTicket, ReserveTicket, Ticket

@@ -1,0 +1,251 @@
+"""Leases: prefixes of chains, pinned in DRAM for a client.
+
+An acquire pins what is in DRAM, has the rest brought up, and is settled when all of
+that has ended, well or badly: the longest prefix that is READY then becomes a lease.
+A chain for which there is no room in DRAM yet is *cramped*: it goes on when room is
+made, and is cut short where none can come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import takewhile
+
+from kvstore.core.actions import Answer
+from kvstore.core.catalog import Catalog, Layout, Replica
+from kvstore.core.lifecycle import State
+from kvstore.core.limits import Counters, Limits
+from kvstore.core.residency import Residency
+from kvstore.core.sessions import Lease, Session
+from kvstore.core.space import SpaceClass
+from kvstore.core.tickets import AcquireTicket, ChainClaim
+from kvstore.core.transfers import TransferClass
+from kvstore.errors import ForeignLease, LeaseExpired, TooMany
+from kvstore.types import ChainQuery, LeaseGrant
+
+
+class Leases:
+    def __init__(
+        self,
+        residency: Residency,
+        limits: Limits,
+        counters: Counters,
+        ids: Iterator[int],
+    ) -> None:
+        self._residency = residency
+        self._catalog: Catalog = residency.catalog
+        self._limits = limits
+        self._counters = counters
+        self._ids = ids
+        self._leases: dict[int, Lease] = {}
+        self._filling: dict[Replica, list[AcquireTicket]] = {}
+        self._cramped: list[AcquireTicket] = []
+
+    def __len__(self) -> int:
+        return len(self._leases)
+
+    def acquire(
+        self, session: Session, chains: Sequence[ChainQuery], *, wait: bool, now_ns: int
+    ) -> AcquireTicket:
+        """Pin the longest prefix of each chain. Without `wait`, only what is in DRAM.
+
+        Raises `UnknownLayout`, `TooMany`; nothing is pinned then.
+        """
+        if len(session.leases) + len(chains) > self._limits.max_leases:
+            raise TooMany(f"a session may hold {self._limits.max_leases} leases")
+        layouts = [[self._catalog.layout(session.tenant, i) for i in c.layout_ids] for c in chains]
+        claims = [
+            ChainClaim(shards, chain.keys) for chain, shards in zip(chains, layouts, strict=True)
+        ]
+        ticket = AcquireTicket(session, claims, wait=wait)
+        self._extend(ticket)
+        if self._may_get_on(ticket):
+            session.tickets.add(ticket)
+            if any(claim.cramped for claim in claims):
+                self._cramped.append(ticket)
+        else:
+            self.settle(ticket, now_ns)
+        return ticket
+
+    def _extend(self, ticket: AcquireTicket) -> None:
+        """Pin what can be pinned now; see to it that the rest is brought up."""
+        for claim in ticket.claims:
+            while len(claim.positions) < len(claim.keys) and claim.layouts:
+                position = self._claim_position(claim, ticket.wait)
+                if position is None:
+                    break
+                filling = [replica for replica in position if replica.state is State.FILLING]
+                if not filling and claim.from_dram == len(claim.positions):
+                    claim.from_dram += 1
+                claim.positions.append(position)
+                for replica in filling:
+                    if replica not in ticket.missing:
+                        ticket.missing.add(replica)
+                        self._filling.setdefault(replica, []).append(ticket)
+
+    def _claim_position(self, claim: ChainClaim, wait: bool) -> list[Replica] | None:
+        """One replica a layout, pinned, or None; `claim.cramped` says whether it is
+        room that is lacking."""
+        claim.cramped = False
+        position: list[Replica] = []
+        for layout in claim.layouts:
+            replica = self._claim_block(claim, layout, claim.keys[len(claim.positions)], wait)
+            if replica is None:
+                for pinned in position:
+                    self._residency.unpin(pinned)
+                return None
+            position.append(replica)
+        return position
+
+    def _may_get_on(self, ticket: AcquireTicket) -> bool:
+        """The ticket has something to wait for."""
+        if ticket.missing:
+            return True
+        return ticket.wait and any(c.cramped for c in ticket.claims) and self._residency.busy
+
+    def _claim_block(
+        self, claim: ChainClaim, layout: Layout, key: bytes, wait: bool
+    ) -> Replica | None:
+        """The block's DRAM replica, pinned, READY or (with `wait`) on its way."""
+        block = self._catalog.find(layout, key)
+        if block is None:
+            return None
+        replica = block.dram
+        if replica is None and wait and _ready(block.nvme):
+            replica = self._residency.bring_up(block, TransferClass.DEMAND)
+            claim.cramped = replica is None
+        if replica is None:
+            return None
+        if replica.state is State.FILLING and wait:
+            self._residency.transfers.promote(replica)
+        elif replica.state is not State.READY:
+            return None
+        self._residency.pin(replica)
+        return replica
+
+    def settle(self, ticket: AcquireTicket, now_ns: int) -> None:
+        """Turn what is READY now into leases, let go of the rest, and answer."""
+        for replica in ticket.missing:
+            waiting = self._filling[replica]
+            waiting.remove(ticket)
+            if not waiting:
+                del self._filling[replica]
+        ticket.missing.clear()
+        if ticket in self._cramped:
+            self._cramped.remove(ticket)
+        ticket.session.tickets.discard(ticket)
+        expires_ns = now_ns + self._limits.lease_ms * 1_000_000
+        ticket.answer = [self._grant(ticket.session, claim, expires_ns) for claim in ticket.claims]
+
+    def _grant(self, session: Session, claim: ChainClaim, expires_ns: int) -> LeaseGrant:
+        held = 0
+        if not session.closed:
+            usable = takewhile(lambda position: all(map(_ready, position)), claim.positions)
+            held = sum(1 for _ in usable)
+        for position in claim.positions[held:]:
+            for replica in position:
+                if replica.state is not State.GONE:
+                    self._residency.unpin(replica)
+        from_dram = min(claim.from_dram, held)
+        self._counters.acquired_positions += len(claim.keys)
+        self._counters.acquired_hits += held
+        self._counters.acquired_hits_dram += from_dram
+        if not held:
+            return LeaseGrant(0, 0, [], [], 0, 0)
+        # The root last, so that it is the most recent (see policies.base).
+        for position in reversed(claim.positions[:held]):
+            for replica in position:
+                self._residency.touch(replica.block)
+        shards = range(len(claim.positions[0]))
+        replicas = [claim.positions[p][s] for s in shards for p in range(held)]
+        lease = Lease(next(self._ids), session, replicas, expires_ns)
+        self._leases[lease.lease_id] = session.leases[lease.lease_id] = lease
+        return LeaseGrant(
+            lease.lease_id,
+            held,
+            [replica.address for replica in replicas],
+            [replica.block.checksum or 0 for replica in replicas],
+            expires_ns,
+            from_dram,
+        )
+
+    def get(self, session: Session, lease_id: int) -> Lease:
+        """Raises `ForeignLease`, `LeaseExpired`."""
+        lease = self._leases.get(lease_id)
+        if lease is None:
+            raise LeaseExpired("the lease has ended")
+        if lease.session is not session:
+            raise ForeignLease("the lease belongs to another session")
+        return lease
+
+    def renew(self, session: Session, lease_ids: Sequence[int], now_ns: int) -> int:
+        """All or none. The new end, nanoseconds."""
+        leases = [self.get(session, lease_id) for lease_id in lease_ids]
+        expires_ns = now_ns + self._limits.lease_ms * 1_000_000
+        for lease in leases:
+            lease.expires_ns = expires_ns
+        return expires_ns
+
+    def release(self, session: Session, lease_ids: Sequence[int]) -> None:
+        """Ended leases are ignored. With a foreign one among them, none is released."""
+        leases = {i: lease for i in lease_ids if (lease := self._leases.get(i)) is not None}
+        if any(lease.session is not session for lease in leases.values()):
+            raise ForeignLease("a lease belongs to another session")
+        for lease in leases.values():
+            self.end(lease)
+
+    def end(self, lease: Lease) -> None:
+        del self._leases[lease.lease_id]
+        del lease.session.leases[lease.lease_id]
+        for replica in lease.replicas:
+            self._residency.unpin(replica)
+
+    # Getting on with what waits
+
+    def target_settled(self, target: Replica, now_ns: int) -> None:
+        """A replica that was being filled is READY or gone."""
+        for ticket in self._filling.pop(target, ()):
+            ticket.missing.discard(target)
+            if not self._may_get_on(ticket):
+                self._answer(ticket, now_ns)
+
+    def retry(self, now_ns: int) -> None:
+        """There may be room now."""
+        for ticket in list(self._cramped):
+            self._extend(ticket)
+            if not self._may_get_on(ticket):
+                self._answer(ticket, now_ns)
+            elif not any(claim.cramped for claim in ticket.claims):
+                self._cramped.remove(ticket)
+
+    def answer_all(self, now_ns: int) -> None:
+        """Nothing more will come up: settle every ticket as things are."""
+        for ticket in {t for waiting in self._filling.values() for t in waiting}:
+            self._answer(ticket, now_ns)
+
+    def expire(self, now_ns: int) -> None:
+        """End the leases whose time is up."""
+        for lease in [x for x in self._leases.values() if x.expires_ns < now_ns]:
+            self._counters.expired_leases += 1
+            self.end(lease)
+
+    def add_wanted(self, wanted: dict[SpaceClass, int]) -> None:
+        """Add the slots that cramped chains lack, by class."""
+        for ticket in self._cramped:
+            for claim in ticket.claims:
+                for layout in claim.layouts:
+                    lacking = len(claim.keys) - len(claim.positions)
+                    wanted[layout.dram_class] = wanted.get(layout.dram_class, 0) + lacking
+
+    def _answer(self, ticket: AcquireTicket, now_ns: int) -> None:
+        self.settle(ticket, now_ns)
+        self._residency.actions.append(Answer(ticket))
+
+    def pins(self) -> Iterator[Replica]:
+        """Every replica held by a lease, once a pin; for integrity checks."""
+        for lease in self._leases.values():
+            yield from lease.replicas
+
+
+def _ready(replica: Replica | None) -> bool:
+    return replica is not None and replica.state is State.READY

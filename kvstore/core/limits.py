@@ -1,0 +1,33 @@
+"""What the planner is bounded by, and what it counts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    lease_ms: int
+    reservation_ms: int
+    max_sessions: int
+    max_leases: int
+    """Leases a session."""
+    max_reservations: int
+    """Open reservations a session."""
+    max_layouts: int
+    """Layouts a tenant."""
+    max_running: int
+    """Transfers at a time."""
+
+
+@dataclass(slots=True)
+class Counters:
+    """Since the start."""
+
+    acquired_positions: int = 0
+    acquired_hits: int = 0
+    acquired_hits_dram: int = 0
+    committed_blocks: int = 0
+    denied_blocks: int = 0
+    expired_leases: int = 0
+    expired_reservations: int = 0
