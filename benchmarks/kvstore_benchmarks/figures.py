@@ -1,0 +1,66 @@
+"""From samples to figures: medians, percentiles, and how they are written."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+
+class Timer:
+    """Seconds between entering and leaving `timed`."""
+
+    def __init__(self) -> None:
+        self.seconds = math.nan
+
+
+@contextmanager
+def timed() -> Iterator[Timer]:
+    timer = Timer()
+    start = time.perf_counter()
+    try:
+        yield timer
+    finally:
+        timer.seconds = time.perf_counter() - start
+
+
+def median(samples: Sequence[float]) -> float:
+    """NaN when there are none."""
+    return statistics.median(samples) if samples else math.nan
+
+
+def percentile(samples: Sequence[float], percent: float) -> float:
+    """The smallest sample that at least `percent` % of the samples do not exceed."""
+    if not samples:
+        return math.nan
+    rank = math.ceil(len(samples) * percent / 100)
+    return sorted(samples)[max(rank, 1) - 1]
+
+
+def gbps(nbytes: int, seconds: float) -> float:
+    """Gigabytes (10^9) a second."""
+    return nbytes / seconds / 1e9
+
+
+def ratio(value: float, bound: float) -> float:
+    return value / bound if bound else math.nan
+
+
+def finite(value: float, digits: int = 4) -> float | None:
+    """`value` rounded, or None where there is none: JSON has no NaN."""
+    return round(value, digits) if math.isfinite(value) else None
+
+
+def size_text(nbytes: int) -> str:
+    for shift, unit in ((20, "MiB"), (10, "KiB")):
+        if nbytes % (1 << shift) == 0:
+            return f"{nbytes >> shift} {unit}"
+    return f"{nbytes} B"
+
+
+def seconds_text(seconds: float) -> str:
+    if not math.isfinite(seconds):
+        return "-"
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.0f} ms"

@@ -1,0 +1,42 @@
+"""`kvstore bench local` and `kvstore bench vllm`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from kvstore.cli.main import COMMANDS, Subparsers
+
+
+def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
+    parser = subparsers.add_parser("bench", help=COMMANDS["bench"].summary)
+    which = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
+    local = which.add_parser("local", help="put, get and lookup against memcpy and O_DIRECT")
+    local.add_argument(
+        "--endpoint",
+        metavar="WHERE",
+        help="measure this server, leaving out NVMe; default: start one for the measurement",
+    )
+    vllm = which.add_parser("vllm", help="time to first token with and without the store")
+    vllm.add_argument("--rounds", type=int, default=7, metavar="N", help="default: 7")
+    vllm.add_argument("--tokens", type=int, default=8192, metavar="N", help="a prompt; 8192")
+    for benchmark in (local, vllm):
+        benchmark.add_argument("--json", action="store_true", help="print one object")
+        benchmark.add_argument("--quick", action="store_true", help="a try-out, not a measurement")
+        benchmark.add_argument(
+            "--dir",
+            type=Path,
+            metavar="DIR",
+            help="where the data may lie while it runs; default: this user's cache",
+        )
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.benchmark == "local":
+        from kvstore_benchmarks.local.main import run as run_local
+
+        return run_local(args.endpoint, args.dir, quick=args.quick, as_object=args.json)
+    from kvstore_benchmarks.end_to_end.bench import run as run_vllm
+
+    return run_vllm(args.dir, args.rounds, args.tokens, quick=args.quick, as_object=args.json)
