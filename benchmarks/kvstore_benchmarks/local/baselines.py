@@ -8,34 +8,38 @@ from __future__ import annotations
 
 import mmap
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import numpy as np
-import numpy.typing as npt
 
 from kvstore_benchmarks.figures import timed
 
 DIRECT_THREADS = 4
 """Enough requests in flight to keep one drive busy."""
 
-Blocks = list[npt.NDArray[np.uint8]]
+Blocks = list[memoryview]
 
 
 def memcpy_seconds(destinations: Blocks, sources: Blocks) -> float:
     """Seconds to copy each source to its destination, one after the other."""
+    pairs = [
+        (np.frombuffer(destination, np.uint8), np.frombuffer(source, np.uint8))
+        for destination, source in zip(destinations, sources, strict=True)
+    ]
     with timed() as timer:
-        for destination, source in zip(destinations, sources, strict=True):
+        for destination, source in pairs:
             np.copyto(destination, source)
     return timer.seconds
 
 
 def aligned_blocks(count: int, nbytes: int) -> Blocks:
     """`count` blocks of `nbytes`, page-aligned and faulted in."""
-    memory = np.frombuffer(mmap.mmap(-1, count * nbytes), np.uint8)
-    memory[:: mmap.PAGESIZE] = 1
+    memory = memoryview(mmap.mmap(-1, count * nbytes))
+    np.frombuffer(memory, np.uint8)[:: mmap.PAGESIZE] = 1
     return [memory[at : at + nbytes] for at in range(0, count * nbytes, nbytes)]
 
 
@@ -77,9 +81,7 @@ class DirectFile:
             self._each(blocks, os.preadv)
         return timer.seconds
 
-    def _each(self, blocks: Blocks, transfer: object) -> None:
-        assert callable(transfer)
-
+    def _each(self, blocks: Blocks, transfer: Callable[[int, list[memoryview], int], int]) -> None:
         def one(index: int) -> None:
             block = blocks[index]
             moved = transfer(self._descriptor, [block], index * block.nbytes)

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from kvstore.client.sync import Client
-from kvstore_benchmarks.local.measure import QUICK, Plan, Samples, measure
+from kvstore_benchmarks.local.measure import QUICK, Plan, Progress, Samples, measure
 from kvstore_benchmarks.local.report import as_json, show
 from kvstore_benchmarks.server import Server
 
@@ -37,7 +37,6 @@ def run(endpoint: str | None, folder: Path | None, *, quick: bool, as_object: bo
     return 0
 
 
-def _measured(endpoint: str, plan: Plan, home: Path | None, progress: object) -> Samples:
-    assert callable(progress)
+def _measured(endpoint: str, plan: Plan, home: Path | None, progress: Progress) -> Samples:
     with Client(endpoint, timeout_s=CLIENT_TIMEOUT_S) as client:
         return measure(client, plan, home, progress)

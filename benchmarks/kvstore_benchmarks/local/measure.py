@@ -12,6 +12,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 
@@ -107,7 +108,7 @@ class _Copies:
         self._sources = aligned_blocks(count, nbytes)
         self._targets = aligned_blocks(count, nbytes)
         for block in self._sources:
-            block[:32] = bytearray(secrets.token_bytes(32))
+            block[:32] = secrets.token_bytes(32)
 
     def run(self, progress: Progress) -> Bandwidth:
         bandwidth = Bandwidth()
@@ -162,11 +163,8 @@ def _latencies(client: Client, plan: Plan, latency: Latency) -> None:
     client.put_many(layout, held, [block] * len(held))
     kinds: list[tuple[list[float], Callable[[], object]]] = [(latency.rpc, client.server_info)]
     for length in CHAIN_LENGTHS:
-        hit, miss = held[:length], _keys(length)
-        kinds += [
-            (latency.hit.setdefault(length, []), lambda keys=hit: client.lookup(layout, keys)),
-            (latency.miss.setdefault(length, []), lambda keys=miss: client.lookup(layout, keys)),
-        ]
+        for taken, keys in ((latency.hit, held[:length]), (latency.miss, _keys(length))):
+            kinds.append((taken.setdefault(length, []), partial(client.lookup, layout, keys)))
     kinds += [
         (latency.put_one, lambda: client.put(layout, secrets.token_bytes(KEY_BYTES), block)),
         (latency.get_one, lambda: client.get(layout, held[0], into=block)),
@@ -195,11 +193,9 @@ def _keys(count: int) -> list[bytes]:
 
 def _erase(blocks: Blocks) -> None:
     for block in blocks:
-        block[:32] = 0
+        block[:32] = bytes(32)
 
 
 def _equal(left: Blocks, right: Blocks) -> bool:
     """By the random bytes that each block begins with and one at its end."""
-    return all(
-        bytes(a[:32]) == bytes(b[:32]) and a[-1] == b[-1] for a, b in zip(left, right, strict=True)
-    )
+    return all(a[:32] == b[:32] and a[-1] == b[-1] for a, b in zip(left, right, strict=True))
