@@ -56,15 +56,19 @@ __version__ = "0.1.0"
 __all__ = sorted(_HOME)
 
 
-def __getattr__(name: str) -> object:
-    home = _HOME.get(name)
-    if home is None:
-        raise AttributeError(f"module 'kvstore' has no attribute {name!r}")
-    value: object = (
-        import_module("kvstore.errors") if name == "errors" else getattr(import_module(home), name)
-    )
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # A type checker shall complain of names that are not above.
+
+    def __getattr__(name: str) -> object:
+        home = _HOME.get(name)
+        if home is None:
+            raise AttributeError(f"module 'kvstore' has no attribute {name!r}")
+        value: object = (
+            import_module("kvstore.errors")
+            if name == "errors"
+            else getattr(import_module(home), name)
+        )
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

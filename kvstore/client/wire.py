@@ -40,7 +40,8 @@ _WRITE_RESERVATION_TAG = b"\x08"  # field 1, varint
 _WRITE_INDEX_TAG = b"\x10"  # field 2, varint
 _WRITE_DATA_TAG = b"\x1a"  # field 3, length-delimited
 
-_OUTCOMES: tuple[ReserveOutcome | None, ...] = (None, *ReserveOutcome)
+_OUTCOMES = {int(outcome): outcome for outcome in ReserveOutcome}
+_DENIED = ReserveOutcome.DENIED
 
 
 class ServerInfo(NamedTuple):
@@ -94,18 +95,14 @@ def reserve_message(
 
 def reservation(response: pb.ReserveResponse, tag: int) -> ReservationGrant:
     """`tag` is added to the reservation's id; see `Link`."""
+    outcome = _OUTCOMES.get
     results = [
         # An outcome this client does not know grants nothing.
-        ReserveResult(_outcome(result.outcome), result.address, result.checksum)
+        ReserveResult(outcome(result.outcome, _DENIED), result.address, result.checksum)
         for result in response.results
     ]
     number = response.reservation_id
     return ReservationGrant(number + tag if number else 0, results, response.expires_ns)
-
-
-def _outcome(value: int) -> ReserveOutcome:
-    outcome = _OUTCOMES[value] if 0 <= value < len(_OUTCOMES) else None
-    return ReserveOutcome.DENIED if outcome is None else outcome
 
 
 def server_info(response: pb.GetServerInfoResponse) -> ServerInfo:

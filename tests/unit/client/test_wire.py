@@ -1,0 +1,120 @@
+"""The hand-written encodings are protobuf's, and failures keep their meaning."""
+
+from __future__ import annotations
+
+import os
+
+import grpc
+import pytest
+from google.protobuf.message import DecodeError
+
+from kvstore import errors
+from kvstore.client import wire
+from kvstore.client.failures import typed_error
+from kvstore.client.rpc import METHODS, parse_endpoint
+from kvstore.client.steps import WritePiece
+from kvstore.types import LayoutSpec, ReserveOutcome
+from kvstore.wire.v1 import kvstore_pb2 as pb
+
+SIZES = [0, 1, 127, 128, 16_383, 16_384, 1 << 20]
+
+
+@pytest.mark.parametrize("nbytes", SIZES)
+@pytest.mark.parametrize("reservation", [0, 1, 127, 128, (1 << 64) - 1])
+@pytest.mark.parametrize("entry", [0, 1, 300, (1 << 32) - 1])
+def test_a_written_piece_is_what_protobuf_reads(nbytes: int, reservation: int, entry: int) -> None:
+    data = os.urandom(nbytes)
+    encoded = wire.encode_write(WritePiece(reservation, entry, memoryview(data)))
+    assert pb.WriteRequest.FromString(encoded) == pb.WriteRequest(
+        reservation_id=reservation, index=entry, data=data
+    )
+
+
+@pytest.mark.parametrize("nbytes", SIZES)
+def test_a_read_piece_is_what_protobuf_wrote(nbytes: int) -> None:
+    data = os.urandom(nbytes)
+    assert wire.decode_read(pb.ReadResponse(data=data).SerializeToString()) == data
+
+
+def test_a_read_piece_with_fields_of_a_later_version_is_still_read() -> None:
+    known, unknown = pb.ReadResponse(data=b"abc").SerializeToString(), b"\x10\x05"
+    for encoded in (known + unknown, unknown + known):
+        assert bytes(wire.decode_read(encoded)) == b"abc"
+
+
+@pytest.mark.parametrize("encoded", [b"\x0a", b"\x0a\x05ab", b"\x0a" + b"\xff" * 12])
+def test_a_truncated_read_piece_is_not_data(encoded: bytes) -> None:
+    with pytest.raises(DecodeError):
+        _ = wire.decode_read(encoded)
+
+
+def test_every_field_of_a_layout_reaches_the_wire() -> None:
+    spec = LayoutSpec("m", "d", 16, 4096, "r", "LBHNC", 1, 2, 3, "b")
+    message = wire.layout_message(spec)
+    assert len(message.ListFields()) == len(pb.Layout.DESCRIPTOR.fields)
+    assert all(
+        getattr(message, f.name) == getattr(spec, f.name) for f in pb.Layout.DESCRIPTOR.fields
+    )
+
+
+def test_an_outcome_of_a_later_version_grants_nothing() -> None:
+    response = pb.ReserveResponse()
+    response.results.add(outcome=pb.ReserveResult.GRANTED, address=4096)
+    response.results.add().MergeFromString(b"\x08\x63")
+    grant = wire.reservation(response, 0)
+    assert [result.outcome for result in grant.results] == [
+        ReserveOutcome.GRANTED,
+        ReserveOutcome.DENIED,
+    ]
+
+
+def test_every_error_on_the_wire_has_its_class() -> None:
+    for name in pb.ErrorCode.DESCRIPTOR.values_by_name:
+        if name != "ERROR_CODE_UNSPECIFIED":
+            error = typed_error("M", grpc.StatusCode.UNKNOWN, "why", [("kvstore-error", name)])
+            assert error.code == name
+            assert type(error) is errors.WIRE_ERRORS[name]
+            assert str(error) == "why"
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [
+        (grpc.StatusCode.UNAVAILABLE, errors.Unavailable),
+        (grpc.StatusCode.DEADLINE_EXCEEDED, errors.Unavailable),
+        (grpc.StatusCode.CANCELLED, errors.Unavailable),
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, errors.TooLarge),
+        (grpc.StatusCode.UNIMPLEMENTED, errors.InternalError),
+        (None, errors.InternalError),
+    ],
+)
+def test_failures_of_grpc_itself_have_a_type_too(
+    status: grpc.StatusCode | None, kind: type[errors.KVStoreError]
+) -> None:
+    for trailing in (None, [], [("kvstore-error", "FROM_THE_FUTURE")], [("x-bin", b"\0")]):
+        assert type(typed_error("M", status, None, trailing)) is kind
+
+
+@pytest.mark.parametrize(
+    ("text", "target", "path"),
+    [
+        ("unix:///run/s", "unix:/run/s", "/run/s"),
+        ("unix:/run/s", "unix:/run/s", "/run/s"),
+        ("/run/s", "unix:/run/s", "/run/s"),
+        ("host:9440", "host:9440", None),
+        ("[::1]:9440", "[::1]:9440", None),
+    ],
+)
+def test_endpoints_are_told_apart(text: str, target: str, path: str | None) -> None:
+    assert parse_endpoint(text) == (target, path)
+
+
+@pytest.mark.parametrize("text", ["", "host", "host:", ":1", "h:0", "h:65536", "unix:rel", "a/b"])
+def test_what_is_no_endpoint_is_a_bad_request(text: str) -> None:
+    with pytest.raises(errors.BadRequest):
+        parse_endpoint(text)
+
+
+def test_every_rpc_of_the_service_is_known() -> None:
+    service = pb.DESCRIPTOR.services_by_name["KVStore"]
+    assert set(METHODS) == {method.name for method in service.methods}
