@@ -46,6 +46,8 @@ class Flushes:
     def go_on(self) -> None:
         """Start what may start now, and answer who has got all there is."""
         for flush in list(self._flushes):
+            # A copy that was called off before it started reports nothing.
+            flush.writing -= {r for r in flush.writing if r.state is State.GONE}
             stuck = self._feed(flush)
             if not flush.writing and (stuck or not flush.queue):
                 self._flushes.remove(flush)

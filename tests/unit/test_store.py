@@ -1,0 +1,366 @@
+"""The store on tiers in memory: the loop, the threads, and what happens when they fail."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import threading
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import xxhash
+
+from kvstore.clock import ManualClock, MonotonicClock
+from kvstore.config import StoreConfig
+from kvstore.errors import (
+    BadRequest,
+    Draining,
+    LeaseExpired,
+    NoLowerTier,
+    NoSession,
+    TierFailed,
+    TierFull,
+)
+from kvstore.store import Session, Store
+from kvstore.tiers.base import BlockHeader
+from kvstore.tiers.memory import HeapMemory, HeapStorage
+from kvstore.types import ChainPresence, ChainQuery, LayoutSpec, LeaseGrant, ReserveOutcome
+
+BLOCK = 5000
+SLOT = 8192
+EXTENT = 4 * SLOT
+SPEC = LayoutSpec("m", "bf16", 16, BLOCK)
+
+
+class Seen:
+    """A StoreObserver that remembers."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[object, ...]] = []
+
+    def transfer_done(self, src: str, dst: str, kind: str, nbytes: int, seconds: float) -> None:
+        self.events.append(("transfer", src, dst, nbytes))
+
+    def evicted(self, tier: str, reason: str, blocks: int) -> None:
+        self.events.append(("evicted", tier))
+
+    def io_error(self, op: str, errno_name: str) -> None:
+        self.events.append(("io_error", op, errno_name))
+
+    def corrupt(self, tier: str) -> None:
+        self.events.append(("corrupt", tier))
+
+    def tier_off(self, tier: str) -> None:
+        self.events.append(("off", tier))
+
+
+class Faulty(HeapStorage):
+    """Fails, or holds, as told."""
+
+    fail_write: Exception | None = None
+    fail_read: Exception | None = None
+
+    def __init__(self, capacity_bytes: int, extent_bytes: int) -> None:
+        super().__init__(capacity_bytes, extent_bytes)
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def write(self, address: int, header: BlockHeader, payload: memoryview) -> None:
+        if self.fail_write is not None:
+            raise self.fail_write
+        super().write(address, header, payload)
+
+    def read(self, address: int, header: BlockHeader, into: memoryview) -> None:
+        assert self.gate.wait(10)
+        if self.fail_read is not None:
+            raise self.fail_read
+        super().read(address, header, into)
+
+
+class Rig:
+    def __init__(self, *, dram_slots: int = 16, nvme_slots: int = 64) -> None:
+        self.seen = Seen()
+        self.clock = ManualClock()
+        self.dram = HeapMemory(EXTENT, dram_slots * SLOT)
+        self.nvme = Faulty(nvme_slots * SLOT, EXTENT) if nvme_slots else None
+        self.store = self.make_store()
+
+    def make_store(self) -> Store:
+        return Store(
+            config=StoreConfig(dram_capacity_bytes=0, lease_ms=1000, reservation_ms=1000),
+            clock=self.clock,
+            dram=self.dram,
+            nvme=self.nvme,
+            tenant_key=lambda tenant: tenant.encode(),
+            executor=ThreadPoolExecutor(4),
+            observer=self.seen,
+        )
+
+    def session(self, tenant: str = "t") -> Session:
+        return self.store.open_session(tenant, local=True)
+
+    async def put(self, session: Session, keys: list[bytes], *, wait_ms: int = 5000) -> int:
+        lid = self.store.register_layout(session.tenant, SPEC)
+        entries = [(k, keys[i - 1] if i else b"") for i, k in enumerate(keys)]
+        stored = 0
+        while entries:
+            grant = await self.store.reserve(session, lid, entries, wait_ms)
+            done, left = [], []
+            for i, result in enumerate(grant.results):
+                if result.outcome is ReserveOutcome.GRANTED:
+                    view = self.store.reservation_view(session, grant.reservation_id, i)
+                    view[:] = content(entries[i][0])
+                    done.append(i)
+                elif result.outcome is ReserveOutcome.DENIED:
+                    left.append(entries[i])
+            if not done:
+                break
+            sums = [xxhash.xxh3_64_intdigest(content(entries[i][0])) for i in done]
+            self.store.commit(session, grant.reservation_id, done, sums)
+            stored += len(done)
+            entries = left
+        return stored
+
+    async def acquire(
+        self, session: Session, keys: list[bytes], *, wait_ms: int = 5000
+    ) -> LeaseGrant:
+        lid = self.store.register_layout(session.tenant, SPEC)
+        return (await self.store.acquire(session, [ChainQuery([lid], keys)], wait_ms))[0]
+
+    def presence(self, session: Session, keys: list[bytes]) -> ChainPresence:
+        lid = self.store.register_layout(session.tenant, SPEC)
+        return self.store.lookup(session.tenant, [ChainQuery([lid], keys)])[0]
+
+    def read(self, session: Session, grant: LeaseGrant) -> list[bytes]:
+        return [bytes(self.store.lease_view(session, grant.lease_id, i)) for i in range(grant.held)]
+
+
+def chain(base: int, length: int) -> list[bytes]:
+    return [bytes([base, i]) + bytes(30) for i in range(length)]
+
+
+def content(key: bytes) -> bytes:
+    return (key * (BLOCK // 32 + 1))[:BLOCK]
+
+
+def run(rig: Rig, body: Callable[[Rig], Awaitable[None]]) -> None:
+    async def main() -> None:
+        await rig.store.start()
+        try:
+            await asyncio.wait_for(body(rig), 20)
+            rig.store.check_integrity()
+        finally:
+            await rig.store.close()
+
+    asyncio.run(main())
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    for _ in range(500):
+        if condition():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("it never came about")
+
+
+def test_what_dram_cannot_hold_is_served_from_nvme() -> None:
+    async def body(rig: Rig) -> None:
+        session = rig.session()
+        chains = [chain(base, 8) for base in range(6)]
+        for keys in chains:
+            assert await rig.put(session, keys) == 8
+        for keys in chains:
+            grant = await rig.acquire(session, keys)
+            assert rig.read(session, grant) == [content(k) for k in keys]
+            rig.store.release(session, [grant.lease_id])
+        stats = rig.store.stats("t")
+        assert stats.tenant_blocks == 48
+        assert [tier.used_bytes <= tier.capacity_bytes for tier in stats.tiers] == [True, True]
+        assert ("evicted", "dram") in rig.seen.events
+
+    run(Rig(), body)
+
+
+def test_a_drained_store_is_found_again_after_a_restart() -> None:
+    rig = Rig()
+
+    async def before(rig: Rig) -> None:
+        session = rig.session()
+        await rig.put(session, chain(1, 8))
+        await rig.store.drain(10)
+        with pytest.raises(Draining):
+            await rig.acquire(session, chain(1, 8))
+        with pytest.raises(Draining):
+            rig.session()
+
+    run(rig, before)
+    rig.dram = HeapMemory(EXTENT, 16 * SLOT)
+    rig.store = rig.make_store()
+
+    async def after(rig: Rig) -> None:
+        session = rig.session()
+        assert rig.presence(session, chain(1, 8)) == (8, 0)
+        grant = await rig.acquire(session, chain(1, 8))
+        assert rig.read(session, grant) == [content(k) for k in chain(1, 8)]
+
+    run(rig, after)
+
+
+def test_bytes_that_a_client_spoiled_never_reach_nvme() -> None:
+    async def body(rig: Rig) -> None:
+        session = rig.session()
+        keys = chain(1, 2)
+        await rig.put(session, keys)
+        grant = await rig.acquire(session, keys)
+        rig.dram.view(grant.addresses[1], BLOCK)[17] ^= 1
+        rig.store.release(session, [grant.lease_id])
+        assert await rig.store.flush("t", False) == 1
+        assert rig.presence(session, keys).held == 1
+        assert ("corrupt", "dram") in rig.seen.events
+        assert rig.store.stats().corrupt_blocks == 1
+
+    run(Rig(), body)
+
+
+def test_a_failing_disk_is_switched_off_and_dram_goes_on() -> None:
+    async def body(rig: Rig) -> None:
+        assert rig.nvme is not None
+        session = rig.session()
+        await rig.put(session, chain(1, 4))
+        rig.nvme.fail_write = TierFailed("it broke", 5)
+        assert await rig.store.flush("t", False) == 0
+        with pytest.raises(NoLowerTier):
+            await rig.store.flush("t", False)
+        assert ("io_error", "write", "EIO") in rig.seen.events
+        assert ("off", "nvme") in rig.seen.events
+        assert [tier.healthy for tier in rig.store.stats().tiers] == [True, False]
+        for base in range(2, 12):
+            assert await rig.put(session, chain(base, 4)) == 4
+        grant = await rig.acquire(session, chain(11, 4))
+        assert rig.read(session, grant) == [content(k) for k in chain(11, 4)]
+
+    run(Rig(), body)
+
+
+def test_a_full_disk_delays_nobody_and_is_tried_again() -> None:
+    async def body(rig: Rig) -> None:
+        assert rig.nvme is not None
+        session = rig.session()
+        rig.nvme.fail_write = TierFull("no room")
+        for base in range(8):
+            assert await rig.put(session, chain(base, 4), wait_ms=2000) == 4
+        rig.nvme.fail_write = None
+        rig.clock.advance_ms(2000)
+        await until(lambda: any(e[:3] == ("transfer", "dram", "nvme") for e in rig.seen.events))
+
+    run(Rig(), body)
+
+
+def test_a_caller_that_goes_away_leaves_no_lease_behind() -> None:
+    async def body(rig: Rig) -> None:
+        assert rig.nvme is not None
+        session = rig.session()
+        await rig.put(session, chain(1, 4))
+        await rig.store.flush("t", True)
+        rig.nvme.gate.clear()
+        waiting = asyncio.create_task(rig.acquire(session, chain(1, 4)))
+        await until(lambda: bool(session.tickets))
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        rig.nvme.gate.set()
+        await until(lambda: rig.presence(session, chain(1, 4)).in_dram == 4)
+        assert rig.store.stats().leases == 0
+        rig.store.check_integrity()
+
+    run(Rig(), body)
+
+
+def test_a_hanging_disk_costs_the_caller_its_patience_and_no_more() -> None:
+    async def body(rig: Rig) -> None:
+        assert rig.nvme is not None
+        session = rig.session()
+        await rig.put(session, chain(1, 4))
+        await rig.store.flush("t", True)
+        await rig.put(session, chain(2, 2))
+        rig.nvme.gate.clear()
+        grant = await rig.acquire(session, chain(1, 4), wait_ms=50)
+        assert grant.held == 0
+        other = await rig.acquire(session, chain(2, 2))
+        assert other.held == 2
+        rig.nvme.gate.set()
+
+    run(Rig(), body)
+
+
+def test_a_bug_in_a_tier_answers_whoever_waits() -> None:
+    async def body(rig: Rig) -> None:
+        assert rig.nvme is not None
+        session = rig.session()
+        await rig.put(session, chain(1, 4))
+        await rig.store.flush("t", True)
+        rig.nvme.fail_read = RuntimeError("unforeseen")
+        grant = await rig.acquire(session, chain(1, 4))
+        assert grant.held == 0
+        assert ("io_error", "copy", "RuntimeError") in rig.seen.events
+
+    run(Rig(), body)
+
+
+def test_leases_end_by_the_clock_and_with_their_session() -> None:
+    async def body(rig: Rig) -> None:
+        session = rig.session()
+        await rig.put(session, chain(1, 2))
+        grant = await rig.acquire(session, chain(1, 2))
+        rig.clock.advance_ms(1500)
+        await until(lambda: rig.store.stats().leases == 0)
+        with pytest.raises(LeaseExpired):
+            rig.store.lease_view(session, grant.lease_id, 0)
+        await rig.acquire(session, chain(1, 2))
+        rig.store.close_session(session)
+        assert rig.store.stats().leases == 0
+        with pytest.raises(NoSession):
+            rig.store.session(session.id)
+
+    run(Rig(), body)
+
+
+def test_an_extent_is_handed_only_to_its_tenant() -> None:
+    async def body(rig: Rig) -> None:
+        ours, theirs = rig.session("a"), rig.session("b")
+        await rig.put(ours, chain(1, 1))
+        grant = await rig.acquire(ours, chain(1, 1))
+        with pytest.raises(BadRequest, match="no extent"):
+            rig.store.extent_fd(theirs, grant.addresses[0] // EXTENT)
+
+    run(Rig(), body)
+
+
+def test_many_callers_at_once_lose_nothing_and_leak_nothing() -> None:
+    async def client(rig: Rig, number: int) -> None:
+        session = rig.session(f"tenant{number % 3}")
+        for round_ in range(6):
+            keys = chain(number * 8 + round_, 1 + round_)
+            await rig.put(session, keys, wait_ms=5000)
+            grant = await rig.acquire(session, keys, wait_ms=5000)
+            assert rig.read(session, grant) == [content(k) for k in keys[: grant.held]]
+            if grant.lease_id:
+                rig.store.release(session, [grant.lease_id])
+        rig.store.close_session(session)
+
+    async def body(rig: Rig) -> None:
+        await asyncio.gather(*(client(rig, n) for n in range(12)))
+        stats = rig.store.stats()
+        assert (stats.sessions, stats.leases, stats.reservations) == (0, 0, 0)
+
+    run(Rig(dram_slots=32, nvme_slots=256), body)
+
+
+def test_the_host_clock_is_one_for_all_processes() -> None:
+    """Leases are checked in another process than the one that granted them."""
+    here = MonotonicClock().now_ns()
+    code = "from kvstore.clock import MonotonicClock; print(MonotonicClock().now_ns())"
+    there = int(subprocess.check_output([sys.executable, "-c", code]))
+    assert here < there < MonotonicClock().now_ns()
