@@ -1,0 +1,67 @@
+"""A server started on demand by the processes that need it, and the examples that do so."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import kvstore
+from tests.integration.client.conftest import Server
+
+SMALL = ["--dram-capacity", "16MiB", "--dram-extent", "4MiB", "--nvme-capacity", "0", "--admin", ""]
+EXAMPLES = Path(__file__).parents[3] / "examples" / "python"
+
+RACER = """
+import sys, kvstore
+started = kvstore.ensure_server(sys.argv[1], sys.argv[2:], idle_exit_s=1, timeout_s=40)
+with kvstore.Client(sys.argv[1]) as client:
+    print(started, client.is_local, client.epoch.hex())
+"""
+
+
+@pytest.fixture
+def socket(tmp_path: Path) -> Iterator[str]:
+    path = str(tmp_path / "run" / "s")
+    yield path
+    state = Path(f"{path}.json")
+    if state.exists():
+        os.kill(json.loads(state.read_text())["pid"], 9)
+
+
+def test_racing_processes_share_the_one_server_they_start_and_it_ends_when_idle(
+    socket: str,
+) -> None:
+    racers = [
+        subprocess.Popen(
+            [sys.executable, "-c", RACER, socket, *SMALL], stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(4)
+    ]
+    said = sorted(racer.communicate(timeout=60)[0].split()[0:3] for racer in racers)
+    assert [line[0] for line in said] == ["False"] * 3 + ["True"]
+    assert {line[1] for line in said} == {"True"}
+    assert len({line[2] for line in said}) == 1, "two servers were started"
+    deadline = time.monotonic() + 20
+    while Path(f"{socket}.json").exists():
+        assert time.monotonic() < deadline, "an idle server stays"
+        time.sleep(0.05)
+    assert kvstore.ensure_server(socket, SMALL, idle_exit_s=5, timeout_s=40)
+
+
+@pytest.mark.parametrize("example", sorted(path.name for path in EXAMPLES.glob("*.py")))
+def test_an_example_does_what_it_says(example: str, server: Server) -> None:
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / example), server.socket],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "shared memory" in done.stdout or "sums: [0.0, 16384.0, 32768.0, 49152.0]" in done.stdout
