@@ -1,0 +1,245 @@
+"""The server as a process: how it starts, refuses to start, stops, and outlives clients."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from kvstore.wire.v1 import kvstore_pb2 as pb
+from kvstore.wire.v1.kvstore_pb2_grpc import KVStoreStub
+from tests.integration.server.harness import Daemon, daemon
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+import asyncio
+from tests.integration.server.harness import *
+
+async def hold(socket_path, local):
+    async with stub_for(f"unix:{socket_path}") as stub:
+        if local:
+            raw = RawAttachment(socket_path + ".attach")
+            session_id = bytes.fromhex(raw.ask({"op": "attach", "protocol": 1})["session"])
+        else:
+            stream = stub.OpenSession(pb.OpenSessionRequest())
+            session_id = (await stream.read()).session
+        session = (("kvstore-session-bin", session_id),)
+        layout_id = await register(stub)
+        await put(stub, session, layout_id, 1, 2)
+        await acquire(stub, session, layout_id, 1, 2)
+        await reserve(stub, session, layout_id, 3, 4)
+        print("holding", flush=True)
+        await asyncio.sleep(60)
+
+asyncio.run(hold(sys.argv[1], sys.argv[2] == "local"))
+"""
+
+
+def stats(server: Daemon) -> Any:
+    with grpc.insecure_channel(f"unix:{server.socket_path}") as channel:
+        return KVStoreStub(channel).GetStats(pb.GetStatsRequest(), timeout=10)
+
+
+@pytest.mark.parametrize("kind", ["local", "remote"])
+def test_what_a_killed_client_held_is_back_within_two_seconds(tmp_path: Path, kind: str) -> None:
+    with daemon(tmp_path, "--nvme-capacity", "0") as server:
+        server.wait_ready()
+        command = [sys.executable, "-c", HOLDER, str(server.socket_path), kind]
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[3]
+        ) as client:
+            assert client.stdout is not None
+            assert client.stdout.readline() == "holding\n"
+            held = stats(server)
+            assert (held.sessions, held.leases, held.reservations) == (1, 1, 1)
+            client.kill()
+        deadline = time.monotonic() + 2
+        while (left := stats(server)).sessions:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        assert (left.leases, left.reservations) == (0, 0)
+        assert left.tenant_blocks == 2
+
+
+def test_sigterm_drains_commits_and_the_next_server_finds_the_blocks(tmp_path: Path) -> None:
+    with daemon(tmp_path) as server:
+        server.wait_ready()
+        command = [sys.executable, "-c", HOLDER, str(server.socket_path), "local"]
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[3]
+        ) as client:
+            assert client.stdout is not None
+            assert client.stdout.readline() == "holding\n"
+            server.process.send_signal(signal.SIGTERM)
+            code, err = server.end()
+            client.kill()
+    assert code == 0
+    assert json.loads(err.splitlines()[-1])["message"] == "stopped"
+    left = sorted(p.name for p in tmp_path.iterdir())
+    assert left == ["data", "k.sock.serving"]
+    with daemon(tmp_path) as server:
+        server.wait_ready()
+        again = stats(server)
+        assert again.tenant_blocks == 2
+        assert again.tiers[1].blocks == 2
+
+
+def test_a_second_signal_cuts_the_drain_short(tmp_path: Path) -> None:
+    with daemon(tmp_path, "--nvme-capacity", "0", "--drain-s", "60") as server:
+        server.wait_ready()
+        with grpc.insecure_channel(f"unix:{server.socket_path}") as channel:
+            stub = KVStoreStub(channel)
+            stream = stub.OpenSession(pb.OpenSessionRequest())
+            metadata = (("kvstore-session-bin", next(stream).session),)
+            layout = pb.Layout(model="m", dtype="x", block_tokens=1, block_bytes=1 << 20)
+            layout_id = stub.RegisterLayout(pb.RegisterLayoutRequest(layout=layout)).layout_id
+
+            def reserve(first: int, count: int, wait_ms: int) -> Any:
+                entries = [
+                    pb.ReserveEntry(key=n.to_bytes(32, "big")) for n in range(first, first + count)
+                ]
+                request = pb.ReserveRequest(layout_id=layout_id, entries=entries, wait_ms=wait_ms)
+                return stub.Reserve.future(request, metadata=metadata)
+
+            reserve(0, 8, 0).result()
+            waiting = reserve(100, 1, 60_000)  # DRAM is full: this call runs on.
+            time.sleep(0.3)
+            server.process.send_signal(signal.SIGTERM)
+            with pytest.raises(subprocess.TimeoutExpired):
+                server.process.wait(timeout=1)
+            server.process.send_signal(signal.SIGTERM)
+            code, _ = server.end(timeout_s=10)
+            waiting.cancel()
+            stream.cancel()
+        assert code == 0
+
+
+def test_a_server_without_sessions_ends_by_itself(tmp_path: Path) -> None:
+    with daemon(tmp_path, "--nvme-capacity", "0", "--idle-exit-s", "1") as server:
+        server.wait_ready()
+        peer = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        peer.connect(f"{server.socket_path}.attach")
+        peer.send(b'{"op":"attach","protocol":1}')
+        assert b"attached" in peer.recv(4096)
+        with pytest.raises(subprocess.TimeoutExpired):
+            server.process.wait(timeout=2)
+        peer.close()
+        assert server.end()[0] == 0
+
+
+def test_a_second_server_leaves_the_first_one_alone(tmp_path: Path) -> None:
+    with daemon(tmp_path) as first:
+        first.wait_ready()
+        with daemon(tmp_path) as same_socket:
+            code, err = same_socket.end()
+            assert code == os.EX_UNAVAILABLE
+            assert err == f"kvstore: socket {first.socket_path}: another server is serving there\n"
+        with daemon(tmp_path, name="other") as same_data:
+            code, err = same_data.end()
+            assert code == os.EX_TEMPFAIL
+            assert err.startswith("kvstore: data directory ") and err.count("\n") == 1
+            assert not same_data.socket_path.exists()
+        assert stats(first).sessions == 0
+
+
+def test_the_socket_of_a_dead_server_is_no_obstacle(tmp_path: Path) -> None:
+    with daemon(tmp_path, "--nvme-capacity", "0") as first:
+        first.wait_ready()
+        first.process.kill()
+        first.process.wait()
+        assert first.socket_path.exists()
+        Path(f"{first.socket_path}.json").unlink()
+        with daemon(tmp_path, "--nvme-capacity", "0") as second:
+            second.wait_ready()
+            assert stats(second).sessions == 0
+
+
+@pytest.mark.parametrize("flag", ["--listen", "--admin"])
+def test_a_port_in_use_is_one_clear_line(tmp_path: Path, flag: str) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with daemon(tmp_path, "--nvme-capacity", "0", flag, address) as server:
+            code, err = server.end()
+    assert code == os.EX_UNAVAILABLE
+    assert err == f"kvstore: {address} is in use by another process\n"
+
+
+def test_a_foreign_file_at_the_sockets_path_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "k.sock").write_text("mine")
+    with daemon(tmp_path) as server:
+        code, err = server.end()
+    assert code == os.EX_CANTCREAT
+    assert "is in the way and is not a socket" in err
+    assert (tmp_path / "k.sock").read_text() == "mine"
+
+
+def test_an_unusable_data_directory_is_one_clear_line(tmp_path: Path) -> None:
+    (tmp_path / "data").write_text("not a directory")
+    with daemon(tmp_path) as server:
+        code, err = server.end()
+    assert code == os.EX_CANTCREAT
+    assert str(tmp_path / "data") in err and err.count("\n") == 1
+
+
+def test_data_of_another_version_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "VERSION").write_text("kvstore-data 999\n")
+    with daemon(tmp_path) as server:
+        code, err = server.end()
+    assert code == os.EX_DATAERR
+    assert "999" in err and err.count("\n") == 1
+
+
+def test_a_config_typo_is_one_clear_line(tmp_path: Path) -> None:
+    file = tmp_path / "x.toml"
+    file.write_text("[server]\nsoket = '/x'\n")
+    with daemon(tmp_path, "--config", str(file)) as server:
+        code, err = server.end()
+    assert code == os.EX_CONFIG
+    assert err == (
+        f"kvstore: unknown key server.soket in file {file}; did you mean server.socket?\n"
+    )
+
+
+def test_the_commands_for_people_work_on_a_running_server(tmp_path: Path) -> None:
+    def kvstore(*args: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "kvstore.cli", *args]
+        return subprocess.run(command, capture_output=True, text=True, timeout=30)
+
+    with daemon(tmp_path) as server:
+        server.wait_ready()
+        endpoint = ("--endpoint", str(server.socket_path))
+        shown = json.loads(kvstore("status", "--json", *endpoint).stdout)
+        assert shown["pid"] == server.process.pid
+        assert shown["admin"] == server.state["admin"]
+        assert [tier["tier"] for tier in shown["tiers"]] == ["dram", "nvme"]
+        assert "nvme" in kvstore("status", *endpoint).stdout
+        assert kvstore("flush", *endpoint).stdout == "0 blocks written\n"
+        assert kvstore("flush", "--drop", *endpoint).stdout == "0 blocks written\n"
+        assert kvstore("clear", *endpoint).returncode == os.EX_USAGE
+        assert kvstore("clear", "--yes", *endpoint).stdout == "0 blocks forgotten\n"
+        server.process.send_signal(signal.SIGTERM)
+        server.end()
+        gone = kvstore("status", *endpoint)
+        assert gone.returncode == os.EX_UNAVAILABLE
+        assert gone.stderr == f"kvstore: no server answers at {server.socket_path}\n"
+
+
+def test_secrets_and_sockets_are_not_readable_by_others(tmp_path: Path) -> None:
+    with daemon(tmp_path) as server:
+        server.wait_ready()
+        for name in ("k.sock", "k.sock.attach", "data/secret"):
+            assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o600

@@ -1,0 +1,251 @@
+"""Configuration: which layer wins, what is refused and how, what sizes become."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import msgspec
+import pytest
+
+import kvstore.config
+from kvstore.config import (
+    KEYS,
+    Key,
+    Machine,
+    Policy,
+    StoreConfig,
+    default_socket_path,
+    effective,
+    format_size,
+    load_config,
+    parse_size,
+    store_config,
+)
+from kvstore.core.policies import POLICIES
+from kvstore.errors import ConfigError
+
+GIB = 1 << 30
+MIB = 1 << 20
+DOCUMENT = Path(__file__).parents[2] / "docs" / "configuration.md"
+
+
+class FakeMachine(Machine):
+    def available_memory_bytes(self) -> int:
+        return 32 * GIB
+
+    def free_disk_bytes(self, path: Path) -> int:
+        return 400 * GIB
+
+
+def toml(tmp_path: Path, text: str) -> Path:
+    file = tmp_path / "x.toml"
+    file.write_text(text)
+    return file
+
+
+def refusal(*args: Any, **kwargs: Any) -> str:
+    kwargs.setdefault("environ", {})
+    with pytest.raises(ConfigError) as caught:
+        load_config(*args, **kwargs)
+    return str(caught.value)
+
+
+def test_each_layer_beats_the_one_below(tmp_path: Path) -> None:
+    file = toml(tmp_path, "[server]\nlease_ms = 1000\n")
+    environ = {"KVSTORE_SERVER_LEASE_MS": "2000"}
+    flags = {"server.lease_ms": "3000"}
+    assert load_config(environ={}).server.lease_ms == 30_000
+    assert load_config(file, environ={}).server.lease_ms == 1000
+    assert load_config(file, environ=environ).server.lease_ms == 2000
+    config = load_config(file, environ=environ, flags=flags)
+    assert config.server.lease_ms == 3000
+    assert config.sources["server.lease_ms"] == "flag --lease-ms"
+
+
+def test_the_environment_can_name_the_file(tmp_path: Path) -> None:
+    file = toml(tmp_path, "[server]\nlease_ms = 1000\n")
+    config = load_config(environ={"KVSTORE_CONFIG": str(file)})
+    assert config.server.lease_ms == 1000
+    assert config.sources["server.lease_ms"] == f"file {file}"
+
+
+@pytest.mark.parametrize("key", KEYS.values(), ids=lambda key: key.name)
+def test_every_key_can_be_given_in_every_layer(tmp_path: Path, key: Key) -> None:
+    samples = {
+        "server.socket": "/run/x.sock", "server.socket_mode": "0660",
+        "server.listen": "127.0.0.1:1", "server.admin": "[::1]:2",
+        "server.log_level": "debug", "dram.capacity": "1GiB", "dram.extent": "2MiB",
+        "nvme.path": "/data", "nvme.capacity": "7GiB", "policy.eviction": "lru",
+        "tenants.default": "a", "tenants.uids": "7=bob", "tenants.tcp": "c",
+    }  # fmt: skip
+    text = samples.get(key.name, "50")
+    section, _, name = key.name.partition(".")
+    from_flag = load_config(environ={}, flags={key.name: text})
+    from_env = load_config(environ={key.env: text})
+    if key.name == "tenants.uids":
+        document = '[tenants]\nuids = { "7" = "bob" }\n'
+    else:
+        document = f"[{section}]\n{name} = {text if text == '50' else repr(text)}\n"
+    from_file = load_config(toml(tmp_path, document), environ={})
+    values = [getattr(getattr(c, section), name) for c in (from_flag, from_env, from_file)]
+    assert values[0] == values[1] == values[2]
+    assert from_file.sources[key.name].startswith("file ")
+
+
+def test_a_wrong_name_is_refused_with_the_nearest_right_one(tmp_path: Path) -> None:
+    text = refusal(toml(tmp_path, "[server]\nlease_msec = 1\n"))
+    assert "server.lease_msec" in text and "did you mean server.lease_ms?" in text
+    text = refusal(toml(tmp_path, "[sever]\n"))
+    assert "[sever]" in text and "did you mean server?" in text
+    text = refusal(environ={"KVSTORE_SERVER_SOKET": "x"})
+    assert "did you mean KVSTORE_SERVER_SOCKET?" in text
+    text = refusal(environ={"KVSTORE_SEVER_SOCKET": "x"})
+    assert "did you mean KVSTORE_SERVER_SOCKET?" in text
+
+
+def test_variables_that_an_orchestrator_makes_up_are_not_typos() -> None:
+    load_config(
+        environ={
+            "KVSTORE_SERVICE_HOST": "10.0.0.1",
+            "KVSTORE_PORT": "tcp://10.0.0.1:9440",
+            "KVSTORE_PORT_9440_TCP_ADDR": "10.0.0.1",
+            "KVSTORE_SERVER_SERVICE_PORT": "9440",
+            "KVSTORE_SERVER_PORT_9440_TCP": "x",
+            "KVSTORE_ENDPOINT": "somebody else's",
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("server.lease_ms", "soon"),
+        ("server.lease_ms", "1"),
+        ("server.drain_s", "-1"),
+        ("server.socket_mode", "rw"),
+        ("server.socket", "/" + "x" * 110),
+        ("server.listen", "0.0.0.0:50051"),
+        ("server.listen", "127.0.0.1"),
+        ("server.listen", "127.0.0.1:99999"),
+        ("server.admin", "example.org:80"),
+        ("server.log_level", "loud"),
+        ("dram.capacity", "8 gigs"),
+        ("dram.capacity", "-1"),
+        ("dram.extent", "big"),
+        ("nvme.capacity", "1XB"),
+        ("policy.eviction", "mru"),
+        ("tenants.default", "a/b"),
+        ("tenants.tcp", "x" * 65),
+        ("tenants.uids", "alice"),
+        ("tenants.uids", "alice=alice"),
+        ("tenants.uids", "7="),
+    ],
+)
+def test_a_bad_value_is_refused_with_its_key_and_source(name: str, text: str) -> None:
+    key = KEYS[name]
+    assert refusal(flags={name: text}).startswith(f"{name} (flag {key.flag}): ")
+    assert refusal(environ={key.env: text}).startswith(f"{name} (environment {key.env}): ")
+
+
+def test_a_file_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
+    assert "cannot read" in refusal(tmp_path / "absent.toml")
+    assert "not valid TOML" in refusal(toml(tmp_path, "[server"))
+    assert "expected" in refusal(toml(tmp_path, "[server]\nlease_ms = '1000'\n")).lower()
+    assert "unknown section" in refusal(toml(tmp_path, "server = 1\n"))
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"),
+    [
+        ("0", 0), (4096, 4096), ("512MiB", 512 * MIB), ("8GiB", 8 * GIB), ("8g", 8 * 10**9),
+        ("1GB", 10**9), ("1.5 GiB", 3 * GIB // 2), ("1TiB", 1 << 40), ("7B", 7), ("64Ki", 65536),
+    ],
+)  # fmt: skip
+def test_sizes_are_what_they_say(text: str | int, nbytes: int) -> None:
+    assert parse_size(text) == nbytes
+
+
+@pytest.mark.parametrize("nbytes", [0, 1, 4095, 4096, 3 * MIB, 8 * GIB, 5 << 40])
+def test_a_shown_size_reads_back_exactly(nbytes: int) -> None:
+    assert parse_size(format_size(nbytes)) == nbytes
+
+
+def test_automatic_sizes_are_a_quarter_of_what_is_there() -> None:
+    sizes = store_config(load_config(environ={}), FakeMachine())
+    assert sizes.dram_capacity_bytes == 8 * GIB
+    assert sizes.nvme_capacity_bytes == 100 * GIB
+    assert sizes.extent_bytes == 64 * MIB
+    assert sizes.nvme_extent_bytes == 128 * MIB
+
+
+@pytest.mark.parametrize("capacity", ["1MiB", "3MiB", "20MiB", "100MiB", "1GiB", "3TiB"])
+def test_any_capacity_gets_extents_that_fit_it_and_blocks_that_fit_them(capacity: str) -> None:
+    flags = {"dram.capacity": capacity, "nvme.capacity": capacity}
+    if parse_size(capacity) < 2 * MIB:
+        flags["nvme.capacity"] = "0"
+    sizes = store_config(load_config(environ={}, flags=flags), FakeMachine())
+    assert sizes.extent_bytes & (sizes.extent_bytes - 1) == 0
+    assert sizes.extent_bytes <= sizes.dram_capacity_bytes <= parse_size(capacity)
+    assert sizes.dram_capacity_bytes % sizes.extent_bytes == 0
+    assert sizes.nvme_capacity_bytes == 0 or sizes.nvme_extent_bytes <= sizes.nvme_capacity_bytes
+    assert sizes.nvme_extent_bytes >= sizes.extent_bytes + 4096
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ({"dram.capacity": "0"}, "dram.capacity"),
+        ({"dram.capacity": "1MiB", "dram.extent": "2MiB"}, "dram.capacity"),
+        ({"dram.extent": "3MiB"}, "dram.extent"),
+        ({"dram.extent": "4KiB"}, "dram.extent"),
+        ({"nvme.capacity": "1MiB"}, "nvme.capacity"),
+    ],
+)
+def test_sizes_that_cannot_work_are_refused(flags: dict[str, str], named: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(named)):
+        store_config(load_config(environ={}, flags=flags), FakeMachine())
+
+
+def test_the_default_socket_is_in_the_users_own_directory() -> None:
+    inside = default_socket_path({"XDG_RUNTIME_DIR": "/run/user/7"})
+    assert inside == Path("/run/user/7/kvstore/kvstore.sock")
+    assert default_socket_path({}).parent.name.startswith("kvstore-")
+    config = load_config(environ={"XDG_RUNTIME_DIR": "/run/user/7", "XDG_CACHE_HOME": "/c"})
+    assert config.socket_path == inside
+    assert config.nvme.path == "/c/kvstore"
+
+
+def test_the_effective_configuration_has_every_key_and_its_source() -> None:
+    config = load_config(environ={"KVSTORE_DRAM_CAPACITY": "1GiB"})
+    shown = {s.key: s for s in effective(config, store_config(config, FakeMachine()))}
+    assert shown.keys() == KEYS.keys()
+    assert shown["dram.capacity"].value == "1GiB"
+    assert shown["dram.capacity"].source == "environment KVSTORE_DRAM_CAPACITY"
+    assert shown["nvme.capacity"].value == "100GiB (auto)"
+    assert shown["nvme.capacity"].source == "default"
+
+
+def test_a_secret_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    marked = KEYS["tenants.tcp"]._replace(type=Annotated[str, msgspec.Meta(extra={"secret": True})])
+    monkeypatch.setitem(kvstore.config.KEYS, "tenants.tcp", marked)
+    config = load_config(environ={"KVSTORE_TENANTS_TCP": "hunter2"})
+    shown = {s.key: s.value for s in effective(config, StoreConfig(dram_capacity_bytes=1))}
+    assert shown["tenants.tcp"] == "(set)"
+
+
+def test_every_policy_can_be_configured() -> None:
+    annotated = Policy.__annotations__["eviction"]
+    literal = eval(annotated, vars(kvstore.config)) if isinstance(annotated, str) else annotated  # noqa: S307
+    assert set(get_args(get_args(literal)[0])) == set(POLICIES)
+
+
+def reference_row(key: Key) -> str:
+    default = "`{}`" if key.default == {} else f"`{key.default}`" if key.default != "" else "empty"
+    return f"| `{key.name}` | {default} | `{key.flag}` | `{key.env}` | {key.description} |"
+
+
+def test_the_documentation_has_every_key_as_it_is() -> None:
+    rows = [line for line in DOCUMENT.read_text().splitlines() if line.startswith("| `")]
+    assert rows == [reference_row(key) for key in KEYS.values()]
