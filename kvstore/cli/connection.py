@@ -38,7 +38,7 @@ def endpoint_of(args: argparse.Namespace) -> str:
 def socket_of(endpoint: str) -> Path | None:
     """The Unix socket's path; None for an endpoint over TCP."""
     path = endpoint.removeprefix("unix://").removeprefix("unix:")
-    return Path(path) if path.startswith("/") else None
+    return Path(path).absolute() if "/" in path else None
 
 
 @contextmanager

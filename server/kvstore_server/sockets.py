@@ -39,9 +39,8 @@ class SocketClaim:
         Raises `AddressInUse`, `AddressUnusable`."""
         try:
             _make_directory(path.parent, mode)
-            descriptor = os.open(
-                f"{path}{CLAIM_SUFFIX}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600
-            )
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+            descriptor = os.open(f"{path}{CLAIM_SUFFIX}", flags, 0o600)
         except OSError as error:
             raise AddressUnusable(f"socket {path}: {error.strerror}") from error
         claim = cls(path, descriptor)
@@ -70,6 +69,10 @@ class SocketClaim:
 def _make_directory(directory: Path, mode: int) -> None:
     """A directory that lets in whom a socket of `mode` lets in, and nobody else."""
     if directory.is_dir():
+        # The default one is in /tmp for those without a runtime directory, and
+        # whoever owns a directory can put another socket in place of ours.
+        if directory.stat().st_uid not in (0, os.geteuid()):
+            raise AddressUnusable(f"directory {directory} belongs to another user")
         return
     group = 0o010 if mode & 0o070 else 0
     others = 0o001 if mode & 0o007 else 0

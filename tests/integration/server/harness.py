@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc.aio
+import msgspec
 import xxhash
 
 from kvstore.config import Config, load_config
@@ -54,6 +55,13 @@ def small_config(directory: Path, **flags: str) -> Config:
     }
     values |= {name.replace("__", "."): text for name, text in flags.items()}
     return load_config(environ={}, flags=values)
+
+
+def without_admin(config: Config) -> Config:
+    """`config` as if nobody had said anything about the admin port."""
+    sources = config.sources | {"server.admin": "default"}
+    server = msgspec.structs.replace(config.server, admin="127.0.0.1:9440")
+    return msgspec.structs.replace(config, server=server, sources=sources)
 
 
 @asynccontextmanager

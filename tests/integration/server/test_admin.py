@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 import socket
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import kvstore_server.admin
+from kvstore_server.app import App
 from kvstore_server.limits import ADMIN_REQUEST_BYTES
 from tests.integration.server.harness import (
     acquire,
@@ -19,8 +21,10 @@ from tests.integration.server.harness import (
     register,
     remote_session,
     serving,
+    small_config,
     stub_for,
     tcp_target,
+    without_admin,
 )
 
 OPERATIONS = Path(__file__).parents[3] / "docs" / "operations.md"
@@ -128,3 +132,19 @@ async def test_no_label_carries_what_a_client_sent(tmp_path: Path) -> None:
             "version", "tier", "op", "errno", "method", "le", "reason", "where",
             "direction", "result", "src", "dst", "class",
         }  # fmt: skip
+
+
+@in_loop
+async def test_a_default_admin_port_that_is_taken_does_not_stop_a_second_user(
+    tmp_path: Path,
+) -> None:
+    with socket.socket() as taken:
+        with contextlib.suppress(OSError):  # Taken by somebody else does as well.
+            taken.bind(("127.0.0.1", 9440))
+            taken.listen()
+        app = App(without_admin(small_config(tmp_path)))
+        await app.start()
+        try:
+            assert app.admin_port not in (None, 9440)
+        finally:
+            await app.stop()

@@ -135,6 +135,14 @@ async def test_an_oversized_message_is_refused_and_the_connection_goes_on(tmp_pa
 
 
 @in_loop
+async def test_oversized_metadata_is_refused(tmp_path: Path) -> None:
+    async with serving(tmp_path) as app, stub_for(tcp_target(app)) as stub:
+        metadata = (("x-large", "y" * (32 << 10)),)
+        call = stub.GetServerInfo(pb.GetServerInfoRequest(), metadata=metadata)
+        assert (await refused(call))[1] is Status.RESOURCE_EXHAUSTED
+
+
+@in_loop
 async def test_calls_that_need_a_session_are_refused_without_one(tmp_path: Path) -> None:
     async with serving(tmp_path) as app, stub_for(tcp_target(app)) as stub:
         layout_id = await register(stub)

@@ -186,6 +186,15 @@ def test_a_foreign_file_at_the_sockets_path_is_left_alone(tmp_path: Path) -> Non
     assert (tmp_path / "k.sock").read_text() == "mine"
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a directory away")
+def test_a_directory_of_another_user_is_not_served_from(tmp_path: Path) -> None:
+    os.chown(tmp_path, 1001, 1001)
+    with daemon(tmp_path, "--nvme-capacity", "0") as server:
+        code, err = server.end()
+    assert code == os.EX_CANTCREAT
+    assert err == f"kvstore: directory {tmp_path} belongs to another user\n"
+
+
 def test_an_unusable_data_directory_is_one_clear_line(tmp_path: Path) -> None:
     (tmp_path / "data").write_text("not a directory")
     with daemon(tmp_path) as server:
