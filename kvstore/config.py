@@ -1,10 +1,9 @@
 """The server's configuration: typed, parsed once, failing loudly.
 
 Four layers, the first that has a key wins: command line flag, environment
-(`KVSTORE_SECTION_KEY`), TOML file, default. Everything comes from the structs
-below: the flags' names, the environment's, what `check-config` prints and what
-docs/configuration.md says. Every refusal names the key, where its value came
-from, and the nearest right name.
+(`KVSTORE_SECTION_KEY`), TOML file, default. The keys themselves are in
+`config_keys`. Every refusal names the key, where its value came from, and the
+nearest right name.
 
 `Config` is what was asked for; sizes left to "auto" become bytes in
 `store_config`, which alone looks at the machine.
@@ -21,13 +20,14 @@ import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
-from msgspec import Meta
 
+from kvstore.config_keys import KEYS, SECTIONS, Dram, Key, Nvme, Policy, Server, Tenants, meta_of
 from kvstore.errors import ConfigError
 from kvstore.machine import Machine
+from kvstore.units import format_size, parse_size
 
 MIB = 1 << 20
 
@@ -58,168 +58,6 @@ class StoreConfig:
     max_layouts: int = 1024
     """A tenant."""
     eviction: str = "lru"
-
-
-class Section(msgspec.Struct, frozen=True):
-    """A table of the TOML file. Field descriptions are the documentation."""
-
-
-class Server(Section, frozen=True):
-    socket: Annotated[
-        str,
-        Meta(
-            description="Path of the gRPC Unix socket. Empty: "
-            "`$XDG_RUNTIME_DIR/kvstore/kvstore.sock`, or `kvstore-UID/kvstore.sock` under the "
-            "temporary directory. The attach socket is beside it, with `.attach` added."
-        ),
-    ] = ""
-    socket_mode: Annotated[
-        str,
-        Meta(
-            pattern="^0?[0-7]{3}$",
-            description="Permissions of both sockets, octal. With anything wider than 0600 a "
-            "caller on the Unix socket is known only by the session it attached with.",
-        ),
-    ] = "0600"
-    listen: Annotated[
-        str,
-        Meta(
-            description="Loopback address for gRPC over TCP, as `127.0.0.1:PORT`. Empty: none. "
-            "Other addresses are refused: there is no TLS."
-        ),
-    ] = ""
-    admin: Annotated[
-        str,
-        Meta(
-            description="Loopback address of `/livez`, `/readyz` and `/metrics`; port 0 takes any. "
-            "Empty: none. If it is left to its default and taken, any free port is used."
-        ),
-    ] = "127.0.0.1:9440"
-    idle_exit_s: Annotated[
-        float,
-        Meta(ge=0, description="Exit after this many seconds without a session. 0: never."),
-    ] = 0.0
-    drain_s: Annotated[
-        float,
-        Meta(ge=0, le=3600, description="The longest a stop waits for calls and write-back."),
-    ] = 30.0
-    lease_ms: Annotated[
-        int, Meta(ge=10, le=600_000, description="How long a lease lasts unless renewed.")
-    ] = 30_000
-    reservation_ms: Annotated[
-        int, Meta(ge=10, le=600_000, description="How long a reservation lasts.")
-    ] = 30_000
-    max_sessions: Annotated[
-        int, Meta(ge=1, le=4096, description="Sessions at a time, of all tenants.")
-    ] = 256
-    max_leases: Annotated[int, Meta(ge=1, le=1 << 20, description="Leases a session may hold.")] = (
-        4096
-    )
-    max_reservations: Annotated[
-        int, Meta(ge=1, le=1 << 20, description="Reservations a session may hold.")
-    ] = 256
-    log_level: Annotated[
-        Literal["debug", "info", "warning", "error"], Meta(description="Least level logged.")
-    ] = "info"
-
-
-class Dram(Section, frozen=True):
-    capacity: Annotated[
-        str | int,
-        Meta(
-            description="Memory for blocks. `auto`: a quarter of what is available, cgroup "
-            "limits included."
-        ),
-    ] = "auto"
-    extent: Annotated[
-        str | int,
-        Meta(
-            description="The piece in which memory is shared with clients, a power of two; no "
-            "block is larger. `auto`: a sixteenth of the capacity, 1 MiB to 64 MiB."
-        ),
-    ] = "auto"
-
-
-class Nvme(Section, frozen=True):
-    path: Annotated[
-        str,
-        Meta(description="Data directory. Empty: `$XDG_CACHE_HOME/kvstore` or `~/.cache/kvstore`."),
-    ] = ""
-    capacity: Annotated[
-        str | int,
-        Meta(
-            description="Disk for blocks. `auto`: a quarter of the free space there. `0`: no such "
-            "tier."
-        ),
-    ] = "auto"
-
-
-class Policy(Section, frozen=True):
-    eviction: Annotated[
-        Literal["lru"], Meta(description="Which block leaves a full tier first.")
-    ] = "lru"
-
-
-class Tenants(Section, frozen=True):
-    default: Annotated[
-        str,
-        Meta(description="Tenant of callers not named in `uids`. Empty: they are refused."),
-    ] = "default"
-    uids: Annotated[
-        dict[str, str],
-        Meta(
-            description='Tenant by user id, as `{"1000" = "alice"}`; in flags and environment '
-            "`1000=alice,1001=bob`."
-        ),
-    ] = msgspec.field(default_factory=dict)
-    tcp: Annotated[
-        str, Meta(description="Tenant of callers over TCP. Empty: they are refused.")
-    ] = "default"
-
-
-class Key(NamedTuple):
-    """One key of the configuration, under all its names."""
-
-    name: str
-    flag: str
-    env: str
-    type: Any
-    default: Any
-    description: str
-
-
-SECTIONS: dict[str, type[Section]] = {
-    "server": Server,
-    "dram": Dram,
-    "nvme": Nvme,
-    "policy": Policy,
-    "tenants": Tenants,
-}
-
-
-def _keys() -> dict[str, Key]:
-    keys = {}
-    for section, struct in SECTIONS.items():
-        for field in msgspec.structs.fields(struct):
-            dashed = field.name.replace("_", "-")
-            default = field.default if field.default is not msgspec.NODEFAULT else {}
-            keys[f"{section}.{field.name}"] = Key(
-                name=f"{section}.{field.name}",
-                flag=f"--{dashed}" if section == "server" else f"--{section}-{dashed}",
-                env=f"KVSTORE_{section}_{field.name}".upper(),
-                type=field.type,
-                default=default,
-                description=_meta(field.type).description or "",
-            )
-    return keys
-
-
-def _meta(annotated: Any) -> Meta:
-    found: Meta = annotated.__metadata__[0]
-    return found
-
-
-KEYS = _keys()
 
 
 class Config(msgspec.Struct, frozen=True):
@@ -449,28 +287,6 @@ def parse_loopback(text: str) -> tuple[str, int]:
     return host, int(port)
 
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]i?b?|b)?", re.IGNORECASE)
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12,
-          "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}  # fmt: skip
-
-
-def parse_size(text: str | int) -> int:
-    """Bytes of "512MiB", "8GiB", "1GB" or a plain number. Raises `ValueError`."""
-    match = _SIZE.fullmatch(str(text).strip())
-    if match is None:
-        raise ValueError(f"{text!r} is not a size such as 512MiB, 8GiB or 1GB")
-    unit = (match[2] or "").lower().removesuffix("b")
-    return int(float(match[1]) * _UNITS[unit]) if "." in match[1] else int(match[1]) * _UNITS[unit]
-
-
-def format_size(nbytes: int) -> str:
-    """`nbytes` exactly, in the largest binary unit that divides it."""
-    for shift, unit in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
-        if nbytes and nbytes % (1 << shift) == 0:
-            return f"{nbytes >> shift}{unit}"
-    return str(nbytes)
-
-
 def store_config(config: Config, machine: Machine | None = None) -> StoreConfig:
     """The store's part, with every size in bytes. Raises `ConfigError`."""
     machine = machine or Machine()
@@ -543,7 +359,7 @@ def effective(config: Config, sizes: StoreConfig) -> list[Setting]:
     for key in KEYS.values():
         section, _, name = key.name.partition(".")
         value = getattr(getattr(config, section), name)
-        if (_meta(key.type).extra or {}).get("secret"):
+        if (meta_of(key.type).extra or {}).get("secret"):
             value = "(set)" if value else "(not set)"
         elif value == "auto":
             value = f"{format_size(automatic[key.name])} (auto)"

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kvstore.cli.main import COMMANDS, Parser, Subparsers
-from kvstore.config import KEYS, Config, load_config
+from kvstore.config import Config, load_config
+from kvstore.config_keys import KEYS
 from kvstore.errors import ConfigError
 
 

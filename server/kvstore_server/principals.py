@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvstore.config import Tenants
+from kvstore.config_keys import Tenants
 from kvstore.errors import NoTenant
 
 

@@ -19,6 +19,7 @@ import grpc.aio
 import msgspec
 import xxhash
 
+from kvstore.clock import Clock
 from kvstore.config import Config, load_config
 from kvstore.wire.v1 import kvstore_pb2 as pb
 from kvstore.wire.v1.kvstore_pb2_grpc import KVStoreStub
@@ -65,8 +66,10 @@ def without_admin(config: Config) -> Config:
 
 
 @asynccontextmanager
-async def serving(directory: Path, **flags: str) -> AsyncIterator[App]:
-    app = App(small_config(directory, **flags))
+async def serving(
+    directory: Path, *, clock: Clock | None = None, **flags: str
+) -> AsyncIterator[App]:
+    app = App(small_config(directory, **flags), clock=clock)
     await app.start()
     try:
         yield app
@@ -157,10 +160,12 @@ def payload(number: int, nbytes: int = BLOCK_BYTES) -> bytes:
     return (number.to_bytes(8, "big") * (nbytes // 8 + 1))[:nbytes]
 
 
-async def reserve(stub: Any, session: Metadata, layout_id: bytes, *numbers: int) -> Any:
+async def reserve(
+    stub: Any, session: Metadata, layout_id: bytes, *numbers: int, wait_ms: int = 0
+) -> Any:
     entries = [pb.ReserveEntry(key=key(number)) for number in numbers]
     return await stub.Reserve(
-        pb.ReserveRequest(layout_id=layout_id, entries=entries), metadata=session
+        pb.ReserveRequest(layout_id=layout_id, entries=entries, wait_ms=wait_ms), metadata=session
     )
 
 
@@ -176,7 +181,7 @@ def write_messages(reservation_id: int, *numbers: int) -> Iterator[pb.WriteReque
 
 
 async def put(stub: Any, session: Metadata, layout_id: bytes, *numbers: int) -> None:
-    grant = await reserve(stub, session, layout_id, *numbers)
+    grant = await reserve(stub, session, layout_id, *numbers, wait_ms=10_000)
     await stub.Write(write_messages(grant.reservation_id, *numbers), metadata=session)
     await stub.Commit(
         pb.CommitRequest(

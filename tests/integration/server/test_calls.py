@@ -12,6 +12,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from kvstore.clock import ManualClock
 from kvstore.wire.v1 import kvstore_pb2 as pb
 from kvstore_server.limits import MAX_CHAINS, MAX_KEYS
 from tests.integration.server.harness import (
@@ -191,9 +192,10 @@ async def test_leases_and_reservations_of_others_are_refused(tmp_path: Path) -> 
 
 @in_loop
 async def test_expired_leases_and_reservations_are_refused_and_free(tmp_path: Path) -> None:
-    short = {"server__lease_ms": "50", "server__reservation_ms": "50"}
+    clock = ManualClock()
+    times = {"server__lease_ms": "50", "server__reservation_ms": "80"}
     async with (
-        serving(tmp_path, **short) as app,
+        serving(tmp_path, clock=clock, **times) as app,
         stub_for(tcp_target(app)) as stub,
         attached(app) as (_, _, local),
         stub_for(unix_target(app)) as unix,
@@ -204,11 +206,17 @@ async def test_expired_leases_and_reservations_are_refused_and_free(tmp_path: Pa
             await put(stub, session, layout_id, 1)
             lease = await acquire(stub, session, layout_id, 1)
             assert lease.held == 1
+            clock.advance_ms(49)
+            await asyncio.sleep(0.3)
+            assert await read(stub, session, lease.lease_id) == payload(1)
+            clock.advance_ms(2)
             await eventually(lambda: app.store.stats().leases == 0, within_s=2)
             expired = ("LEASE_EXPIRED", Status.FAILED_PRECONDITION)
             assert await refused(read(stub, session, lease.lease_id)) == expired
             renew = pb.RenewRequest(lease_ids=[lease.lease_id])
             assert await refused(stub.Renew(renew, metadata=session)) == expired
+        clock.advance_ms(40)
+        await eventually(lambda: app.store.counters().expired_reservations == 1, within_s=2)
         commit = pb.CommitRequest(reservation_id=grant.reservation_id, indices=[0], checksums=[1])
         assert await refused(unix.Commit(commit, metadata=local)) == (
             "RESERVATION_EXPIRED",

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from kvstore.cli.main import main
-from kvstore.config import KEYS
+from kvstore.config_keys import KEYS
 
 
 def fails(capsys: pytest.CaptureFixture[str], *argv: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvstore.config import Tenants
+from kvstore.config_keys import Tenants
 from kvstore.errors import NoTenant
 from kvstore_server.principals import LocalUser, Principals, TcpPeer, UnknownLocal
 

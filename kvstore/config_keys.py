@@ -1,0 +1,175 @@
+"""Every key of the configuration: its name, type, limits, default and meaning.
+
+The one source for the flags' and variables' names, for what is accepted and for
+docs/configuration.md. A key is added here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, NamedTuple
+
+import msgspec
+from msgspec import Meta
+
+
+class Section(msgspec.Struct, frozen=True):
+    """A table of the TOML file. Field descriptions are the documentation."""
+
+
+class Server(Section, frozen=True):
+    socket: Annotated[
+        str,
+        Meta(
+            description="Path of the gRPC Unix socket. Empty: "
+            "`$XDG_RUNTIME_DIR/kvstore/kvstore.sock`, or `kvstore-UID/kvstore.sock` under the "
+            "temporary directory. The attach socket is beside it, with `.attach` added."
+        ),
+    ] = ""
+    socket_mode: Annotated[
+        str,
+        Meta(
+            pattern="^0?[0-7]{3}$",
+            description="Permissions of both sockets, octal. With anything wider than 0600 a "
+            "caller on the Unix socket is known only by the session it attached with.",
+        ),
+    ] = "0600"
+    listen: Annotated[
+        str,
+        Meta(
+            description="Loopback address for gRPC over TCP, as `127.0.0.1:PORT`. Empty: none. "
+            "Other addresses are refused: there is no TLS."
+        ),
+    ] = ""
+    admin: Annotated[
+        str,
+        Meta(
+            description="Loopback address of `/livez`, `/readyz` and `/metrics`; port 0 takes any. "
+            "Empty: none. If it is left to its default and taken, any free port is used."
+        ),
+    ] = "127.0.0.1:9440"
+    idle_exit_s: Annotated[
+        float,
+        Meta(ge=0, description="Exit after this many seconds without a session. 0: never."),
+    ] = 0.0
+    drain_s: Annotated[
+        float,
+        Meta(ge=0, le=3600, description="The longest a stop waits for calls and write-back."),
+    ] = 30.0
+    lease_ms: Annotated[
+        int, Meta(ge=10, le=600_000, description="How long a lease lasts unless renewed.")
+    ] = 30_000
+    reservation_ms: Annotated[
+        int, Meta(ge=10, le=600_000, description="How long a reservation lasts.")
+    ] = 30_000
+    max_sessions: Annotated[
+        int, Meta(ge=1, le=4096, description="Sessions at a time, of all tenants.")
+    ] = 256
+    max_leases: Annotated[int, Meta(ge=1, le=1 << 20, description="Leases a session may hold.")] = (
+        4096
+    )
+    max_reservations: Annotated[
+        int, Meta(ge=1, le=1 << 20, description="Reservations a session may hold.")
+    ] = 256
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"], Meta(description="Least level logged.")
+    ] = "info"
+
+
+class Dram(Section, frozen=True):
+    capacity: Annotated[
+        str | int,
+        Meta(
+            description="Memory for blocks. `auto`: a quarter of what is available, cgroup "
+            "limits included."
+        ),
+    ] = "auto"
+    extent: Annotated[
+        str | int,
+        Meta(
+            description="The piece in which memory is shared with clients, a power of two; no "
+            "block is larger. `auto`: a sixteenth of the capacity, 1 MiB to 64 MiB."
+        ),
+    ] = "auto"
+
+
+class Nvme(Section, frozen=True):
+    path: Annotated[
+        str,
+        Meta(description="Data directory. Empty: `$XDG_CACHE_HOME/kvstore` or `~/.cache/kvstore`."),
+    ] = ""
+    capacity: Annotated[
+        str | int,
+        Meta(
+            description="Disk for blocks. `auto`: a quarter of the free space there. `0`: no such "
+            "tier."
+        ),
+    ] = "auto"
+
+
+class Policy(Section, frozen=True):
+    eviction: Annotated[
+        Literal["lru"], Meta(description="Which block leaves a full tier first.")
+    ] = "lru"
+
+
+class Tenants(Section, frozen=True):
+    default: Annotated[
+        str,
+        Meta(description="Tenant of callers not named in `uids`. Empty: they are refused."),
+    ] = "default"
+    uids: Annotated[
+        dict[str, str],
+        Meta(
+            description='Tenant by user id, as `{"1000" = "alice"}`; in flags and environment '
+            "`1000=alice,1001=bob`."
+        ),
+    ] = msgspec.field(default_factory=dict)
+    tcp: Annotated[
+        str, Meta(description="Tenant of callers over TCP. Empty: they are refused.")
+    ] = "default"
+
+
+class Key(NamedTuple):
+    """One key of the configuration, under all its names."""
+
+    name: str
+    flag: str
+    env: str
+    type: Any
+    default: Any
+    description: str
+
+
+SECTIONS: dict[str, type[Section]] = {
+    "server": Server,
+    "dram": Dram,
+    "nvme": Nvme,
+    "policy": Policy,
+    "tenants": Tenants,
+}
+
+
+def _keys() -> dict[str, Key]:
+    keys = {}
+    for section, struct in SECTIONS.items():
+        for field in msgspec.structs.fields(struct):
+            dashed = field.name.replace("_", "-")
+            default = field.default if field.default is not msgspec.NODEFAULT else {}
+            keys[f"{section}.{field.name}"] = Key(
+                name=f"{section}.{field.name}",
+                flag=f"--{dashed}" if section == "server" else f"--{section}-{dashed}",
+                env=f"KVSTORE_{section}_{field.name}".upper(),
+                type=field.type,
+                default=default,
+                description=meta_of(field.type).description or "",
+            )
+    return keys
+
+
+def meta_of(annotated: Any) -> Meta:
+    """The description and limits of a key, from its type."""
+    found: Meta = annotated.__metadata__[0]
+    return found
+
+
+KEYS = _keys()
