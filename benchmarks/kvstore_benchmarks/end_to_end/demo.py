@@ -1,0 +1,217 @@
+"""`kvstore demo`: one model, answered from wherever its keys and values are.
+
+First vLLM alone, cold and by its own prefix hit: the reference. Then with the
+store: cold, after vLLM's own cache was emptied, after a restart of the engine, and
+after a restart of the server, when only NVMe is left. Every answer's log-
+probabilities must be those of the reference.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from kvstore_benchmarks.end_to_end.child import Answer, EngineChild
+from kvstore_benchmarks.end_to_end.compare import difference
+from kvstore_benchmarks.end_to_end.model import BLOCK_TOKENS, SHAPE, build, prompt
+from kvstore_benchmarks.end_to_end.watch import Watch
+from kvstore_benchmarks.figures import finite, median, ratio, seconds_text
+from kvstore_benchmarks.server import Server
+
+DRAM = "512MiB"
+NVME = "1GiB"
+PROMPTS = 3
+PROMPT_TOKENS = 2048
+CONTEXT = PROMPT_TOKENS + 64
+WARM_UP = 1000
+"""Number of the first prompt that is not measured."""
+
+BLOCKS = PROMPTS * (PROMPT_TOKENS // BLOCK_TOKENS)
+
+REFERENCE_ROWS = 2
+"""vLLM alone, cold and by its own prefix hit: what the others are compared with."""
+
+Answers = list[Answer]
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the table: medians over the prompts."""
+
+    name: str
+    first_token_s: float
+    cached_tokens: int
+    tier: str
+    expected_tier: str
+    logprob_difference: float
+
+    @property
+    def wrong(self) -> str:
+        """What is not as promised; empty when all is well."""
+        if self.tier != self.expected_tier:
+            return f"{self.name}: served from {self.tier}, not from {self.expected_tier}"
+        if self.logprob_difference > 0:
+            return f"{self.name}: log-probabilities differ from those without the store"
+        return ""
+
+
+def run(folder: Path | None, *, as_object: bool) -> int:
+    """Print the table; 1 when an answer is wrong or came from elsewhere."""
+    console = Console(stderr=True)
+    started = time.monotonic()
+
+    def say(step: str) -> None:
+        console.print(f"[dim]{time.monotonic() - started:5.0f} s[/dim]  {step}", highlight=False)
+
+    rows = _rows(folder, say)
+    wrong = [row.wrong for row in rows if row.wrong]
+    if as_object:
+        print(json.dumps(_as_json(rows, wrong), indent=2))
+    else:
+        Console().print(_table(rows))
+    for line in wrong:
+        console.print(f"[red]{line}[/red]")
+    return 1 if wrong else 0
+
+
+def _rows(folder: Path | None, say: Say) -> list[Row]:
+    say(f"building a small Llama, {SHAPE.kv_bytes_a_token >> 10} KiB of KV a token")
+    model = build(folder=folder)
+    prompts = [prompt(number, PROMPT_TOKENS) for number in range(PROMPTS)]
+    say(f"vLLM alone: {PROMPTS} prompts of {PROMPT_TOKENS} tokens")
+    with _engine(model, None) as engine:
+        cold = [engine.generate(tokens) for tokens in prompts]
+        own = [engine.generate(tokens) for tokens in prompts]
+    rows = [
+        _row("vLLM alone, cold", cold, cold, "none", "none"),
+        _row("vLLM alone, own prefix hit", own, own, "vLLM", "vLLM"),
+    ]
+    say("starting the store")
+    with Server(dram=DRAM, nvme=NVME, folder=folder) as server:
+        rows += _with_store(server, model, prompts, (cold, own), say)
+    return rows
+
+
+def _with_store(
+    server: Server,
+    model: Path,
+    prompts: list[list[int]],
+    reference: tuple[Answers, Answers],
+    say: Say,
+) -> list[Row]:
+    cold, own = reference
+
+    def measured(name: str, engine: EngineChild, expected: str) -> Row:
+        with Watch(server.endpoint) as watch:
+            answers = [engine.generate(tokens) for tokens in prompts]
+            tier = watch.hits().tier
+        return _row(name, answers, cold if expected == "none" else own, tier, expected)
+
+    say("vLLM with the store")
+    with _engine(model, server.endpoint) as engine:
+        with Watch(server.endpoint) as watch:
+            rows = [measured("with the store, cold", engine, "none")]
+            watch.wait_stored(BLOCKS, engine.idle)
+        engine.reset()
+        rows.append(measured("vLLM's cache emptied", engine, "DRAM"))
+    say("a new engine, the same store")
+    with _engine(model, server.endpoint) as engine:
+        rows.append(measured("engine restarted", engine, "DRAM"))
+        say("a new server on the same data, under the running engine")
+        server.restart()
+        _find_again(server, engine)
+        engine.reset()
+        rows.append(measured("server restarted", engine, "NVMe"))
+    return rows
+
+
+def _find_again(server: Server, engine: EngineChild) -> None:
+    """Until the engine's connector has found the new server; short prompts wake it."""
+    number = WARM_UP
+
+    def nudge() -> None:
+        nonlocal number
+        number += 1
+        engine.generate(prompt(number, BLOCK_TOKENS + 1), answer_tokens=1)
+        time.sleep(0.1)
+
+    with Watch(server.endpoint) as watch:
+        watch.wait_attached(nudge)
+
+
+@contextmanager
+def _engine(model: Path, store: str | None) -> Iterator[EngineChild]:
+    """An engine that has run once, so that no figure has its first run in it."""
+    with EngineChild(model, context=CONTEXT, store=store) as engine:
+        engine.wait_ready()
+        engine.generate(prompt(WARM_UP, 2 * BLOCK_TOKENS - 1))
+        yield engine
+
+
+def _row(name: str, answers: Answers, reference: Answers, tier: str, expected: str) -> Row:
+    return Row(
+        name=name,
+        first_token_s=median([answer.first_token_s for answer in answers]),
+        cached_tokens=min(answer.cached_tokens for answer in answers),
+        tier=tier,
+        expected_tier=expected,
+        logprob_difference=max(map(difference, answers, reference)),
+    )
+
+
+def _as_json(rows: list[Row], wrong: list[str]) -> dict[str, Any]:
+    """Times in seconds; `speed_up` against vLLM alone, cold. A difference of null
+    means that the likeliest tokens are others."""
+    cold = rows[0].first_token_s
+    return {
+        "prompt_tokens": PROMPT_TOKENS,
+        "prompts": PROMPTS,
+        "kv_bytes_a_token": SHAPE.kv_bytes_a_token,
+        "runs": [
+            {
+                "name": row.name,
+                "first_token_s": finite(row.first_token_s),
+                "cached_tokens": row.cached_tokens,
+                "tier": row.tier,
+                "speed_up": finite(ratio(cold, row.first_token_s), 2),
+                "logprob_difference": finite(row.logprob_difference, 6),
+                "logprobs_agree": row.logprob_difference == 0,
+            }
+            for row in rows
+        ],
+        "ok": not wrong,
+        "wrong": wrong,
+    }
+
+
+def _table(rows: list[Row]) -> Table:
+    table = Table(title=f"Prompts of {PROMPT_TOKENS} tokens, medians of {PROMPTS}")
+    table.add_column("run", no_wrap=True)
+    for heading in ("first token", "speed-up", "cached", "from", "logprobs"):
+        table.add_column(heading, justify="right")
+    for index, row in enumerate(rows):
+        table.add_row(
+            row.name,
+            seconds_text(row.first_token_s),
+            f"{ratio(rows[0].first_token_s, row.first_token_s):.1f}x",
+            f"{row.cached_tokens} tokens",
+            row.tier,
+            "reference" if index < REFERENCE_ROWS else _agreement(row.logprob_difference),
+        )
+    return table
+
+
+def _agreement(largest: float) -> str:
+    if largest == 0:
+        return "exactly equal"
+    return "DIFFER" if math.isinf(largest) else f"DIFFER by {largest:.3g}"

@@ -1,0 +1,93 @@
+"""What the store says of itself while engines use it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import NamedTuple, Self
+
+from kvstore.client.sync import Client
+from kvstore.errors import KVStoreError
+from kvstore.types import StoreStats
+
+SETTLE_TIMEOUT_S = 60.0
+_POLL_S = 0.01
+
+
+class NotInTime(KVStoreError):
+    """The store did not reach the state that the measurement waits for."""
+
+
+class Hits(NamedTuple):
+    """Blocks granted to engines since the last look, by the tier they came from."""
+
+    dram: int
+    nvme: int
+
+    @property
+    def tier(self) -> str:
+        match (self.dram > 0, self.nvme > 0):
+            case (True, True):
+                return "DRAM and NVMe"
+            case (True, False):
+                return "DRAM"
+            case (False, True):
+                return "NVMe"
+        return "none"
+
+
+class Watch:
+    """A client that only reads the server's counters. A context manager."""
+
+    def __init__(self, endpoint: str) -> None:
+        self._client = Client(endpoint, timeout_s=SETTLE_TIMEOUT_S)
+        self._seen = self._client.stats()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._client.close()
+
+    def mark(self) -> None:
+        """Count hits and commits from here on."""
+        self._seen = self._client.stats()
+
+    def hits(self) -> Hits:
+        """Since the last mark."""
+        now = self._client.stats()
+        dram = now.acquired_hits_dram - self._seen.acquired_hits_dram
+        return Hits(dram, now.acquired_hits - self._seen.acquired_hits - dram)
+
+    def wait_stored(self, blocks: int, idle: Callable[[], None]) -> float:
+        """Until `blocks` more are committed; the seconds it took. `idle` runs meanwhile."""
+        return self._wait(
+            lambda stats: stats.committed_blocks - self._seen.committed_blocks >= blocks,
+            f"{blocks} blocks to be committed",
+            idle,
+        )
+
+    def wait_attached(self, idle: Callable[[], None]) -> float:
+        """Until another session than our own is there; the seconds it took."""
+        return self._wait(lambda stats: stats.sessions > 1, "the engine to attach", idle)
+
+    def flush(self) -> None:
+        """Everything to NVMe, and out of DRAM."""
+        self._client.flush(drop=True)
+
+    def _wait(
+        self, reached: Callable[[StoreStats], bool], what: str, idle: Callable[[], None]
+    ) -> float:
+        started = time.monotonic()
+        while not reached(self._client.stats()):
+            if time.monotonic() > started + SETTLE_TIMEOUT_S:
+                raise NotInTime(f"waited {SETTLE_TIMEOUT_S:.0f} s for {what}")
+            idle()
+            time.sleep(_POLL_S)
+        return time.monotonic() - started

