@@ -118,9 +118,10 @@ class Store:
             ),
             tenant_key=tenant_key,
             eviction=config.eviction,
-            dram=Space(dram.usable_bytes, dram.extent_bytes),
+            dram=Space(dram.usable_bytes, dram.extent_bytes, first_extent=1 + secrets.randbits(30)),
             nvme=None if nvme is None else Space(nvme.usable_bytes, nvme.extent_bytes),
             nvme_slot_bytes=None if nvme is None else nvme.slot_bytes,
+            first_id=1 + secrets.randbits(48),
         )
         self._waiters: dict[Ticket, asyncio.Future[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()

@@ -69,7 +69,31 @@ def put_many(
     outcomes: list[PutOutcome] = []
     for start, stop in _rounds(len(keys), layout.block_bytes):
         entries = list(zip(keys[start:stop], parents[start:stop], strict=True))
-        outcomes += yield from _put_round(core, layout, entries, sources[start:stop], wait_ms)
+        outcomes += yield from _put_all(core, layout, entries, sources[start:stop], wait_ms)
+    return outcomes
+
+
+def _put_all(
+    core: Core,
+    layout: Layout,
+    entries: Sequence[tuple[bytes, bytes]],
+    sources: Sequence[memoryview],
+    wait_ms: int,
+) -> Flow[list[PutOutcome]]:
+    """One round, and again for what was denied for as long as that gets on: the server
+    grants what it has room for, and makes more once that is committed."""
+    outcomes = yield from _put_round(core, layout, entries, sources, wait_ms)
+    left = [i for i, outcome in enumerate(outcomes) if outcome is PutOutcome.DENIED]
+    while left and len(left) < len(entries):
+        again = yield from _put_round(
+            core, layout, [entries[i] for i in left], [sources[i] for i in left], wait_ms
+        )
+        for i, outcome in zip(left, again, strict=True):
+            outcomes[i] = outcome
+        still = [i for i in left if outcomes[i] is PutOutcome.DENIED]
+        if len(still) == len(left):
+            break
+        left = still
     return outcomes
 
 

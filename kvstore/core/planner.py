@@ -54,12 +54,15 @@ class Planner:
         dram: Space,
         nvme: Space | None,
         nvme_slot_bytes: Callable[[int], int] | None,
+        first_id: int = 1,
     ) -> None:
+        """`first_id`: where the ids of leases and reservations begin. One that differs
+        from life to life of a server keeps ids of an earlier one from fitting."""
         self.limits = limits
         self.counters = Counters()
         self.catalog = Catalog(tenant_key, limits.max_layouts, nvme_slot_bytes)
         self.residency = Residency(self.catalog, dram, nvme, POLICIES[eviction], limits.max_running)
-        ids = count(1)
+        ids = count(first_id)
         self.leases = Leases(self.residency, limits, self.counters, ids)
         self.reservations = Reservations(self.residency, limits, self.counters, ids)
         self.flushes = Flushes(self.residency, max_writing=2 * limits.max_running)

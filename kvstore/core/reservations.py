@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 
 from kvstore.core.actions import Answer
 from kvstore.core.catalog import Block, Catalog, Layout, Replica
-from kvstore.core.lifecycle import Event
+from kvstore.core.lifecycle import Event, State
 from kvstore.core.limits import Counters, Limits
 from kvstore.core.residency import Residency
 from kvstore.core.sessions import Reservation, Session
@@ -236,23 +236,27 @@ class Reservations:
     def expire(self, now_ns: int) -> None:
         """End the reservations whose time is up."""
         for reservation in [x for x in self._reservations.values() if x.expires_ns < now_ns]:
-            self._expire_one(reservation)
+            self._expire_one(reservation, now_ns)
 
-    def _expire_one(self, reservation: Reservation) -> None:
+    def _expire_one(self, reservation: Reservation, now_ns: int) -> None:
         if reservation.expired:
+            # Remembered for as long again, to tell a late client what happened.
+            forget_ns = reservation.expires_ns + self._limits.reservation_ms * 1_000_000
+            if not reservation.open and forget_ns < now_ns:
+                self.end(reservation, Event.ABORT)
             return
         if not reservation.open:
             self.end(reservation, Event.ABORT)
             return
         self._counters.expired_reservations += 1
-        if not reservation.session.local:
-            self.end(reservation, Event.ABORT)
-            return
-        # A local client may be writing still; see lifecycle.
         reservation.expired = True
-        for replica in reservation.entries:
+        # A local client may be writing still; see lifecycle.
+        event = Event.EXPIRE if reservation.session.local else Event.ABORT
+        for index, replica in enumerate(reservation.entries):
             if replica is not None:
-                self._residency.release_writer(replica, Event.EXPIRE)
+                self._residency.release_writer(replica, event)
+                if replica.state is State.GONE:
+                    reservation.entries[index] = None
 
     def add_wanted(self, wanted: dict[SpaceClass, int]) -> None:
         """Add the slots that waiting reserves lack, by class."""

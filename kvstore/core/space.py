@@ -41,7 +41,9 @@ class Extent:
 class Space:
     """Reserves and frees slots. Counts only; the bytes are elsewhere."""
 
-    def __init__(self, capacity_bytes: int, extent_bytes: int) -> None:
+    def __init__(self, capacity_bytes: int, extent_bytes: int, first_extent: int = 1) -> None:
+        """`first_extent`: the number of the first extent to be opened. One that differs
+        from life to life of a server keeps addresses of an earlier one from fitting."""
         if extent_bytes % ALIGNMENT:
             raise ValueError(f"extents must be multiples of {ALIGNMENT} bytes")
         self.extent_bytes = extent_bytes
@@ -50,7 +52,7 @@ class Space:
         # Extents with a free slot, by class, oldest first.
         self._partial: dict[SpaceClass, dict[int, Extent]] = {}
         self._count: dict[SpaceClass, int] = {}
-        self._next_number = 1
+        self._next_number = first_extent
         self._used_bytes = 0
 
     @property

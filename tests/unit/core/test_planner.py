@@ -280,6 +280,20 @@ def test_a_late_local_writer_cannot_hit_anothers_block(shell: Shell) -> None:
     assert len(shell.planner.residency.dram) == len(in_use)
 
 
+def test_a_late_remote_writer_is_told_and_holds_nothing(shell: Shell) -> None:
+    late, lid = shell.session(1, local=False), a_layout(shell)
+    ticket = shell.planner.reserve(late, lid, [(key(1), b"")], wait=False, now_ns=shell.now_ns)
+    assert ticket.answer is not None
+    shell.advance(RESERVATION_MS + 1)
+    assert shell.planner.residency.dram.space.used_bytes == 0
+    with pytest.raises(ReservationExpired):
+        shell.planner.commit(late, ticket.answer.reservation_id, [0], [1])
+    shell.advance(RESERVATION_MS + 1)
+    with pytest.raises(UnknownReservation):
+        shell.planner.commit(late, ticket.answer.reservation_id, [0], [1])
+    shell.planner.check_integrity()
+
+
 def test_foreign_claims_are_refused_and_nothing_happens(shell: Shell) -> None:
     owner, thief, lid = shell.session(1), shell.session(2), a_layout(shell)
     shell.put(owner, lid, [key(1)])
