@@ -1,0 +1,284 @@
+"""Loading and storing: nothing wrong is published, nothing wrong counts as loaded."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import xxhash
+
+from kvstore.errors import BadRequest, Unavailable
+from kvstore.types import ReserveOutcome
+from kvstore_connectors.vllm import saver as saver_module
+from kvstore_connectors.vllm.blocks import HostBlocks
+from kvstore_connectors.vllm.layout import Geometry, Piece
+from kvstore_connectors.vllm.link import StoreLink
+from kvstore_connectors.vllm.loader import Loader
+from kvstore_connectors.vllm.metadata import JobReport, LoadJob, StoreJob
+from kvstore_connectors.vllm.saver import Saver
+from tests.unit.connectors.fakes import FAR_NS, FakeStore, spec
+
+BLOCKS, PIECE = 64, 32
+GEOMETRY = Geometry(
+    pieces=(Piece(0, PIECE, PIECE), Piece(BLOCKS * PIECE, PIECE, PIECE)),
+    num_blocks=BLOCKS,
+    block_tokens=4,
+    allocation_bytes=2 * BLOCKS * PIECE,
+)
+
+
+class Rank:
+    """One rank's KV cache of two layers, and the threads that copy it."""
+
+    def __init__(self) -> None:
+        self.store = FakeStore()
+        self.memory = torch.arange(2 * BLOCKS * PIECE, dtype=torch.int32).to(torch.uint8)
+        layers = self.memory.view(2, BLOCKS, PIECE)
+        tensors = {"0": layers[0], "1": layers[1]}
+        self.blocks = HostBlocks(tensors, GEOMETRY)
+        self.layers = layers
+        self.link = StoreLink(self.store.connect, [spec(block_bytes=2 * PIECE)], "test")
+        self.link.start()
+        assert self.link.wait_attached(5)
+        self.loader = Loader(self.link, self.blocks, 0, lambda: None)
+        self.saver = Saver(self.link, self.blocks, 0, lambda: None)
+
+    def bytes_of(self, block: int) -> bytes:
+        return bytes(self.layers[:, block].reshape(-1).tolist())
+
+    def store_job(self, job_id: int, block_ids: list[int], request_id: str = "r") -> StoreJob:
+        keys = [bytes([job_id, block]) for block in block_ids]
+        return StoreJob(job_id, request_id, block_ids, keys, [b"", *keys[:-1]])
+
+    def load_job(self, datas: list[bytes], block_ids: list[int], **changes: object) -> LoadJob:
+        job = LoadJob(
+            request_id="r",
+            block_ids=block_ids,
+            addresses=[[self.store.place(data) for data in datas]],
+            checksums=[[xxhash.xxh3_64_intdigest(data) for data in datas]],
+            expires_ns=FAR_NS,
+            epoch=b"epoch",
+        )
+        for name, value in changes.items():
+            setattr(job, name, value)
+        return job
+
+    def load(self, job: LoadJob) -> list[int]:
+        self.loader.submit(job)
+        eventually(self.loader.has_results)
+        finished, failed = self.loader.take_results()
+        assert finished == {job.request_id}
+        assert not self.loader.busy
+        return [block for block in job.block_ids if block in failed]
+
+    def close(self) -> None:
+        self.store.gate.set()
+        self.saver.close()
+        self.loader.close()
+        self.link.close()
+
+
+def eventually(condition: Callable[[], object], timeout_s: float = 5.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it never happened"
+        time.sleep(0.001)
+
+
+@pytest.fixture
+def rank() -> Iterator[Rank]:
+    rank = Rank()
+    yield rank
+    rank.close()
+
+
+def data(seed: int) -> bytes:
+    return bytes((seed * 7 + index) % 251 for index in range(2 * PIECE))
+
+
+# -- loads ------------------------------------------------------------------------
+
+
+def test_a_load_fills_every_layers_piece_of_every_block(rank: Rank) -> None:
+    datas = [data(seed) for seed in range(40)]
+    block_ids = list(range(50, 10, -1))
+    others = {block: rank.bytes_of(block) for block in range(11)}
+    assert rank.load(rank.load_job(datas, block_ids)) == []
+    assert [rank.bytes_of(block) for block in block_ids] == datas
+    assert {block: rank.bytes_of(block) for block in others} == others
+
+
+def test_damaged_bytes_fail_the_load_from_there_on(rank: Rank) -> None:
+    job = rank.load_job([data(seed) for seed in range(40)], list(range(40)))
+    rank.store.slots[job.addresses[0][20]][5] ^= 1
+    assert rank.load(job) == list(range(20, 40))
+    stats = rank.loader.take_stats()
+    assert stats is not None
+    assert stats.data["damaged_blocks"] == 1
+    assert stats.data["loaded_blocks"] == 20
+
+
+def test_a_lease_that_ended_during_the_copy_fails_the_load(rank: Rank) -> None:
+    assert rank.load(rank.load_job([data(0)], [3], expires_ns=1)) == [3]
+
+
+def test_addresses_of_another_server_life_are_not_followed(rank: Rank) -> None:
+    before = rank.bytes_of(3)
+    assert rank.load(rank.load_job([data(0)], [3], epoch=b"before")) == [3]
+    assert rank.bytes_of(3) == before
+
+
+def test_a_lost_server_fails_the_load_and_the_next_one_works(rank: Rank) -> None:
+    job = rank.load_job([data(0)], [3])
+
+    def lost() -> None:
+        raise Unavailable("gone")
+
+    rank.store.before_slot = lost
+    assert rank.load(job) == [3]
+    rank.store.before_slot = None
+    assert rank.load(job) == []
+
+
+def test_several_loads_end_each_for_itself(rank: Rank) -> None:
+    jobs = []
+    for index in range(3):
+        job = rank.load_job([data(index)] * 17, list(range(20 * index, 20 * index + 17)))
+        job.request_id = f"r{index}"
+        jobs.append(job)
+    jobs[1].checksums[0][0] ^= 1
+    for job in jobs:
+        rank.loader.submit(job)
+    finished: set[str] = set()
+    failed: set[int] = set()
+    while len(finished) < 3:
+        eventually(rank.loader.has_results)
+        more, bad = rank.loader.take_results()
+        finished |= more
+        failed |= bad
+    assert failed == set(range(20, 37))
+
+
+# -- stores -----------------------------------------------------------------------
+
+
+def test_a_store_publishes_exactly_the_blocks_bytes(rank: Rank) -> None:
+    rank.saver.submit(rank.store_job(1, [5, 9, 2]))
+    eventually(lambda: len(rank.store.blocks) == 3)
+    eventually(lambda: rank.saver.take_reports())
+    assert rank.store.blocks == {bytes([1, b]): rank.bytes_of(b) for b in (5, 9, 2)}
+    assert not rank.store.reservations
+
+
+def test_blocks_reused_before_the_copy_are_not_published(rank: Rank) -> None:
+    rank.store.gate.clear()
+    rank.saver.submit(rank.store_job(1, [5]))
+    eventually(lambda: "reserve" in rank.store.calls)
+    rank.saver.cancel([1])
+    assert rank.saver.take_reports()[1].lost
+    rank.memory.fill_(0xEE)
+    rank.store.gate.set()
+    eventually(lambda: "abort" in rank.store.calls)
+    assert not rank.store.blocks
+    assert not rank.store.reservations
+
+
+def test_blocks_reused_during_the_copy_are_not_published(rank: Rank) -> None:
+    copying, reused = threading.Event(), threading.Event()
+
+    def in_the_middle() -> None:
+        copying.set()
+        reused.wait(10)
+
+    rank.store.before_slot = in_the_middle
+    rank.saver.submit(rank.store_job(1, [5, 6]))
+    copying.wait(10)
+    rank.saver.cancel([1])
+    rank.memory.fill_(0xEE)
+    reused.set()
+    eventually(lambda: "abort" in rank.store.calls)
+    assert not rank.store.blocks
+
+
+def test_cancelling_one_job_leaves_the_others(rank: Rank) -> None:
+    rank.store.gate.clear()
+    for job_id in (1, 2, 3):
+        rank.saver.submit(rank.store_job(job_id, [job_id]))
+    rank.saver.cancel([2, 99])
+    rank.store.gate.set()
+    eventually(lambda: len(rank.store.blocks) == 2)
+    assert set(rank.store.blocks) == {b"\x01\x01", b"\x03\x03"}
+
+
+def test_a_finished_request_is_named_once_when_its_jobs_have_ended(rank: Rank) -> None:
+    rank.store.gate.clear()
+    rank.saver.submit(rank.store_job(1, [5], "a"))
+    rank.saver.submit(rank.store_job(2, [6], "b"))
+    rank.saver.flush("a")
+    rank.saver.flush("never stored anything")
+    assert rank.saver.take_flushed() == {"never stored anything"}
+    rank.store.gate.set()
+    eventually(rank.saver.has_flushed)
+    assert rank.saver.take_flushed() == {"a"}
+    assert rank.saver.take_flushed() == set()
+
+
+def test_a_hung_server_holds_a_finished_requests_blocks_for_a_moment_only(
+    rank: Rank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(saver_module, "FLUSH_S", 0.05)
+    rank.store.gate.clear()
+    rank.saver.submit(rank.store_job(1, [5], "a"))
+    rank.saver.flush("a")
+    assert rank.saver.take_flushed() == set()
+    time.sleep(0.06)
+    assert rank.saver.take_flushed() == {"a"}
+    assert rank.saver.take_reports()[1].lost
+
+
+def test_too_much_queued_is_skipped_not_waited_for(
+    rank: Rank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rank.saver._max_queued_blocks = 3
+    rank.store.gate.clear()
+    rank.saver.submit(rank.store_job(1, [1]))
+    eventually(lambda: "reserve" in rank.store.calls)
+    rank.saver.submit(rank.store_job(2, [1, 2, 3]))
+    rank.saver.submit(rank.store_job(3, [4]))
+    reports = rank.saver.take_reports()
+    assert list(reports) == [3]
+    assert reports[3].lost
+    stats = rank.saver.take_stats()
+    assert stats is not None
+    assert stats.data["skipped_blocks"] == 1
+
+
+@pytest.mark.parametrize("result", [ReserveOutcome.DENIED, ReserveOutcome.PENDING])
+def test_what_the_server_refuses_is_lost_what_another_writes_is_not(
+    rank: Rank, result: ReserveOutcome
+) -> None:
+    rank.store.outcome = result
+    rank.saver.submit(rank.store_job(1, [5]))
+    reports: dict[int, JobReport] = {}
+    eventually(lambda: reports.update(rank.saver.take_reports()) or reports)
+    assert reports[1].lost is (result is ReserveOutcome.DENIED)
+
+
+def test_an_error_of_the_server_loses_the_job_and_nothing_else(rank: Rank) -> None:
+    rank.store.error = BadRequest("no")
+    rank.saver.submit(rank.store_job(1, [5]))
+    eventually(rank.saver.take_reports)
+    assert rank.link.up
+    rank.store.error = None
+    rank.saver.submit(rank.store_job(2, [5]))
+    eventually(lambda: rank.store.blocks)
+
+
+def test_without_a_server_a_job_is_lost_at_once(rank: Rank) -> None:
+    rank.store.error = Unavailable("gone")
+    rank.link.suspect()
+    rank.saver.submit(rank.store_job(1, [5]))
+    assert rank.saver.take_reports()[1].lost

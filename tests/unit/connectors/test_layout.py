@@ -1,0 +1,194 @@
+"""What names the bytes: the same on both sides, different where bytes differ."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    KVCacheTensor,
+    SlidingWindowSpec,
+)
+
+from kvstore.errors import ConfigError
+from kvstore_connectors.vllm import layout
+from kvstore_connectors.vllm.blocks import HostBlocks
+
+LAYERS = ["a", "b", "c"]
+BLOCKS = 6
+
+
+def cache(kv_layout: str = "LBHNC", spec_class: Any = FullAttentionSpec, **changes: Any) -> Any:
+    options = {"sliding_window": 64} if spec_class is SlidingWindowSpec else {}
+    spec = spec_class(block_size=32, num_kv_heads=2, head_size=16, dtype=torch.bfloat16, **options)
+    page = spec.page_size_bytes
+    outermost = kv_layout.startswith("B")
+    tensor = KVCacheTensor(
+        size=page * BLOCKS * len(LAYERS),
+        layers=list(LAYERS),
+        layer_stride=page if outermost else page * BLOCKS,
+        block_stride=page * len(LAYERS) if outermost else page,
+    )
+    config = KVCacheConfig(
+        num_blocks=BLOCKS,
+        kv_cache_tensors=[tensor],
+        kv_cache_groups=[KVCacheGroupSpec(list(LAYERS), spec)],
+        kv_cache_layout=kv_layout,
+        hash_block_size=32,
+    )
+    for name, value in changes.items():
+        setattr(config, name, value)
+    return config
+
+
+def engine(path: str = "some/model", **changes: Any) -> Any:
+    config = {"hidden_size": 8, "transformers_version": "1"}
+    parts = {
+        "model": path, "dtype": torch.bfloat16, "revision": None, "quantization": None,
+        "seed": 0, "cache_dtype": "auto", "tp": 1, "rank": 0, "pp": 1, "dcp": 1,
+        "load_format": "auto", "hf": config, "speculative": None,
+    } | changes  # fmt: skip
+    return SimpleNamespace(
+        model_config=SimpleNamespace(
+            model=parts["model"],
+            dtype=parts["dtype"],
+            revision=parts["revision"],
+            quantization=parts["quantization"],
+            seed=parts["seed"],
+            hf_config=SimpleNamespace(to_dict=lambda: dict(parts["hf"])),
+        ),
+        cache_config=SimpleNamespace(cache_dtype=parts["cache_dtype"]),
+        parallel_config=SimpleNamespace(
+            tensor_parallel_size=parts["tp"],
+            pipeline_parallel_size=parts["pp"],
+            decode_context_parallel_size=parts["dcp"],
+            prefill_context_parallel_size=1,
+            rank=parts["rank"],
+        ),
+        speculative_config=parts["speculative"],
+        load_config=SimpleNamespace(load_format=parts["load_format"]),
+        device_config=SimpleNamespace(device_type="cpu"),
+        attention_config=SimpleNamespace(backend=None),
+    )
+
+
+def ids(vllm_config: Any, kv_config: Any, salt: str = "") -> list[bytes]:
+    return [spec.layout_id for spec in layout.layout_specs(vllm_config, kv_config, salt)]
+
+
+def test_every_rank_computes_what_the_scheduler_computes() -> None:
+    scheduler = ids(engine(tp=4, rank=0), cache())
+    assert len(set(scheduler)) == 4
+    for rank in range(4):
+        assert ids(engine(tp=4, rank=rank), cache()) == scheduler
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": "other/model"},
+        {"revision": "other"},
+        {"dtype": torch.float16},
+        {"cache_dtype": "fp8_e4m3"},
+        {"tp": 2},
+        {"quantization": "awq"},
+        {"load_format": "dummy"},
+        {"hf": {"hidden_size": 8, "rope_theta": 7}},
+    ],
+)
+def test_whatever_changes_the_bytes_changes_the_layout(changes: dict[str, Any]) -> None:
+    assert not set(ids(engine(), cache())) & set(ids(engine(**changes), cache()))
+
+
+def test_a_library_upgrade_alone_does_not_change_the_model() -> None:
+    hf = {"hidden_size": 8, "transformers_version": "2"}
+    assert ids(engine(), cache()) == ids(engine(hf=hf), cache())
+
+
+def test_a_salt_sets_layouts_apart() -> None:
+    assert ids(engine(), cache(), "x") != ids(engine(), cache())
+
+
+def test_weights_replaced_under_one_path_are_another_model(tmp_path: Path) -> None:
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(b"old")
+    before = ids(engine(str(tmp_path)), cache())
+    assert ids(engine(str(tmp_path)), cache()) == before
+    weights.write_bytes(b"new")
+    os.utime(weights, ns=(1, 1))
+    assert ids(engine(str(tmp_path)), cache()) != before
+
+
+def test_ranks_with_equal_kv_share_a_shard_and_one_of_them_writes() -> None:
+    config = cache(kv_tp_replicas=2)
+    assert len(ids(engine(tp=4), config)) == 2
+    shards = [layout.shard_of(rank, engine(tp=4), config) for rank in range(4)]
+    assert shards == [(0, True), (0, False), (1, True), (1, False)]
+
+
+@pytest.mark.parametrize(
+    ("vllm_config", "kv_config", "word"),
+    [
+        (engine(), cache(spec_class=SlidingWindowSpec), "SlidingWindowSpec"),
+        (engine(pp=2), cache(), "pipeline"),
+        (engine(dcp=2), cache(), "context"),
+        (engine(speculative=SimpleNamespace(method="eagle")), cache(), "eagle"),
+        (engine(), cache("LHBNC"), "LHBNC"),
+        (engine(), cache(kv_cache_groups=cache().kv_cache_groups * 2), "2 KV cache groups"),
+    ],
+)
+def test_what_cannot_be_served_says_why(vllm_config: Any, kv_config: Any, word: str) -> None:
+    assert word in (layout.unsupported_reason(vllm_config, kv_config) or "")
+
+
+@pytest.mark.parametrize("kv_layout", ["LBHNC", "LBNHC", "BLHNC", "BHLNC"])
+def test_what_can_be_served_has_no_reason(kv_layout: str) -> None:
+    assert layout.unsupported_reason(engine(), cache(kv_layout)) is None
+
+
+@pytest.mark.parametrize(("kv_layout", "pieces"), [("LBHNC", 3), ("BLHNC", 1)])
+def test_blocks_are_cut_where_vllm_puts_them(kv_layout: str, pieces: int) -> None:
+    """Compared with vLLM's own views of the tensors, layer by layer."""
+    config = cache(kv_layout)
+    geometry = layout.geometry(config)
+    assert len(geometry.pieces) == pieces
+    (tensor,) = config.kv_cache_tensors
+    memory = torch.randint(-128, 127, (tensor.size,), dtype=torch.int8)
+    page = config.kv_cache_groups[0].kv_cache_spec.page_size_bytes
+    views = {
+        name: memory.as_strided(
+            (BLOCKS, page), (tensor.block_stride, 1), index * tensor.layer_stride
+        )
+        for index, name in enumerate(LAYERS)
+    }
+    blocks = HostBlocks(views, geometry)
+    slot = bytearray(geometry.block_bytes)
+    blocks.save(4, memoryview(slot))
+    expected = b"".join(views[name][4].numpy().tobytes() for name in LAYERS)
+    assert bytes(slot) == expected
+    before = memory.clone()
+    blocks.load(1, memoryview(slot).toreadonly())
+    assert all(torch.equal(views[name][1], views[name][4]) for name in LAYERS)
+    for name in LAYERS:
+        views[name][1] = before.as_strided(
+            (BLOCKS, page), (tensor.block_stride, 1), views[name].storage_offset()
+        )[1]
+    assert torch.equal(memory, before)
+
+
+def test_tensors_that_are_not_as_configured_are_refused() -> None:
+    geometry = layout.geometry(cache())
+    whole = torch.zeros(geometry.allocation_bytes, dtype=torch.int8)
+    with pytest.raises(ConfigError, match="not one allocation"):
+        HostBlocks({"a": whole, "b": torch.zeros(8)}, geometry)
+    with pytest.raises(ConfigError, match="smaller"):
+        HostBlocks({"a": whole[:8].clone()}, geometry)
+    with pytest.raises(ConfigError, match="starts where"):
+        HostBlocks({"a": whole}, geometry)

@@ -1,0 +1,176 @@
+"""Finding, losing and finding the server again; asking it in the background."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from kvstore.errors import TooMany, Unavailable
+from kvstore_connectors.vllm import link as link_module
+from kvstore_connectors.vllm.acquire import AcquireQueue, TicketState
+from kvstore_connectors.vllm.link import StoreLink
+from tests.unit.connectors.fakes import FakeStore, spec
+
+
+def eventually(condition: Callable[[], object], timeout_s: float = 5.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it never happened"
+        time.sleep(0.001)
+
+
+@pytest.fixture(autouse=True)
+def fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link_module, "HEARTBEAT_S", 0.01)
+    monkeypatch.setattr(link_module, "BACKOFF_FIRST_S", 0.005)
+    monkeypatch.setattr(link_module, "BACKOFF_MOST_S", 0.01)
+
+
+@pytest.fixture
+def store() -> FakeStore:
+    return FakeStore()
+
+
+@pytest.fixture
+def link(store: FakeStore) -> Iterator[StoreLink]:
+    link = StoreLink(store.connect, [spec()], "test")
+    yield link
+    store.gate.set()
+    link.close()
+
+
+@pytest.fixture
+def queue(link: StoreLink) -> Iterator[AcquireQueue]:
+    queue = AcquireQueue(link, 10)
+    link.start()
+    assert link.wait_attached(5)
+    queue.start()
+    yield queue
+    queue.close()
+
+
+def test_no_server_makes_nobody_wait_and_one_line_of_log(
+    store: FakeStore, link: StoreLink, caplog: pytest.LogCaptureFixture
+) -> None:
+    logger = logging.getLogger("vllm.kvstore")
+    logger.addHandler(caplog.handler)
+    try:
+        store.error = Unavailable("nobody there")
+        link.start()
+        eventually(lambda: store.calls.count("connect") > 5)
+        assert not link.up
+        with link.borrow() as attached:
+            assert attached is None
+        store.error = None
+        assert link.wait_attached(5)
+    finally:
+        logger.removeHandler(caplog.handler)
+    # vLLM's loggers may pass records on: each is counted once.
+    warnings = {id(r) for r in caplog.records if r.levelno >= logging.WARNING}
+    assert len(warnings) == 1
+
+
+def test_a_dead_server_is_noticed_without_a_request_and_found_again(
+    store: FakeStore, link: StoreLink
+) -> None:
+    link.start()
+    assert link.wait_attached(5)
+    store.error = Unavailable("gone")
+    eventually(lambda: not link.up)
+    store.error = None
+    eventually(lambda: link.up)
+    assert link.generation == 1
+    store.epoch = b"another life"
+    eventually(lambda: link.generation == 2)
+    eventually(lambda: link.up)
+
+
+def test_a_client_is_closed_only_after_its_last_user(store: FakeStore, link: StoreLink) -> None:
+    link.start()
+    assert link.wait_attached(5)
+    with link.borrow() as attached:
+        assert attached is not None
+        store.error = Unavailable("gone")
+        link.failed(attached, store.error)
+        assert not link.up
+        time.sleep(0.02)
+        assert not store.closed
+    assert store.closed
+
+
+def test_other_layouts_are_registered_before_they_are_used(
+    store: FakeStore, link: StoreLink
+) -> None:
+    link.start()
+    assert link.wait_attached(5)
+    other = spec(block_bytes=128)
+    link.change_layouts([other])
+    eventually(lambda: link.up)
+    with link.borrow() as attached:
+        assert attached is not None
+        assert [layout.id for layout in attached.layouts] == [other.layout_id]
+
+
+def test_requests_that_wait_are_asked_for_in_one_call(
+    store: FakeStore, queue: AcquireQueue
+) -> None:
+    store.blocks = {b"a": bytes(64), b"b": bytes(64)}
+    store.gate.clear()
+    for _ in range(3):  # One for each thread.
+        busy = queue.submit([b"a"])
+        eventually(lambda busy=busy: busy.state is TicketState.SENT)
+    waiting = [queue.submit([b"a", b"b", b"c"]) for _ in range(5)]
+    calls = store.calls.count("acquire")
+    store.gate.set()
+    eventually(lambda: all(t.state is TicketState.ANSWERED for t in waiting))
+    assert store.calls.count("acquire") == calls + 1
+    assert [t.held.grant.held for t in waiting if t.held] == [2] * 5
+
+
+def test_an_answer_nobody_waits_for_any_more_gives_its_lease_back(
+    store: FakeStore, queue: AcquireQueue
+) -> None:
+    store.blocks = {b"a": bytes(64)}
+    store.gate.clear()
+    late = queue.submit([b"a"])
+    eventually(lambda: late.state is TicketState.SENT)
+    queue.cancel(late)
+    kept = queue.submit([b"a"])
+    store.gate.set()
+    eventually(lambda: kept.state is TicketState.ANSWERED)
+    queue.cancel(kept)
+    eventually(lambda: store.calls.count("release") and not store.leases)
+
+
+def test_a_lost_server_answers_every_ticket(
+    store: FakeStore, queue: AcquireQueue, link: StoreLink
+) -> None:
+    store.error = Unavailable("gone")
+    tickets = [queue.submit([b"a"]) for _ in range(10)]
+    eventually(lambda: all(t.state is TicketState.FAILED for t in tickets))
+
+
+def test_a_refusal_is_a_miss_and_keeps_the_session(
+    store: FakeStore, queue: AcquireQueue, link: StoreLink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link_module, "HEARTBEAT_S", 60.0)
+    time.sleep(0.05)
+    store.error = TooMany("leases")
+    ticket = queue.submit([b"a"])
+    eventually(lambda: ticket.state is TicketState.FAILED)
+    assert store.connects == 1
+
+
+def test_waiting_for_an_answer_ends_when_one_comes(store: FakeStore, queue: AcquireQueue) -> None:
+    store.gate.clear()
+    queue.submit([b"a"])
+    started_s = time.monotonic()
+    queue.wait_answer(0.02)
+    assert time.monotonic() - started_s >= 0.02
+    threading.Timer(0.05, store.gate.set).start()
+    queue.wait_answer(30)
+    assert time.monotonic() - started_s < 20

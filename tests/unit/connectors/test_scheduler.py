@@ -1,0 +1,510 @@
+"""The scheduler's half: what it promises vLLM, and that no lease is ever lost."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+from vllm.v1.metrics.cache_hit_source import CacheHitSource
+
+from kvstore_connectors.vllm import scheduler as module
+from kvstore_connectors.vllm.acquire import TicketState
+from kvstore_connectors.vllm.metadata import JobReport, StepMetadata, WorkerReport
+from kvstore_connectors.vllm.scheduler import KnownKeys, SchedulerSide
+from tests.unit.connectors.fakes import (
+    BLOCK_TOKENS,
+    FakeLink,
+    FakeQueue,
+    FakeRequest,
+    outcome,
+    spec,
+    step,
+)
+
+
+class World:
+    def __init__(self, world: int = 1, **options: Any) -> None:
+        self.link = FakeLink(world)
+        self.queue = FakeQueue(self.link)
+        arguments: dict[str, Any] = {
+            "link": self.link,
+            "queue": self.queue,
+            "block_tokens": BLOCK_TOKENS,
+            "hash_tokens": BLOCK_TOKENS,
+            "workers": world,
+            "acquire_timeout_ms": 1000,
+            "loads": True,
+            "stores": True,
+            "specs_for": lambda salt: [spec()],
+        }
+        self.side = SchedulerSide(**(arguments | options))
+
+    def request(self, tokens: int = 4 * BLOCK_TOKENS + 1, seed: int = 0) -> FakeRequest:
+        request = FakeRequest([seed * 1000 + index for index in range(tokens)])
+        self.side.on_new_request(request)  # type: ignore[arg-type]
+        return request
+
+    def match(self, request: FakeRequest, computed: int = 0) -> tuple[int | None, bool]:
+        return self.side.get_num_new_matched_tokens(request, computed)  # type: ignore[arg-type]
+
+    def alloc(self, request: FakeRequest, blocks: list[int], external: int) -> None:
+        self.side.update_state_after_alloc(request, lambda: (blocks,), external)  # type: ignore[arg-type]
+
+    def finish(self, request: FakeRequest) -> bool:
+        return self.side.request_finished(request)  # type: ignore[arg-type]
+
+    def meta(self, *args: Any, **kwargs: Any) -> StepMetadata:
+        return self.side.build_meta(step(*args, **kwargs))
+
+    def compute(self, request: FakeRequest, tokens: int, blocks: list[int]) -> StepMetadata:
+        meta = self.meta({request.request_id: tokens}, blocks={request.request_id: blocks})
+        request.num_computed_tokens += tokens
+        return meta
+
+    def report(self, *job_ids: int, lost: bool = False, workers: int = 1) -> None:
+        jobs = {job_id: JobReport(workers, lost) for job_id in job_ids}
+        self.side.update_output(outcome(kv_connector_worker_meta=WorkerReport(jobs)))
+
+    def quiet(self) -> bool:
+        self.side.check_integrity()
+        return self.side.is_quiet() and not self.queue.out
+
+
+@pytest.fixture
+def world() -> World:
+    return World()
+
+
+def test_matching_waits_for_the_answer_then_offers_whole_blocks(world: World) -> None:
+    request = world.request()
+    assert world.match(request) == (None, False)
+    assert world.match(request) == (None, False)
+    (ticket,) = world.queue.tickets
+    assert ticket.keys == request.block_hashes[:4]
+    world.queue.answer(ticket, 3)
+    assert world.match(request) == (3 * BLOCK_TOKENS, True)
+    assert world.match(request, BLOCK_TOKENS) == (2 * BLOCK_TOKENS, True)
+
+
+def test_at_least_one_token_is_left_to_compute(world: World) -> None:
+    request = world.request(tokens=4 * BLOCK_TOKENS)
+    world.match(request)
+    assert len(world.queue.tickets[0].keys) == 3
+
+
+def test_a_detached_store_costs_no_question_and_no_wait(world: World) -> None:
+    world.link.up = False
+    request = world.request()
+    assert world.match(request) == (0, False)
+    assert not world.queue.tickets
+    world.link.up = True
+    assert world.match(request) == (0, False)
+
+
+def test_a_full_local_hit_asks_nothing(world: World) -> None:
+    request = world.request()
+    assert world.match(request, 4 * BLOCK_TOKENS) == (0, False)
+    assert not world.queue.tickets
+
+
+def test_an_answer_no_longer_than_the_local_hit_gives_its_lease_back(world: World) -> None:
+    request = world.request()
+    world.match(request)
+    world.queue.answer(world.queue.tickets[0], 2)
+    assert world.match(request, 2 * BLOCK_TOKENS) == (0, False)
+    assert not world.queue.out
+
+
+@pytest.mark.parametrize("answer", ["nothing", "failure"])
+def test_nothing_held_is_a_miss_and_is_not_asked_again(world: World, answer: str) -> None:
+    request = world.request()
+    world.match(request)
+    if answer == "nothing":
+        world.queue.answer(world.queue.tickets[0], 0)
+    else:
+        world.queue.fail(world.queue.tickets[0])
+    assert world.match(request) == (0, False)
+    assert world.match(request) == (0, False)
+    assert len(world.queue.tickets) == 1
+
+
+def test_a_hung_server_costs_one_patience_and_then_nothing(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    first, second = world.request(seed=1), world.request(seed=2)
+    assert world.match(first) == (None, False)
+    now[0] += 1.2
+    assert world.match(first) == (None, False)
+    now[0] += 0.1
+    assert world.match(first) == (0, False)
+    assert world.link.suspected == 1
+    assert world.match(second) == (0, False)
+    assert world.queue.tickets[0].state is TicketState.CANCELLED
+    world.finish(first)
+    world.finish(second)
+    assert world.quiet()
+
+
+def test_a_ticket_nobody_took_to_the_server_does_not_accuse_it(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    request = world.request()
+    world.match(request)
+    world.queue.tickets[0].sent_s = 0.0
+    now[0] += 2
+    assert world.match(request) == (0, False)
+    assert world.link.up
+
+
+def test_a_load_names_every_ranks_own_addresses() -> None:
+    world = World(world=2)
+    request = world.request()
+    world.match(request)
+    world.queue.answer(world.queue.tickets[0], 4)
+    assert world.match(request, BLOCK_TOKENS) == (3 * BLOCK_TOKENS, True)
+    world.alloc(request, [70, 71, 72, 73, 74], 2 * BLOCK_TOKENS)
+    (job,) = world.meta().loads
+    assert job.block_ids == [71, 72]
+    assert job.addresses == [[1, 2], [1001, 1002]]
+    assert job.checksums == [[1, 2], [5001, 5002]]
+    assert job.epoch == b"epoch"
+
+
+def test_the_lease_of_a_load_lasts_until_the_load_is_reported(world: World) -> None:
+    request = world.request()
+    world.match(request)
+    world.queue.answer(world.queue.tickets[0], 4)
+    world.match(request)
+    world.alloc(request, [1, 2, 3, 4, 5], 4 * BLOCK_TOKENS)
+    world.meta()
+    world.alloc(request, [1, 2, 3, 4, 5], 0)
+    assert len(world.queue.out) == 1
+    world.side.update_output(outcome(finished_recving={request.request_id}))
+    assert not world.queue.out
+
+
+def test_an_abort_while_loading_keeps_the_lease_until_the_copy_has_ended(world: World) -> None:
+    request = world.request()
+    world.match(request)
+    world.queue.answer(world.queue.tickets[0], 4)
+    world.match(request)
+    world.alloc(request, [1, 2, 3, 4, 5], 4 * BLOCK_TOKENS)
+    world.meta()
+    assert world.finish(request) is False
+    assert len(world.queue.out) == 1
+    world.side.update_output(outcome(finished_recving={request.request_id}))
+    assert world.quiet()
+
+
+@pytest.mark.parametrize("when", ["asked", "answered", "matched"])
+def test_an_abort_before_the_load_gives_everything_back(world: World, when: str) -> None:
+    request = world.request()
+    world.match(request)
+    if when != "asked":
+        world.queue.answer(world.queue.tickets[0], 4)
+    if when == "matched":
+        world.match(request)
+    assert world.finish(request) is False
+    assert world.quiet()
+
+
+def test_a_lease_about_to_end_is_exchanged_for_a_new_one(world: World) -> None:
+    request = world.request()
+    world.match(request)
+    world.queue.answer(world.queue.tickets[0], 4, expires_ns=1)
+    assert world.match(request) == (None, False)
+    assert not world.queue.out
+    assert world.match(request) == (None, False)
+    world.queue.answer(world.queue.tickets[1], 4)
+    assert world.match(request) == (4 * BLOCK_TOKENS, True)
+
+
+def test_a_failed_load_is_not_tried_again_until_the_request_is_preempted(world: World) -> None:
+    request = world.request()
+    world.match(request)
+    world.queue.answer(world.queue.tickets[0], 4)
+    world.match(request)
+    world.alloc(request, [1, 2, 3, 4, 5], 4 * BLOCK_TOKENS)
+    world.side.update_output(outcome(finished_recving={request.request_id}))
+    assert world.match(request) == (0, False)
+    request.num_preemptions = 1
+    assert world.match(request) == (None, False)
+
+
+def test_another_connector_chosen_for_the_load_ends_our_lease(world: World) -> None:
+    request = world.request()
+    world.match(request)
+    world.queue.answer(world.queue.tickets[0], 4)
+    world.match(request)
+    world.alloc(request, [1, 2, 3, 4, 5], 0)
+    assert not world.queue.out
+
+
+def test_waiting_requests_pin_a_bounded_number_of_leases(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MAX_OUTSTANDING", 2)
+    requests = [world.request(seed=index) for index in range(4)]
+    for request in requests:
+        assert world.match(request) == (None, False)
+    assert len(world.queue.tickets) == 2
+    world.finish(requests[0])
+    world.match(requests[2])
+    assert len(world.queue.tickets) == 3
+
+
+@pytest.mark.parametrize("attribute", ["lora_request", "resumable", "skip_reading_prefix_cache"])
+def test_requests_whose_keys_do_not_say_it_all_bypass_the_store(
+    world: World, attribute: str
+) -> None:
+    request = FakeRequest(list(range(20)))
+    setattr(request, attribute, True)
+    world.side.on_new_request(request)  # type: ignore[arg-type]
+    assert world.match(request) == (0, False)
+    assert not world.queue.tickets
+
+
+def test_hits_are_attributed_to_the_tier_they_came_from(world: World) -> None:
+    request = world.request()
+    world.match(request)
+    world.queue.answer(world.queue.tickets[0], 4, from_dram=3)
+    world.match(request, BLOCK_TOKENS)
+    world.alloc(request, [1, 2, 3, 4, 5], 3 * BLOCK_TOKENS)
+    sources = world.side.hit_sources(request, 3 * BLOCK_TOKENS)  # type: ignore[arg-type]
+    assert sources == {CacheHitSource.HOST: 2 * BLOCK_TOKENS, CacheHitSource.DISK: BLOCK_TOKENS}
+
+
+def test_only_an_idle_step_waits_for_answers(world: World) -> None:
+    request, other = world.request(seed=1), world.request(seed=2)
+    world.match(request)
+    world.compute(other, 3, [9])
+    assert world.queue.waits == 0
+    assert world.meta().idle
+    assert world.queue.waits == 1
+    world.queue.answer(world.queue.tickets[0], 0)
+    world.match(request)
+    world.meta()
+    assert world.queue.waits == 1
+
+
+# -- stores -----------------------------------------------------------------------
+
+
+def test_chunks_store_each_full_prompt_block_once_with_its_parent(world: World) -> None:
+    request = world.request(tokens=3 * BLOCK_TOKENS + 2)
+    first = world.compute(request, BLOCK_TOKENS + 1, [10, 11])
+    second = world.compute(request, BLOCK_TOKENS, [10, 11, 12])
+    third = world.compute(request, BLOCK_TOKENS + 1, [10, 11, 12, 13])
+    jobs = [*first.stores, *second.stores, *third.stores]
+    keys = request.block_hashes
+    assert [job.block_ids for job in jobs] == [[10], [11], [12]]
+    assert [job.keys for job in jobs] == [keys[:1], keys[1:2], keys[2:3]]
+    assert [job.parents for job in jobs] == [[b""], keys[:1], keys[1:2]]
+
+
+def test_decoded_tokens_are_not_stored(world: World) -> None:
+    request = world.request(tokens=BLOCK_TOKENS + 1)
+    world.compute(request, BLOCK_TOKENS + 1, [10, 11])
+    for _ in range(2 * BLOCK_TOKENS):
+        assert not world.compute(request, 1, [10, 11, 12, 13]).stores
+
+
+def test_blocks_known_in_the_store_are_not_stored_again(world: World) -> None:
+    request = world.request()
+    world.match(request)
+    world.queue.answer(world.queue.tickets[0], 2)
+    world.match(request)
+    world.alloc(request, [1, 2, 3, 4, 5], 2 * BLOCK_TOKENS)
+    request.num_computed_tokens = 2 * BLOCK_TOKENS
+    (job,) = world.compute(request, 2 * BLOCK_TOKENS + 1, [1, 2, 3, 4, 5]).stores
+    assert job.block_ids == [3, 4]
+    twin = world.request()
+    assert not world.compute(twin, 4 * BLOCK_TOKENS + 1, [6, 7, 8, 9, 10]).stores
+
+
+def test_what_a_worker_lost_is_stored_when_it_comes_up_again(world: World) -> None:
+    request = world.request()
+    (job,) = world.compute(request, 4 * BLOCK_TOKENS, [1, 2, 3, 4]).stores
+    world.report(job.job_id, lost=True)
+    twin = world.request()
+    assert len(world.compute(twin, 4 * BLOCK_TOKENS, [5, 6, 7, 8]).stores) == 1
+
+
+def test_a_restarted_server_is_known_to_hold_nothing(world: World) -> None:
+    request = world.request()
+    world.compute(request, 4 * BLOCK_TOKENS, [1, 2, 3, 4])
+    world.link.generation += 1
+    twin = world.request()
+    assert len(world.compute(twin, 4 * BLOCK_TOKENS, [5, 6, 7, 8]).stores) == 1
+
+
+def test_evicted_blocks_are_stored_again(world: World) -> None:
+    request = world.request()
+    (job,) = world.compute(request, 4 * BLOCK_TOKENS, [1, 2, 3, 4]).stores
+    world.report(job.job_id)
+    twin = world.request()
+    world.match(twin)
+    world.queue.answer(world.queue.tickets[0], 1)
+    world.match(twin)
+    (again,) = world.compute(twin, 4 * BLOCK_TOKENS, [5, 6, 7, 8]).stores
+    assert again.keys == twin.block_hashes[1:4]
+
+
+def test_blocks_are_held_at_finish_only_while_a_store_reads_them(world: World) -> None:
+    request = world.request()
+    (job,) = world.compute(request, 4 * BLOCK_TOKENS, [1, 2, 3, 4]).stores
+    assert world.finish(request) is True
+    assert world.side.blocks_are_coming_back()
+    assert world.meta().flushing == [request.request_id]
+    world.report(job.job_id)
+    world.side.update_output(outcome(finished_sending={request.request_id}))
+    assert not world.side.blocks_are_coming_back()
+    assert world.quiet()
+    twin = world.request()
+    world.compute(twin, 4 * BLOCK_TOKENS, [5, 6, 7, 8])
+    assert world.finish(twin) is False
+
+
+def test_a_job_is_over_when_every_rank_has_reported_it() -> None:
+    world = World(world=2)
+    request = world.request()
+    (job,) = world.compute(request, 4 * BLOCK_TOKENS, [1, 2, 3, 4]).stores
+    world.report(job.job_id)
+    assert not world.side.is_quiet()
+    assert world.finish(request) is True
+    world.report(job.job_id)
+    assert world.quiet()
+
+
+def test_a_preempted_requests_stores_are_cancelled_in_the_same_step(world: World) -> None:
+    request = world.request()
+    (job,) = world.compute(request, 4 * BLOCK_TOKENS, [1, 2, 3, 4]).stores
+    request.num_computed_tokens = 0
+    meta = world.meta(preempted={request.request_id})
+    assert meta.cancelled == [job.job_id]
+    (again,) = world.compute(request, 4 * BLOCK_TOKENS, [5, 6, 7, 8]).stores
+    assert again.block_ids == [5, 6, 7, 8]
+    world.report(job.job_id, lost=True)
+    assert world.finish(request) is True
+
+
+def test_stores_are_cancelled_though_the_preempted_request_was_aborted(world: World) -> None:
+    request = world.request()
+    (job,) = world.compute(request, 4 * BLOCK_TOKENS, [1, 2, 3, 4]).stores
+    world.finish(request)
+    assert world.meta(preempted={request.request_id}).cancelled == [job.job_id]
+
+
+def test_roles_decide_what_is_done() -> None:
+    consumer, producer = World(stores=False), World(loads=False)
+    request = consumer.request()
+    assert consumer.match(request) == (None, False)
+    assert not consumer.compute(request, 4 * BLOCK_TOKENS, [1, 2, 3, 4]).stores
+    request = producer.request()
+    assert producer.match(request) == (0, False)
+    assert producer.compute(request, 4 * BLOCK_TOKENS, [1, 2, 3, 4]).stores
+
+
+def test_a_reset_takes_new_layouts_and_forgets(world: World) -> None:
+    request, twin = world.request(), world.request()
+    world.compute(request, 4 * BLOCK_TOKENS, [1, 2, 3, 4])
+    world.match(twin)
+    world.side.reset()
+    assert world.link.layouts_changed
+    assert world.meta().salt != ""
+    assert world.queue.tickets[0].state is TicketState.CANCELLED
+    fresh = world.request()
+    assert world.compute(fresh, 4 * BLOCK_TOKENS, [5, 6, 7, 8]).stores
+
+
+def test_the_memory_of_keys_is_bounded_and_keeps_the_latest() -> None:
+    known = KnownKeys(capacity=3)
+    known.add([b"a", b"b", b"c"])
+    known.add([b"a", b"d"])
+    assert len(known) == 3
+    assert b"b" not in known
+    assert b"a" in known
+    assert b"d" in known
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_thousand_random_requests_leak_nothing(seed: int) -> None:
+    """Aborts, preemptions, lost answers and failed loads at any moment."""
+    rng = random.Random(seed)
+    world = World(world=rng.choice((1, 2)))
+    live: dict[str, FakeRequest] = {}
+    loading: set[str] = set()
+    flushing: set[str] = set()
+    jobs: dict[int, str] = {}
+    started = 0
+    while started < 1000 or live or loading or jobs:
+        if started < 1000 and len(live) < 20:
+            request = world.request(rng.randrange(1, 30), seed=rng.randrange(40))
+            live[request.request_id] = request
+            started += 1
+        for ticket in world.queue.tickets:
+            if ticket.state is TicketState.SENT and rng.random() < 0.5:
+                if rng.random() < 0.2:
+                    world.queue.fail(ticket)
+                else:
+                    world.queue.answer(ticket, rng.randrange(len(ticket.keys) + 1))
+        world.queue.tickets = [t for t in world.queue.tickets if t.state is TicketState.SENT]
+        world.link.up = rng.random() < 0.95
+        scheduled: dict[str, int] = {}
+        tables: dict[str, list[int]] = {}
+        preempted: set[str] = set()
+        for request_id, request in list(live.items()):
+            if request_id in loading:
+                continue
+            if rng.random() < 0.1 or request.num_computed_tokens >= request.num_prompt_tokens:
+                del live[request_id]
+                if world.finish(request):
+                    flushing.add(request_id)
+            elif request.num_computed_tokens and rng.random() < 0.1:
+                request.num_computed_tokens = 0
+                request.num_preemptions += 1
+                preempted.add(request_id)
+            else:
+                if request.num_computed_tokens == 0:
+                    tokens, _ = world.match(request)
+                    if tokens is None or rng.random() < 0.1:
+                        continue
+                    table = list(range(len(request.block_hashes) + 1))
+                    world.alloc(request, table, tokens)
+                    if tokens:
+                        loading.add(request_id)
+                        continue
+                left = request.num_prompt_tokens - request.num_computed_tokens
+                scheduled[request_id] = rng.randint(1, left)
+                tables[request_id] = list(range(len(request.block_hashes) + 1))
+        meta = world.meta(scheduled, blocks=tables, preempted=preempted)
+        for request_id, tokens in scheduled.items():
+            live[request_id].num_computed_tokens += tokens
+        jobs |= {job.job_id: job.request_id for job in meta.stores}
+        ended = {job_id for job_id in jobs if rng.random() < 0.4}
+        for job_id in ended:
+            del jobs[job_id]
+        loaded = {each for each in loading if rng.random() < 0.4}
+        loading -= loaded
+        for request_id in loaded:
+            request = live[request_id]
+            request.num_computed_tokens = rng.choice((0, BLOCK_TOKENS))
+        sent = {each for each in flushing if each not in jobs.values()}
+        flushing -= sent
+        workers = len(world.link.specs)
+        reports = {job_id: JobReport(workers, rng.random() < 0.2) for job_id in ended}
+        world.side.update_output(
+            outcome(
+                finished_recving=loaded,
+                finished_sending=sent,
+                kv_connector_worker_meta=WorkerReport(reports) if reports else None,
+            )
+        )
+        world.side.check_integrity()
+    assert world.quiet()
+    assert not world.side.blocks_are_coming_back()
