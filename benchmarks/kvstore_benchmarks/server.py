@@ -48,6 +48,12 @@ class Server:
         return str(self._run / "kvstore.sock")
 
     @property
+    def pid(self) -> int:
+        """Of the running server."""
+        assert self._process is not None
+        return self._process.pid
+
+    @property
     def home(self) -> Path:
         """On the device that is measured; removed at the end."""
         return self._home

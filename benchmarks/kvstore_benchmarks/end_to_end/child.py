@@ -121,11 +121,9 @@ class EngineChild:
         self._reader.join(STOP_TIMEOUT_S)
         self._log.close()
 
-    def memory_bytes(self) -> int:
-        """The most memory this engine has had, shared memory included."""
-        status = Path(f"/proc/{self._process.pid}/status").read_text()
-        line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     def _call(self, **request: Any) -> Any:
         self._send(request)

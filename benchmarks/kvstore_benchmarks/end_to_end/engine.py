@@ -48,7 +48,6 @@ class Engine:
             dtype="bfloat16",
             block_size=block_tokens,
             max_model_len=context,
-            max_num_batched_tokens=context,
             max_num_seqs=4,
             enforce_eager=True,
             enable_prefix_caching=True,

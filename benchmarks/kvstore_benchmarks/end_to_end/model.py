@@ -27,11 +27,11 @@ class ModelShape:
     """Of a Llama. `kv_bytes_a_token`: of all layers, keys and values."""
 
     layers: int = 8
-    hidden: int = 512
+    hidden: int = 256
     heads: int = 8
     kv_heads: int = 8
-    head_dim: int = 64
-    mlp: int = 1024
+    head_dim: int = 128
+    mlp: int = 512
     vocabulary: int = 4096
     positions: int = 16384
 
@@ -40,7 +40,7 @@ class ModelShape:
         return self.layers * 2 * self.kv_heads * self.head_dim * DTYPE_BYTES
 
 
-SHAPE = ModelShape(kv_heads=8, head_dim=128)
+SHAPE = ModelShape()
 
 
 def build(shape: ModelShape = SHAPE, folder: Path | None = None) -> Path:

@@ -65,6 +65,10 @@ class Watch:
         dram = now.acquired_hits_dram - self._seen.acquired_hits_dram
         return Hits(dram, now.acquired_hits - self._seen.acquired_hits - dram)
 
+    def committed(self) -> int:
+        """Blocks, since the last mark."""
+        return self._client.stats().committed_blocks - self._seen.committed_blocks
+
     def wait_stored(self, blocks: int, idle: Callable[[], None]) -> float:
         """Until `blocks` more are committed; the seconds it took. `idle` runs meanwhile."""
         return self._wait(
@@ -77,8 +81,9 @@ class Watch:
         """Until another session than our own is there; the seconds it took."""
         return self._wait(lambda stats: stats.sessions > 1, "the engine to attach", idle)
 
-    def flush(self) -> None:
-        """Everything to NVMe, and out of DRAM."""
+    def flush(self, idle: Callable[[], None]) -> None:
+        """Everything to NVMe, and out of DRAM: once nobody reads it any more."""
+        self._wait(lambda stats: stats.leases == 0, "the engine to release its leases", idle)
         self._client.flush(drop=True)
 
     def _wait(
