@@ -1,0 +1,254 @@
+"""Real engines and servers in processes of their own, and what both may answer."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvstore import Client
+from kvstore.errors import KVStoreError
+from kvstore.types import StoreStats
+from tests.e2e import models
+
+HERE = Path(__file__).parent
+BLOCK = 32
+READY_S = 110.0
+ANSWER_S = 60.0
+
+Answer = dict[str, Any]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.e2e)
+
+
+class Server:
+    """A store's server on a socket of its own; survives being killed."""
+
+    def __init__(self, directory: Path) -> None:
+        self.socket = directory / "kv.sock"
+        self._data = directory / "data"
+        self._log = directory / "server.log"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        command = [
+            sys.executable, "-m", "kvstore_server", "--socket", str(self.socket),
+            "--admin", "", "--dram-capacity", "512MiB", "--dram-extent", "16MiB",
+            "--nvme-path", str(self._data), "--nvme-capacity", "1GiB",
+        ]  # fmt: skip
+        with self._log.open("ab") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=log)
+        deadline = time.monotonic() + 30
+        while True:
+            try:
+                self.stats()
+                return
+            except KVStoreError:
+                assert self.process.poll() is None, self._log.read_text()[-2000:]
+                assert time.monotonic() < deadline, self._log.read_text()[-2000:]
+                time.sleep(0.05)
+
+    def stats(self) -> StoreStats:
+        with Client(str(self.socket), timeout_s=5) as client:
+            return client.stats()
+
+    def send(self, number: signal.Signals) -> None:
+        assert self.process is not None
+        self.process.send_signal(number)
+
+    def end(self, number: signal.Signals = signal.SIGTERM) -> None:
+        if self.process is not None:
+            self.process.send_signal(signal.SIGCONT)
+            self.process.send_signal(number)
+            self.process.wait(40)
+            self.process = None
+
+
+class Engine:
+    """A vLLM engine, driven over pipes."""
+
+    def __init__(self, log: Path, options: dict[str, Any], environment: dict[str, str]) -> None:
+        self._log = log
+        reader, writer = os.pipe()
+        with log.open("wb") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, str(HERE / "engine_main.py"), str(writer), json.dumps(options)],
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=output,
+                pass_fds=(writer,),
+                env=environment,
+            )
+        os.close(writer)
+        self._results = os.fdopen(reader, "rb", buffering=0)
+        self._buffer = b""
+
+    def wait_ready(self) -> Engine:
+        assert self.result(READY_S) == {"ready": True}
+        return self
+
+    def log(self) -> str:
+        return self._log.read_text(errors="replace")
+
+    def tell(self, **command: Any) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(command).encode() + b"\n")
+        self.process.stdin.flush()
+
+    def result(self, timeout_s: float = ANSWER_S) -> Any:
+        deadline = time.monotonic() + timeout_s
+        while b"\n" not in self._buffer:
+            left = deadline - time.monotonic()
+            readable, _, _ = select.select([self._results], [], [], max(0.0, left))
+            assert readable, f"no answer in time:\n{self.log()[-3000:]}"
+            more = self._results.read(1 << 20)
+            assert more, f"the engine ended:\n{self.log()[-3000:]}"
+            self._buffer += more
+        line, self._buffer = self._buffer.split(b"\n", 1)
+        return json.loads(line)
+
+    def generate(self, *prompts: list[int], max_tokens: int = 4) -> list[Answer]:
+        self.tell(op="generate", prompts=prompts, max_tokens=max_tokens)
+        answers: list[Answer] = self.result()
+        return answers
+
+    def reset(self, *, connector: bool = False) -> None:
+        self.tell(op="reset", connector=connector)
+        assert self.result() is True
+
+    def metrics(self) -> dict[str, float]:
+        self.tell(op="metrics")
+        values: dict[str, float] = self.result()
+        return values
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        try:
+            self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self._results.close()
+
+
+StartEngine = Callable[..., Engine]
+
+
+@pytest.fixture(scope="session")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    made: dict[str, Path] = {}
+
+    def path_of(family: str) -> Path:
+        if family not in made:
+            path = tmp_path_factory.mktemp("models") / family
+            # In a process of its own: importing transformers warns about this and that.
+            command = [sys.executable, str(Path(models.__file__)), family, str(path)]
+            subprocess.run(command, check=True, capture_output=True, timeout=100)
+            made[family] = path
+        return made[family]
+
+    return path_of
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("server"))
+    server.start()
+    yield server
+    server.end()
+
+
+@pytest.fixture(scope="module")
+def start_engine(
+    tmp_path_factory: pytest.TempPathFactory, model_path: Callable[[str], Path]
+) -> Iterator[StartEngine]:
+    """Starts engines that end with the module. `store`: the connector's extra config,
+    None for a plain vLLM. Engines start side by side until `wait_ready`."""
+    directory = tmp_path_factory.mktemp("engines")
+    engines: list[Engine] = []
+
+    def start(
+        store: dict[str, Any] | None,
+        *,
+        family: str = "llama",
+        by_name: bool = False,
+        processes: bool = False,
+        environment: dict[str, str] | None = None,
+        **options: Any,
+    ) -> Engine:
+        everything: dict[str, Any] = {
+            "model": str(model_path(family)),
+            "skip_tokenizer_init": True,
+            "dtype": "float32" if family == "llama" else "bfloat16",
+            "block_size": BLOCK,
+            "enforce_eager": True,
+            "max_model_len": 2048,
+            "max_num_batched_tokens": 512,
+            "max_num_seqs": 16,
+            "num_gpu_blocks_override": 160,
+            "disable_log_stats": False,
+        }
+        if store is not None:
+            everything["kv_transfer_config"] = {
+                "kv_connector": "KVStoreConnector",
+                "kv_role": "kv_both",
+                "kv_connector_extra_config": store,
+            }
+            if not by_name:
+                path = "kvstore_connectors.vllm"
+                everything["kv_transfer_config"]["kv_connector_module_path"] = path
+        child = os.environ | {
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "1" if processes else "0",
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "OMP_NUM_THREADS": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            "HF_HUB_OFFLINE": "1",
+        }
+        log = directory / f"engine{len(engines)}.log"
+        engine = Engine(log, everything | options, child | (environment or {}))
+        engines.append(engine)
+        return engine
+
+    yield start
+    for engine in engines:
+        engine.close()
+
+
+def prompt(seed: int, tokens: int) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randrange(1, models.VOCABULARY) for _ in range(tokens)]
+
+
+def difference(one: Answer, other: Answer) -> float:
+    """The largest difference of a logprob that both answers name, token by token.
+
+    Infinite once different tokens were chosen where the choice was clear.
+    """
+    worst = 0.0
+    for position, (left, right) in enumerate(zip(one["logprobs"], other["logprobs"], strict=True)):
+        both = left.keys() & right.keys()
+        if not both:
+            return float("inf")
+        worst = max(worst, *(abs(left[token] - right[token]) for token in both))
+        if one["tokens"][position] != other["tokens"][position]:
+            # A near tie may fall either way; what follows is another text.
+            return worst
+    return worst

@@ -1,0 +1,90 @@
+"""The other ways to run: no server given, several ranks, another attention."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from kvstore import Client
+from tests.e2e.conftest import BLOCK, Engine, Server, StartEngine, difference, prompt
+
+LONG = 700
+WHOLE = LONG // BLOCK * BLOCK
+
+
+def stored_blocks(socket: Path, blocks: int) -> None:
+    deadline = time.monotonic() + 10
+    while True:
+        with Client(str(socket), timeout_s=5) as client:
+            if client.stats().tenant_blocks >= blocks:
+                return
+        assert time.monotonic() < deadline, "the blocks were never stored"
+        time.sleep(0.02)
+
+
+def warm_equals_local(engine: Engine, socket: Path, ranks: int = 1) -> None:
+    text = prompt(1, LONG)
+    (cold,) = engine.generate(text)
+    assert cold["cached"] == 0
+    stored_blocks(socket, ranks * WHOLE // BLOCK)
+    (local,) = engine.generate(text)
+    engine.reset()
+    (warm,) = engine.generate(text)
+    assert (local["cached"], warm["cached"]) == (WHOLE, WHOLE)
+    assert difference(local, warm) == 0
+    assert engine.metrics()["kvstore_loaded_blocks"] == ranks * WHOLE // BLOCK
+
+
+def test_without_an_endpoint_one_server_is_started_and_ends_when_idle(
+    start_engine: StartEngine, tmp_path: Path
+) -> None:
+    """By name, with vLLM's usual processes: scheduler and worker both find the server."""
+    arguments = ["--admin", "", "--dram-capacity", "256MiB", "--nvme-capacity", "0"]
+    engine = start_engine(
+        {"server_args": [*arguments, "--idle-exit-s", "1"]},
+        by_name=True,
+        processes=True,
+        environment={"XDG_RUNTIME_DIR": str(tmp_path)},
+    ).wait_ready()
+    socket = tmp_path / "kvstore" / "kvstore.sock"
+    warm_equals_local(engine, socket)
+    server = json.loads((socket.parent / "kvstore.sock.json").read_text())["pid"]
+    engine.close()
+    deadline = time.monotonic() + 20
+    while Path(f"/proc/{server}").exists():
+        assert time.monotonic() < deadline, "the idle server never ended"
+        time.sleep(0.05)
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two ranks need two cores")
+def test_two_ranks_load_their_own_halves(start_engine: StartEngine, server: Server) -> None:
+    engine = start_engine(
+        {"endpoint": str(server.socket)},
+        processes=True,
+        environment={"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
+        tensor_parallel_size=2,
+    ).wait_ready()
+    before = server.stats().tenant_blocks
+    assert before == 0
+    warm_equals_local(engine, server.socket, ranks=2)
+    engine.close()
+
+
+def test_latent_attention_is_loaded_like_any_other(
+    start_engine: StartEngine, server: Server
+) -> None:
+    engine = start_engine({"endpoint": str(server.socket)}, family="mla").wait_ready()
+    text = prompt(1, LONG)
+    before = server.stats().tenant_blocks
+    engine.generate(text)
+    stored_blocks(server.socket, before + WHOLE // BLOCK)
+    (local,) = engine.generate(text)
+    engine.reset()
+    (warm,) = engine.generate(text)
+    assert (local["cached"], warm["cached"]) == (WHOLE, WHOLE)
+    assert difference(local, warm) == 0
+    engine.close()
