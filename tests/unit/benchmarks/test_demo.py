@@ -1,0 +1,65 @@
+"""What the demo calls wrong, and that its object says the same as its table."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+from rich.console import Console
+
+from kvstore_benchmarks.end_to_end import demo
+from kvstore_benchmarks.end_to_end.demo import Row
+
+
+def row(name: str = "engine restarted", **changes: object) -> Row:
+    fields: dict[str, object] = {
+        "name": name,
+        "first_token_s": 0.1,
+        "cached_tokens": 2016,
+        "tier": "DRAM",
+        "expected_tier": "DRAM",
+        "logprob_difference": 0.0,
+    }
+    return Row(**(fields | changes))  # type: ignore[arg-type]
+
+
+def test_a_good_row_is_not_blamed() -> None:
+    assert row().wrong == ""
+
+
+def test_blocks_from_the_wrong_tier_are_wrong() -> None:
+    assert "not from NVMe" in row(expected_tier="NVMe").wrong
+
+
+@pytest.mark.parametrize("largest", [1e-6, math.inf])
+def test_any_difference_of_log_probabilities_is_wrong(largest: float) -> None:
+    assert "log-probabilities" in row(logprob_difference=largest).wrong
+
+
+def test_the_object_is_json_even_when_nothing_agrees() -> None:
+    rows = [row("alone", first_token_s=2.0), row(logprob_difference=math.inf)]
+    figures = json.loads(json.dumps(demo._as_json(rows, ["x"]), allow_nan=False))
+    assert figures["ok"] is False
+    assert figures["runs"][1]["logprob_difference"] is None
+    assert figures["runs"][1]["logprobs_agree"] is False
+    assert figures["runs"][1]["speed_up"] == 20
+
+
+def test_the_table_names_a_difference_loudly() -> None:
+    console = Console(width=120, record=True, quiet=False, file=None)
+    rows = [row("alone"), row("own hit"), row(), row(logprob_difference=math.inf)]
+    with console.capture() as shown:
+        console.print(demo._table(rows))
+    assert shown.get().count("reference") == 2
+    assert "exactly equal" in shown.get()
+    assert "DIFFER" in shown.get()
+
+
+def test_the_command_fails_when_a_row_is_wrong(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = [row("alone", tier="none"), row(tier="none")]
+    monkeypatch.setattr(demo, "_rows", lambda folder, say: wrong)
+    assert demo.run(None, as_object=True) == 1
+    assert json.loads(capsys.readouterr().out)["ok"] is False
