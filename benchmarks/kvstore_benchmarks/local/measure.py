@@ -62,7 +62,7 @@ class Latency:
     hit: dict[int, list[float]] = field(default_factory=dict)
     miss: dict[int, list[float]] = field(default_factory=dict)
     rpc: list[float] = field(default_factory=list)
-    """The smallest call there is: the bound of every other."""
+    """The smallest call over gRPC: the bound of every call that asks the server."""
     put_one: list[float] = field(default_factory=list)
     get_one: list[float] = field(default_factory=list)
 
