@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from kvstore_benchmarks.figures import finite, median, percentile, ratio, size_text
-from kvstore_benchmarks.local.measure import Latency, Samples
+from kvstore_benchmarks.local.measure import Bandwidth, Latency, Samples
 
 BANDWIDTHS = ("memcpy", "put", "get", "direct_write", "direct_read", "nvme_write", "nvme_get")
 RATIOS = {
@@ -22,7 +23,8 @@ RATIOS = {
 
 def as_json(samples: Samples) -> dict[str, Any]:
     """One object. Bandwidths in 10^9 bytes a second by block size in bytes, latencies
-    in microseconds, ratios of medians. null: not measured on this server."""
+    in microseconds; medians, of ratios those within a round. null: not measured on
+    this server."""
     medians = {
         name: {
             nbytes: median(getattr(bandwidth, name))
@@ -42,12 +44,20 @@ def as_json(samples: Samples) -> dict[str, Any]:
         figures[f"{name}_us"] = _quantiles(getattr(latency, name))
     figures["ratios"] = {
         name: {
-            str(size): finite(ratio(medians[over][size], medians[under][size]), 3)
-            for size in samples.bandwidth
+            str(size): finite(median(_paired(bandwidth, over, under)), 3)
+            for size, bandwidth in samples.bandwidth.items()
         }
         for name, (over, under) in RATIOS.items()
     }
     return figures
+
+
+def _paired(bandwidth: Bandwidth, over: str, under: str) -> list[float]:
+    """The ratio in each round, where both sides met the same machine."""
+    if not getattr(bandwidth, over):
+        return []
+    pairs = zip(getattr(bandwidth, over), getattr(bandwidth, under), strict=True)
+    return [ratio(value, bound) for value, bound in pairs]
 
 
 def _quantiles(samples: list[float]) -> dict[str, float | None]:
@@ -57,36 +67,44 @@ def _quantiles(samples: list[float]) -> dict[str, float | None]:
 def show(samples: Samples, console: Console) -> None:
     figures = as_json(samples)
     way = "shared memory" if samples.local else "gRPC"
-    console.print(_bandwidth_table(samples, figures, f"Bandwidth, GB/s, through {way}"))
+    in_memory = (("memcpy", ""), ("put", "put_to_memcpy"), ("get", "get_to_memcpy"))
+    on_disk = (
+        ("direct_write", ""),
+        ("nvme_write", "nvme_write_to_direct"),
+        ("direct_read", ""),
+        ("nvme_get", "nvme_get_to_direct"),
+    )
+    console.print(_bandwidth_table(figures, in_memory, f"DRAM through {way}, GB/s"))
+    if any(taken.nvme_get for taken in samples.bandwidth.values()):
+        console.print(_bandwidth_table(figures, on_disk, "NVMe beside O_DIRECT, GB/s"))
     console.print(_latency_table(samples.latency))
 
 
-def _bandwidth_table(samples: Samples, figures: dict[str, Any], title: str) -> Table:
+HEADINGS = {
+    "memcpy": "plain copy",
+    "put": "put",
+    "get": "get",
+    "direct_write": "O_DIRECT write",
+    "nvme_write": "flush to NVMe",
+    "direct_read": "O_DIRECT read",
+    "nvme_get": "get from NVMe",
+}
+
+
+def _bandwidth_table(
+    figures: dict[str, Any], columns: Sequence[tuple[str, str]], title: str
+) -> Table:
+    """`columns`: what was measured, and its ratio to the bound ("" for a bound)."""
     table = Table(title=title)
-    for heading in ("block", "memcpy", "put", "get"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for heading in ("direct write", "to NVMe", "direct read", "from NVMe"):
-        table.add_column(heading, justify="right")
-    for nbytes in samples.bandwidth:
-        key = str(nbytes)
-
-        def cell(name: str, share: str | None = None, key: str = key) -> str:
-            value = figures[f"{name}_gbps"][key]
-            if value is None:
-                return "-"
-            of = "" if share is None else f" ({figures['ratios'][share][key]:.2f}x)"
-            return f"{value:.1f}{of}"
-
-        table.add_row(
-            size_text(nbytes),
-            cell("memcpy"),
-            cell("put", "put_to_memcpy"),
-            cell("get", "get_to_memcpy"),
-            cell("direct_write"),
-            cell("nvme_write", "nvme_write_to_direct"),
-            cell("direct_read"),
-            cell("nvme_get", "nvme_get_to_direct"),
-        )
+    table.add_column("block", justify="right")
+    for name, _ in columns:
+        table.add_column(HEADINGS[name], justify="right")
+    for size in figures["memcpy_gbps"]:
+        cells = [size_text(int(size))]
+        for name, share in columns:
+            of = f" ({figures['ratios'][share][size]:.2f}x)" if share else ""
+            cells.append(f"{figures[f'{name}_gbps'][size]:.2f}{of}")
+        table.add_row(*cells)
     return table
 
 
