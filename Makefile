@@ -11,11 +11,12 @@ PIP := -m pip --disable-pip-version-check --quiet
 PROTOS := $(wildcard proto/kvstore/wire/v1/*.proto)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint proto wire-tools lock bench-local bench-vllm clean
+.PHONY: help demo test soak lint proto wire-tools lock bench-local bench-vllm clean
 
 help:
 	@echo "make demo         set up, then show a real vLLM served from DRAM and NVMe"
 	@echo "make test         set up, then lint, type check and run every test"
+	@echo "make soak         the longer proofs"
 	@echo "make lint         ruff and mypy alone"
 	@echo "make bench-local  put, get and lookup against memcpy and O_DIRECT"
 	@echo "make bench-vllm   time to first token with and without the store"
@@ -28,6 +29,9 @@ demo: $(READY)-run
 
 test: $(READY)-dev wire-tools lint
 	$(BIN)/python -m pytest $(ARGS)
+
+soak: $(READY)-dev
+	$(BIN)/python -m pytest -m soak --timeout 7200 $(ARGS)
 
 lint: $(READY)-dev
 	$(BIN)/ruff check .

@@ -34,6 +34,7 @@ from kvstore.core.actions import (
     Copy,
     Forget,
     OpenExtent,
+    Publish,
     RememberLayout,
 )
 from kvstore.core.catalog import Layout, Replica
@@ -50,6 +51,7 @@ from kvstore.errors import (
     TierFailed,
     TierFull,
 )
+from kvstore.listing import Listing
 from kvstore.tiers.base import BlockHeader, MemoryTier, StorageTier
 from kvstore.types import (
     SESSION_ID_BYTES,
@@ -123,6 +125,8 @@ class Store:
             nvme_slot_bytes=None if nvme is None else nvme.slot_bytes,
             first_id=1 + secrets.randbits(48),
         )
+        capacity = dram.usable_bytes + (0 if nvme is None else nvme.usable_bytes)
+        self._listing = Listing(capacity, self.epoch, clock, self._planner.presence)
         self._waiters: dict[Ticket, asyncio.Future[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         # NVMe extents are opened and closed one after the other, so that their
@@ -142,6 +146,7 @@ class Store:
         """Take over what the NVMe tier holds, then begin to work."""
         if self._nvme is not None:
             await self._restore(self._nvme)
+        self._execute()
         self._spawn(self._keep_house())
         self._spawn(self._work_on_extents())
 
@@ -180,6 +185,7 @@ class Store:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         self._executor.shutdown(wait=True)
+        self._listing.close()
         if self._nvme is not None:
             try:
                 self._nvme.close()
@@ -217,6 +223,14 @@ class Store:
         if self._planner.residency.dram.space.owner_of(extent) != session.tenant:
             raise BadRequest(f"there is no extent {extent}")
         return self.dram.extent_fd(extent)
+
+    def directory_fd(self) -> int:
+        """The memfd of the directory (`local.directory`). It stays the store's."""
+        return self._listing.fd
+
+    def tenant_secret(self, session: Session) -> bytes:
+        """What the session's tenant's blocks are named with (`naming`)."""
+        return self._planner.catalog.secret(session.tenant)
 
     # Calls
 
@@ -423,6 +437,11 @@ class Store:
                 self._extent_work.put_nowait(action)
             case CloseExtent():
                 self._extent_work.put_nowait(action)
+            case Publish(changes):
+                self._listing.change(changes)
+                if self._listing.needs_growth:
+                    keys = [block.stored_key for block in self._planner.catalog]
+                    self._spawn(self._listing.grow(keys))
             case RememberLayout(layout):
                 self._spawn(self._remember(layout))
 
@@ -601,6 +620,7 @@ class Store:
             self._planner.tick(self._clock.now_ns())
             self._execute()
             self._ticked_ns = self._clock.now_ns()
+            self._listing.beat()
             if self._unsynced and loop.time() - synced_at >= SYNC_S:
                 synced_at = loop.time()
                 self._spawn(self._sync())

@@ -151,8 +151,17 @@ class AsyncClient:
     async def lookup(
         self, layouts: Layout | Sequence[Layout], keys: Sequence[bytes]
     ) -> ChainPresence:
-        """How much of a chain is held: advice, not a promise."""
+        """How much of a chain is held: advice, not a promise.
+
+        On the server's host this reads shared memory and costs no RPC, as long as
+        the server shows signs of life.
+        """
         return (await self.lookup_many([chain_of(layouts, keys)]))[0]
+
+    def peek(self, layout_ids: Sequence[bytes], keys: Sequence[bytes]) -> ChainPresence | None:
+        """`lookup` by layout ids, for callers that must not wait: never an RPC, and
+        None where only the server could tell."""
+        return calls.lookup_at_hand(self._core, layout_ids, keys)
 
     async def lookup_many(self, chains: Sequence[ChainQuery]) -> list[ChainPresence]:
         return await self._run(calls.lookup(self._core, chains))
@@ -276,6 +285,7 @@ class AsyncClient:
             return await self._connect(step)
         if self._transport is None:
             self._transport = AsyncTransport(self._address)
+        self._core.counters.count_rpc()
         match step:
             case Call(undo=None):
                 return await self._transport.call(step)

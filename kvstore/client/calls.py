@@ -51,7 +51,25 @@ def register_layout(core: Core, spec: LayoutSpec) -> Flow[bytes]:
     return layout_id
 
 
+def lookup_at_hand(
+    core: Core, layout_ids: Sequence[bytes], keys: Sequence[bytes]
+) -> ChainPresence | None:
+    """What the directory says, without asking the server; None where it cannot tell."""
+    link = core.link
+    # The connection shows at once that a server died, its directory only after a while.
+    if link is None or link.presence is None or core.closed or not link.alive():
+        return None
+    # What is not as it should be is the server's to refuse.
+    if len(keys) > link.info.max_keys or not all(i in core.layouts for i in layout_ids):
+        return None
+    return link.presence.lookup(layout_ids, keys)
+
+
 def lookup(core: Core, chains: Sequence[ChainQuery]) -> Flow[list[ChainPresence]]:
+    at_hand = [lookup_at_hand(core, chain.layout_ids, chain.keys) for chain in chains]
+    if None not in at_hand:
+        return cast(list[ChainPresence], at_hand)
+
     def request() -> Message:
         return pb.LookupRequest(chains=wire.chain_messages(chains))
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from kvstore.client import wire
 from kvstore.client.link import Budget, Core, Link
+from kvstore.client.presence import Presence
 from kvstore.client.steps import Call, Connect, Flow, OpenSession, SessionStream, Work
 from kvstore.errors import (
     BadRequest,
@@ -105,6 +106,7 @@ def _new_link(core: Core, budget: Budget) -> Flow[Link]:
         for spec in list(core.layouts.values()):
             request = pb.RegisterLayoutRequest(layout=wire.layout_message(spec))
             yield Call("RegisterLayout", request, session, budget.left())
+        presence: Presence | None = yield from _presence(core, budget, attachment)
     except BaseException:
         if attachment is not None:
             attachment.close()
@@ -117,6 +119,7 @@ def _new_link(core: Core, budget: Budget) -> Flow[Link]:
         info=info,
         attachment=attachment,
         arena=None if attachment is None else _arena(attachment, core.timeout_s),
+        presence=presence,
         stream=stream,
     )
     core.links_made += 1
@@ -142,6 +145,21 @@ def _attach(core: Core, budget: Budget) -> Flow[Attachment | None]:
 
     attachment: Attachment | None = yield Work(attach)
     return attachment
+
+
+def _presence(core: Core, budget: Budget, attachment: Attachment | None) -> Flow[Presence | None]:
+    if attachment is None:
+        return None
+    fetch, timeout_s = attachment.fetch_directory, budget.left()
+
+    def open_directory() -> Presence:
+        try:
+            return Presence(fetch, core.clock, timeout_s)
+        except ValueError as error:
+            raise InternalError(f"the server's directory cannot be read: {error}") from error
+
+    presence: Presence = yield Work(open_directory)
+    return presence
 
 
 def _arena(attachment: Attachment, timeout_s: float) -> Arena:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from kvstore.client.presence import Presence
 from kvstore.client.rpc import Endpoint
 from kvstore.client.steps import SessionStream
 from kvstore.client.wire import ServerInfo
@@ -46,12 +47,14 @@ class Link:
         info: ServerInfo,
         attachment: Attachment | None,
         arena: Arena | None,
+        presence: Presence | None,
         stream: SessionStream | None,
     ) -> None:
         self.tag = number << _TAG_SHIFT
         self.session = session
         self.info = info
         self.arena = arena
+        self.presence = presence
         self._attachment = attachment
         self._stream = stream
         self._lock = threading.Lock()
@@ -135,15 +138,21 @@ class Counters:
 
     `corrupt`: blocks that arrived with the wrong checksum. `expired`: copies
     discarded because their lease ended meanwhile. `connects`: sessions opened.
+    `rpcs`: calls made to the server, streams included.
     """
 
-    __slots__ = ("_lock", "connects", "corrupt", "expired")
+    __slots__ = ("_lock", "connects", "corrupt", "expired", "rpcs")
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self.corrupt = 0
         self.expired = 0
         self.connects = 0
+        self.rpcs = 0
+
+    def count_rpc(self) -> None:
+        with self._lock:
+            self.rpcs += 1
 
     def count_corrupt(self) -> None:
         with self._lock:

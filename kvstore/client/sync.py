@@ -149,8 +149,21 @@ class Client:
         return self._run(transfers.get_many(self._core, layout, keys, into))
 
     def lookup(self, layouts: Layout | Sequence[Layout], keys: Sequence[bytes]) -> ChainPresence:
-        """How much of a chain is held: advice, not a promise."""
+        """How much of a chain is held: advice, not a promise.
+
+        On the server's host this reads shared memory and costs no RPC, as long as
+        the server shows signs of life.
+        """
+        ids = (layouts.id,) if isinstance(layouts, Layout) else [each.id for each in layouts]
+        found = calls.lookup_at_hand(self._core, ids, keys)
+        if found is not None:
+            return found
         return self.lookup_many([chain_of(layouts, keys)])[0]
+
+    def peek(self, layout_ids: Sequence[bytes], keys: Sequence[bytes]) -> ChainPresence | None:
+        """`lookup` by layout ids, for callers that must not wait: never an RPC, and
+        None where only the server could tell."""
+        return calls.lookup_at_hand(self._core, layout_ids, keys)
 
     def lookup_many(self, chains: Sequence[ChainQuery]) -> list[ChainPresence]:
         return self._run(calls.lookup(self._core, chains))
@@ -266,6 +279,8 @@ class Client:
             return value
 
     def _perform(self, step: Any) -> Any:
+        if not isinstance(step, (Work, Connect)):
+            self._core.counters.count_rpc()
         match step:
             case Call():
                 return self._transport.call(step)

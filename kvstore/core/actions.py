@@ -52,6 +52,13 @@ class Forget:
 
 
 @dataclass(frozen=True, slots=True)
+class Publish:
+    """Blocks that came to or went from a tier: (stored key, in DRAM, behind DRAM)."""
+
+    changes: list[tuple[bytes, bool, bool]]
+
+
+@dataclass(frozen=True, slots=True)
 class RememberLayout:
     layout: Layout
 
@@ -63,4 +70,4 @@ class Answer:
     ticket: Ticket
 
 
-Action = OpenExtent | CloseExtent | Copy | Forget | RememberLayout | Answer
+Action = OpenExtent | CloseExtent | Copy | Forget | Publish | RememberLayout | Answer

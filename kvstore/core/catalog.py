@@ -15,12 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from hashlib import blake2b
 
 from kvstore.core.lifecycle import Event, State, next_state
 from kvstore.core.space import SpaceClass
 from kvstore.errors import TooMany, UnknownLayout
-from kvstore.types import STORED_KEY_BYTES, LayoutSpec, Tier
+from kvstore.naming import Namer, namer
+from kvstore.types import LayoutSpec, Tier
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +34,8 @@ class Layout:
     dram_class: SpaceClass
     nvme_class: SpaceClass | None
     """None where there is no tier behind DRAM."""
+    name: Namer
+    """From a key to the name its block is stored under."""
 
 
 class Replica:
@@ -117,7 +119,8 @@ class Catalog:
         if self._nvme_slot_bytes is not None:
             nvme_class = SpaceClass("", self._nvme_slot_bytes(spec.block_bytes))
         dram_class = SpaceClass(tenant, spec.slot_bytes)
-        layout = Layout(tenant, layout_id, spec, spec.block_bytes, dram_class, nvme_class)
+        name = namer(self.secret(tenant), layout_id)
+        layout = Layout(tenant, layout_id, spec, spec.block_bytes, dram_class, nvme_class, name)
         known[layout_id] = layout
         return layout, True
 
@@ -129,12 +132,16 @@ class Catalog:
 
     # Blocks
 
+    def secret(self, tenant: str) -> bytes:
+        """A tenant's secret, at most 64 bytes."""
+        secret = self._secrets.get(tenant)
+        if secret is None:
+            secret = self._secrets[tenant] = self._tenant_key(tenant)
+        return secret
+
     def stored_key(self, layout: Layout, key: bytes) -> bytes:
         """The 16-byte name under which this tenant's `key` is kept."""
-        secret = self._secrets.get(layout.tenant)
-        if secret is None:
-            secret = self._secrets[layout.tenant] = self._tenant_key(layout.tenant)
-        return blake2b(layout.layout_id + key, key=secret, digest_size=STORED_KEY_BYTES).digest()
+        return layout.name(key)
 
     def find(self, layout: Layout, key: bytes) -> Block | None:
         return self._blocks.get(self.stored_key(layout, key))

@@ -24,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import count
 
-from kvstore.core.actions import Action, Copy, RememberLayout
+from kvstore.core.actions import Action, Copy, Publish, RememberLayout
 from kvstore.core.catalog import Block, Catalog, Layout, Replica
 from kvstore.core.flushes import Flushes
 from kvstore.core.leases import Leases
@@ -77,6 +77,9 @@ class Planner:
         self.leases.add_wanted(wanted)
         self.residency.write_back(wanted)
         self.residency.actions.extend(self.residency.transfers.start())
+        if self.residency.changed:
+            changed, self.residency.changed = self.residency.changed, set()
+            self.residency.actions.append(Publish([(key, *self.presence(key)) for key in changed]))
         actions = self.residency.actions
         self.residency.actions = []
         return actions
@@ -150,6 +153,13 @@ class Planner:
                 held += 1
             answers.append(ChainPresence(held, in_dram))
         return answers
+
+    def presence(self, stored_key: bytes) -> tuple[bool, bool]:
+        """Whether a block can be read from DRAM, and from behind it."""
+        block = self.catalog.get(stored_key)
+        if block is None:
+            return False, False
+        return _ready(block.dram), _ready(block.nvme)
 
     def _readable(self, layout: Layout, key: bytes) -> Block | None:
         block = self.catalog.find(layout, key)

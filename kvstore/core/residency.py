@@ -73,6 +73,9 @@ class Residency:
         self.nvme = None if nvme is None else Pool(Tier.NVME, nvme, make_policy)
         self.transfers = TransferQueue(max_running)
         self.actions: list[Action] = []
+        self.changed: set[bytes] = set()
+        """Stored keys of blocks that came to or went from a tier since the planner
+        last told the shell."""
         self.corrupt = 0
         self.nvme_on = nvme is not None
         self.save_paused = False
@@ -428,11 +431,13 @@ class Residency:
 
     def _listed(self, replica: Replica) -> None:
         """It became READY."""
+        self.changed.add(replica.block.stored_key)
         self._pool(replica).insert(replica, self._class(replica))
         self._note_dirty(replica.block)
 
     def _unlisted(self, replica: Replica) -> None:
         """It is about to stop being READY."""
+        self.changed.add(replica.block.stored_key)
         self._pool(replica).withdraw(replica, self._class(replica))
         if replica.tier is Tier.DRAM:
             dirty = self._dirty.get(replica.block.layout.dram_class)

@@ -7,6 +7,8 @@ order, once:
     {"op":"attach","protocol":1}  -> {"op":"attached","session":"<32 hex>",
                                       "epoch":"<hex>","extent_bytes":N,"tenant":"..."}
     {"op":"map","extent":7}       -> {"op":"extent","extent":7,"bytes":N}  + one descriptor
+    {"op":"directory"}            -> {"op":"directory","bytes":N,
+                                      "secret":"<hex>"}                    + one descriptor
     anything that fails           -> {"op":"error","code":"BAD_REQUEST","message":"..."}
 
 The connection is the session: when it closes, for whatever reason, the session's
@@ -60,6 +62,10 @@ class MapRequest(NamedTuple):
     extent: int
 
 
+class DirectoryRequest(NamedTuple):
+    """Asks for the directory as it is now; it may be replaced later."""
+
+
 class Attached(NamedTuple):
     """`session`: 16 bytes. `epoch`: changes with every start of the server."""
 
@@ -76,6 +82,14 @@ class ExtentReply(NamedTuple):
     nbytes: int
 
 
+class DirectoryReply(NamedTuple):
+    """Comes with exactly one descriptor, of a file of `nbytes`. `secret`: what the
+    tenant's blocks are named with (`kvstore.naming`)."""
+
+    nbytes: int
+    secret: bytes
+
+
 class ErrorReply(NamedTuple):
     """`code` is a name of the wire's `ErrorCode`."""
 
@@ -83,8 +97,8 @@ class ErrorReply(NamedTuple):
     message: str
 
 
-Request = AttachRequest | MapRequest
-Reply = Attached | ExtentReply | ErrorReply
+Request = AttachRequest | MapRequest | DirectoryRequest
+Reply = Attached | ExtentReply | DirectoryReply | ErrorReply
 
 
 def attach_path(socket_path: str) -> str:
@@ -98,6 +112,8 @@ def encode_request(request: Request) -> bytes:
             return _encode({"op": "attach", "protocol": protocol})
         case MapRequest(extent):
             return _encode({"op": "map", "extent": extent})
+        case DirectoryRequest():
+            return _encode({"op": "directory"})
 
 
 def decode_request(datagram: bytes) -> Request:
@@ -108,8 +124,10 @@ def decode_request(datagram: bytes) -> Request:
             return AttachRequest(_number(fields, "protocol"))
         case "map":
             return MapRequest(_number(fields, "extent"))
+        case "directory":
+            return DirectoryRequest()
         case _:
-            raise BadRequest('a request\'s "op" is "attach" or "map"')
+            raise BadRequest('a request\'s "op" is "attach", "map" or "directory"')
 
 
 def encode_reply(reply: Reply) -> bytes:
@@ -126,6 +144,8 @@ def encode_reply(reply: Reply) -> bytes:
             )
         case ExtentReply(extent, nbytes):
             return _encode({"op": "extent", "extent": extent, "bytes": nbytes})
+        case DirectoryReply(nbytes, secret):
+            return _encode({"op": "directory", "bytes": nbytes, "secret": secret.hex()})
         case ErrorReply(code, message):
             # A long message must not make the error itself undeliverable.
             return _encode({"op": "error", "code": code, "message": message[:500]})
@@ -140,6 +160,8 @@ def decode_reply(datagram: bytes) -> Reply:
                 return _attached(fields)
             case "extent":
                 return ExtentReply(_number(fields, "extent"), _number(fields, "bytes"))
+            case "directory":
+                return DirectoryReply(_number(fields, "bytes"), _hex(fields, "secret"))
             case "error":
                 return ErrorReply(_text(fields, "code"), _text(fields, "message"))
     except BadRequest as error:
@@ -213,6 +235,25 @@ class Attachment:
         Raises `BadRequest` for an extent this client may not have, `Unavailable`
         when the server is gone or does not answer in time.
         """
+        reply, descriptor = self._fetch(MapRequest(extent), timeout_s)
+        if not isinstance(reply, ExtentReply) or reply.extent != extent:
+            os.close(descriptor)
+            raise InternalError(f"the attach socket did not hand out extent {extent}")
+        return descriptor, reply.nbytes
+
+    def fetch_directory(self, timeout_s: float) -> tuple[int, bytes]:
+        """(descriptor, the tenant's secret). The caller owns the descriptor.
+
+        Raises `Unavailable` when the server is gone or does not answer in time.
+        """
+        reply, descriptor = self._fetch(DirectoryRequest(), timeout_s)
+        if not isinstance(reply, DirectoryReply):
+            os.close(descriptor)
+            raise InternalError("the attach socket did not hand out the directory")
+        return descriptor, reply.secret
+
+    def _fetch(self, request: Request, timeout_s: float) -> tuple[Reply, int]:
+        """The reply, and the one descriptor that comes with it."""
         deadline = time.monotonic() + timeout_s
         if not self._lock.acquire(timeout=max(0.0, timeout_s)):
             raise Unavailable("the attach socket did not answer in time")
@@ -222,7 +263,7 @@ class Attachment:
             while self._owed:
                 _close_all(_receive(self._socket, deadline)[1])
                 self._owed -= 1
-            _send(self._socket, MapRequest(extent), deadline)
+            _send(self._socket, request, deadline)
             self._owed += 1
             datagram, descriptors = _receive(self._socket, deadline)
             self._owed -= 1
@@ -232,16 +273,12 @@ class Attachment:
             reply = decode_reply(datagram)
             if isinstance(reply, ErrorReply):
                 raise error_of(reply)
-            if (
-                not isinstance(reply, ExtentReply)
-                or reply.extent != extent
-                or len(descriptors) != 1
-            ):
-                raise InternalError(f"the attach socket did not hand out extent {extent}")
+            if len(descriptors) != 1:
+                raise InternalError("the attach socket sent a reply without its descriptor")
         except KVStoreError:
             _close_all(descriptors)
             raise
-        return descriptors[0], reply.nbytes
+        return reply, descriptors[0]
 
     def alive(self) -> bool:
         """Whether the connection is still open. Costs a microsecond, never waits."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import socket
 import struct
 
@@ -22,6 +23,7 @@ from kvstore.local.attach import (
     PROTOCOL_VERSION,
     Attached,
     AttachRequest,
+    DirectoryReply,
     ErrorReply,
     ExtentReply,
     MapRequest,
@@ -157,8 +159,10 @@ class Connection:
         request = decode_request(datagram)
         if isinstance(request, AttachRequest):
             self._attach(request)
-        else:
+        elif isinstance(request, MapRequest):
             self._map(request)
+        else:
+            self._directory()
 
     def _attach(self, request: AttachRequest) -> None:
         store = self._server.store
@@ -179,6 +183,14 @@ class Connection:
             raise BadRequest("attach first")
         descriptor = self._server.store.extent_fd(self._session, request.extent)
         self._send(ExtentReply(request.extent, self._server.store.extent_bytes), descriptor)
+
+    def _directory(self) -> None:
+        if self._session is None:
+            raise BadRequest("attach first")
+        store = self._server.store
+        descriptor = store.directory_fd()
+        nbytes = os.fstat(descriptor).st_size
+        self._send(DirectoryReply(nbytes, store.tenant_secret(self._session)), descriptor)
 
     def _fail(self, error: WireError) -> None:
         self._server.metrics.rejected(error.code)

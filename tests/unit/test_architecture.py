@@ -27,19 +27,44 @@ SOURCES = {
     "kvstore_benchmarks": ROOT / "benchmarks" / "kvstore_benchmarks",
 }
 
-BASE = ("kvstore.types", "kvstore.errors", "kvstore.config", "kvstore.clock", "kvstore.machine")
+BASE = (
+    "kvstore.types",
+    "kvstore.errors",
+    "kvstore.naming",
+    "kvstore.config",
+    "kvstore.config_keys",
+    "kvstore.clock",
+    "kvstore.machine",
+)
 
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "kvstore.errors": (),
     "kvstore.types": ("kvstore.errors",),
+    "kvstore.naming": ("kvstore.types",),
     "kvstore.clock": (),
+    "kvstore.units": ("kvstore.errors",),
     "kvstore.machine": ("kvstore.errors",),
-    "kvstore.config": ("kvstore.errors", "kvstore.types", "kvstore.machine"),
+    "kvstore.config_keys": ("kvstore.errors", "kvstore.types", "kvstore.units"),
+    "kvstore.config": (
+        "kvstore.config_keys",
+        "kvstore.errors",
+        "kvstore.machine",
+        "kvstore.types",
+        "kvstore.units",
+    ),
     "kvstore.core": (*BASE, "kvstore.core"),
     "kvstore.device": (*BASE, "kvstore.device"),
     "kvstore.local": (*BASE, "kvstore.local"),
     "kvstore.tiers": (*BASE, "kvstore.device", "kvstore.local", "kvstore.tiers"),
-    "kvstore.store": (*BASE, "kvstore.core", "kvstore.device", "kvstore.local", "kvstore.tiers"),
+    "kvstore.listing": (*BASE, "kvstore.local"),
+    "kvstore.store": (
+        *BASE,
+        "kvstore.core",
+        "kvstore.device",
+        "kvstore.listing",
+        "kvstore.local",
+        "kvstore.tiers",
+    ),
     "kvstore.metrics": (*BASE, "kvstore.store"),
     "kvstore.wire": ("kvstore.wire",),
     "kvstore.client": (*BASE, "kvstore.client", "kvstore.local", "kvstore.wire"),

@@ -21,6 +21,7 @@ from kvstore.errors import (
     ReservationExpired,
     Unavailable,
 )
+from kvstore.local.directory import STALE_AFTER_NS
 from tests.integration.client.conftest import Server, block, eventually, key, layout_of
 
 
@@ -88,7 +89,7 @@ def test_a_hung_server_costs_the_timeout_and_is_used_again_when_it_goes_on(
         actions: list[Callable[[], Any]] = [
             lambda: client.get(layout, key(1)),
             lambda: client.put(layout, key(2), block(2, 5000)),
-            lambda: client.lookup(layout, [key(1)]),
+            lambda: client.prefetch(layout, [key(1)]),
             lambda: client.stats(),
         ]
         for action in actions:
@@ -96,6 +97,11 @@ def test_a_hung_server_costs_the_timeout_and_is_used_again_when_it_goes_on(
             with pytest.raises(Unavailable):
                 action()
             assert time.monotonic() - started < 1.5
+        # A lookup on the server's host needs no answer, until the server has shown no
+        # sign of life for a while.
+        time.sleep(STALE_AFTER_NS / 1e9)
+        with pytest.raises(Unavailable):
+            client.lookup(layout, [key(1)])
     finally:
         fresh_server.send(signal.SIGCONT)
     assert eventually(lambda: client.get(layout, key(1))) == block(1, 5000)

@@ -21,7 +21,15 @@ class Stream:
 
 
 def make(stream: Stream, number: int = 0) -> Link:
-    return Link(number=number, session=b"", info=info(), attachment=None, arena=None, stream=stream)
+    return Link(
+        number=number,
+        session=b"",
+        info=info(),
+        attachment=None,
+        arena=None,
+        presence=None,
+        stream=stream,
+    )
 
 
 def test_a_retired_link_ends_with_its_last_holder() -> None:

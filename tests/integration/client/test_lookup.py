@@ -1,0 +1,107 @@
+"""Lookups on the server's host: answered from shared memory, and kept true."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+import kvstore
+from kvstore.errors import BadKey, UnknownLayout
+from kvstore.types import LayoutSpec
+from tests.integration.client.conftest import Server, block, key, layout_of
+
+
+def keys_of(count: int, start: int = 0) -> list[bytes]:
+    return [key(number) for number in range(start, start + count)]
+
+
+def test_a_lookup_makes_no_rpc_whether_it_hits_or_misses(server: Server) -> None:
+    with kvstore.Client(server.socket) as client:
+        layout = layout_of(client, 4096)
+        held = keys_of(40, 1000)
+        client.put_many(layout, held, [block(1, 4096)] * 40)
+        before = client.counters.rpcs
+        for _ in range(100):
+            assert client.lookup(layout, held) == (40, 40)
+            assert client.lookup(layout, held + keys_of(5, 5000)) == (40, 40)
+            assert client.lookup(layout, keys_of(256, 6000)) == (0, 0)
+        assert client.counters.rpcs == before
+
+
+def test_a_lookup_follows_what_the_store_does(fresh_server: Server) -> None:
+    with kvstore.Client(fresh_server.socket) as client:
+        layout = layout_of(client, 4096)
+        keys = keys_of(8)
+        assert client.lookup(layout, keys) == (0, 0)
+        grant = client.reserve(layout, [(k, b"") for k in keys], 0)
+        assert client.lookup(layout, keys) == (0, 0), "reserved is not held"
+        client.abort(grant.reservation_id)
+        client.put_many(layout, keys[:5], [block(1, 4096)] * 5)
+        assert client.lookup(layout, keys) == (5, 5)
+        client.clear()
+        assert client.lookup(layout, keys) == (0, 0)
+
+
+def test_a_lookup_tells_what_must_be_brought_up(server: Server) -> None:
+    with kvstore.Client(server.socket) as client:
+        layout = layout_of(client, 4096)
+        keys = keys_of(8)
+        client.put_many(layout, keys, [block(1, 4096)] * 8)
+        client.flush(drop=True)
+        assert client.lookup(layout, keys) == (8, 0)
+        with client.acquire(layout, keys[:3]):
+            assert client.lookup(layout, keys) == (8, 3)
+
+
+def test_a_restart_is_not_answered_from_the_past(fresh_server: Server) -> None:
+    with kvstore.Client(fresh_server.socket) as client:
+        layout = layout_of(client, 4096)
+        client.put(layout, key(1), block(1, 4096))
+        assert client.lookup(layout, [key(1)]) == (1, 1)
+        fresh_server.kill()
+        fresh_server.start()
+        deadline = time.monotonic() + 10
+        while True:
+            try:
+                assert client.lookup(layout, [key(1)]) == (0, 0)
+                break
+            except kvstore.Unavailable:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+
+
+def test_a_lookup_that_makes_no_sense_gets_its_error(server: Server) -> None:
+    with kvstore.Client(server.socket) as client:
+        layout = layout_of(client, 4096)
+        with pytest.raises(BadKey):
+            client.lookup(layout, [b"short"])
+        stranger = kvstore.Layout(b"x" * 16, LayoutSpec("m", "f", 1, 4096))
+        with pytest.raises(UnknownLayout):
+            client.lookup(stranger, [key(1)])
+
+
+def test_the_directory_grows_under_its_readers(fresh_server: Server) -> None:
+    """64 MiB of 4 KiB blocks fill the first table beyond its load."""
+    with (
+        kvstore.Client(fresh_server.socket) as client,
+        kvstore.Client(fresh_server.socket) as other,
+    ):
+        layout = layout_of(client, 4096)
+        other_layout = layout_of(other, 4096)
+        slots = other._core.link.presence._reader.header.slots  # type: ignore[union-attr]
+        keys = keys_of(6000, 10**6)
+        for start in range(0, 6000, 1000):
+            chunk = keys[start : start + 1000]
+            parent = keys[start - 1] if start else b""
+            client.put_many(layout, chunk, [block(1, 4096)] * 1000, parent=parent)
+        deadline = time.monotonic() + 20
+        while True:
+            found = other.lookup(other_layout, keys)
+            grown = other._core.link.presence._reader.header.slots  # type: ignore[union-attr]
+            if grown > slots:
+                break
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert found == (6000, 6000)
+        assert client.lookup(layout, keys) == (6000, 6000)
