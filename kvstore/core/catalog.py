@@ -13,8 +13,9 @@ key until the parent comes back or the child goes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from kvstore.core.lifecycle import Event, State, next_state
 from kvstore.core.space import SpaceClass
@@ -148,6 +149,20 @@ class Catalog:
 
     def get(self, stored_key: bytes) -> Block | None:
         return self._blocks.get(stored_key)
+
+    def run_in_dram(self, layout: Layout, keys: Sequence[bytes], most: int) -> list[Replica]:
+        """The DRAM replicas of keys[:most], up to the first that is not READY there."""
+        name, blocks, ready = layout.name, self._blocks, State.READY
+        run: list[Replica] = []
+        for key in islice(keys, most):
+            block = blocks.get(name(key))
+            if block is None:
+                break
+            replica = block.dram
+            if replica is None or replica.state is not ready:
+                break
+            run.append(replica)
+        return run
 
     def add(self, stored_key: bytes, parent: bytes, layout: Layout) -> Block:
         """A new block without replicas. The caller guarantees that it is absent."""

@@ -9,7 +9,7 @@ made, and is cut short where none can come.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import takewhile
+from itertools import chain, takewhile
 
 from kvstore.core.actions import Answer
 from kvstore.core.catalog import Catalog, Layout, Replica
@@ -55,9 +55,12 @@ class Leases:
             raise TooMany(f"a session may hold {self._limits.max_leases} leases")
         layouts = [[self._catalog.layout(session.tenant, i) for i in c.layout_ids] for c in chains]
         claims = [
-            ChainClaim(shards, chain.keys) for chain, shards in zip(chains, layouts, strict=True)
+            ChainClaim(shards, asked.keys, [[] for _ in shards])
+            for asked, shards in zip(chains, layouts, strict=True)
         ]
         ticket = AcquireTicket(session, claims, wait=wait)
+        for claim in claims:
+            self._claim_ready(claim)
         self._extend(ticket)
         if self._may_get_on(ticket):
             session.tickets.add(ticket)
@@ -67,19 +70,27 @@ class Leases:
             self.settle(ticket, now_ns)
         return ticket
 
+    def _claim_ready(self, claim: ChainClaim) -> None:
+        """Pin the prefix that is in DRAM: the usual case, all of it in a few loops."""
+        most = len(claim.keys)
+        for number, layout in enumerate(claim.layouts):
+            claim.columns[number] = self._catalog.run_in_dram(layout, claim.keys, most)
+            most = len(claim.columns[number])
+        for column in claim.columns:
+            del column[most:]
+            self._residency.pin_all(column)
+        claim.from_dram = claim.claimed
+
     def _extend(self, ticket: AcquireTicket) -> None:
-        """Pin what can be pinned now; see to it that the rest is brought up."""
+        """Pin what else can be pinned now; see to it that it is brought up."""
         for claim in ticket.claims:
-            while len(claim.positions) < len(claim.keys) and claim.layouts:
+            while claim.claimed < len(claim.keys) and claim.layouts:
                 position = self._claim_position(claim, ticket.wait)
                 if position is None:
                     break
-                filling = [replica for replica in position if replica.state is State.FILLING]
-                if not filling and claim.from_dram == len(claim.positions):
-                    claim.from_dram += 1
-                claim.positions.append(position)
-                for replica in filling:
-                    if replica not in ticket.missing:
+                for column, replica in zip(claim.columns, position, strict=True):
+                    column.append(replica)
+                    if replica.state is State.FILLING and replica not in ticket.missing:
                         ticket.missing.add(replica)
                         self._filling.setdefault(replica, []).append(ticket)
 
@@ -89,7 +100,7 @@ class Leases:
         claim.cramped = False
         position: list[Replica] = []
         for layout in claim.layouts:
-            replica = self._claim_block(claim, layout, claim.keys[len(claim.positions)], wait)
+            replica = self._claim_block(claim, layout, claim.keys[claim.claimed], wait)
             if replica is None:
                 for pinned in position:
                     self._residency.unpin(pinned)
@@ -140,24 +151,22 @@ class Leases:
     def _grant(self, session: Session, claim: ChainClaim, expires_ns: int) -> LeaseGrant:
         held = 0
         if not session.closed:
-            usable = takewhile(lambda position: all(map(_ready, position)), claim.positions)
-            held = sum(1 for _ in usable)
-        for position in claim.positions[held:]:
-            for replica in position:
+            held = min((_leading_ready(column) for column in claim.columns), default=0)
+        for column in claim.columns:
+            for replica in column[held:]:
                 if replica.state is not State.GONE:
                     self._residency.unpin(replica)
+            del column[held:]
         from_dram = min(claim.from_dram, held)
         self._counters.acquired_positions += len(claim.keys)
         self._counters.acquired_hits += held
         self._counters.acquired_hits_dram += from_dram
         if not held:
             return LeaseGrant(0, 0, [], [], 0, 0)
-        # The root last, so that it is the most recent (see policies.base).
-        for position in reversed(claim.positions[:held]):
-            for replica in position:
-                self._residency.touch(replica.block)
-        shards = range(len(claim.positions[0]))
-        replicas = [claim.positions[p][s] for s in shards for p in range(held)]
+        for layout, column in zip(claim.layouts, claim.columns, strict=True):
+            # The root last, so that it is the most recent (see policies.base).
+            self._residency.touch_run(layout, column[::-1])
+        replicas = claim.columns[0] if len(claim.columns) == 1 else list(chain(*claim.columns))
         lease = Lease(next(self._ids), session, replicas, expires_ns)
         self._leases[lease.lease_id] = session.leases[lease.lease_id] = lease
         return LeaseGrant(
@@ -197,8 +206,7 @@ class Leases:
     def end(self, lease: Lease) -> None:
         del self._leases[lease.lease_id]
         del lease.session.leases[lease.lease_id]
-        for replica in lease.replicas:
-            self._residency.unpin(replica)
+        self._residency.unpin_all(lease.replicas)
 
     # Getting on with what waits
 
@@ -234,7 +242,7 @@ class Leases:
         for ticket in self._cramped:
             for claim in ticket.claims:
                 for layout in claim.layouts:
-                    lacking = len(claim.keys) - len(claim.positions)
+                    lacking = len(claim.keys) - claim.claimed
                     wanted[layout.dram_class] = wanted.get(layout.dram_class, 0) + lacking
 
     def _answer(self, ticket: AcquireTicket, now_ns: int) -> None:
@@ -245,6 +253,10 @@ class Leases:
         """Every replica held by a lease, once a pin; for integrity checks."""
         for lease in self._leases.values():
             yield from lease.replicas
+
+
+def _leading_ready(column: list[Replica]) -> int:
+    return sum(1 for _ in takewhile(_ready, column))
 
 
 def _ready(replica: Replica | None) -> bool:

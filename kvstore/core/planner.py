@@ -357,8 +357,8 @@ class Planner:
             for ticket in session.tickets:
                 if isinstance(ticket, AcquireTicket):
                     for claim in ticket.claims:
-                        for position in claim.positions:
-                            yield from position
+                        for column in claim.columns:
+                            yield from column
         for copy in self.residency.transfers.copies():
             yield copy.source
 

@@ -56,6 +56,11 @@ class Pool:
     def touch(self, replica: Replica, space_class: SpaceClass) -> None:
         self._policies[space_class].touch(replica)
 
+    def touch_run(self, replicas: list[Replica], space_class: SpaceClass) -> None:
+        """`touch` for many of one class, the last one last."""
+        if replicas:
+            self._policies[space_class].touch_run(replicas)
+
     def withdraw(self, replica: Replica, space_class: SpaceClass) -> None:
         """The replica is not READY any more; its slot is still used."""
         self._policies[space_class].remove(replica)

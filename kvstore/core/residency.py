@@ -21,7 +21,7 @@ when transfers end, so the planner asks again then.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import Protocol
 
@@ -109,14 +109,36 @@ class Residency:
             assert self.nvme is not None and block.layout.nvme_class is not None
             self.nvme.touch(block.nvme, block.layout.nvme_class)
 
+    def touch_run(self, layout: Layout, replicas: list[Replica]) -> None:
+        """Blocks of one layout that are READY in DRAM were used, the last one last."""
+        self.dram.touch_run(replicas, layout.dram_class)
+        dirty = self._dirty.get(layout.dram_class)
+        if dirty:
+            dirty.touch_run([replica for replica in replicas if replica in dirty])
+        if self.nvme is not None and layout.nvme_class is not None:
+            saved = [r.block.nvme for r in replicas if r.block.nvme is not None]
+            ready = [r for r in saved if r.state is State.READY]
+            self.nvme.touch_run(ready, layout.nvme_class)
+
     def pin(self, replica: Replica) -> None:
         replica.pins += 1
+
+    def pin_all(self, replicas: Iterable[Replica]) -> None:
+        for replica in replicas:
+            replica.pins += 1
 
     def unpin(self, replica: Replica) -> None:
         assert replica.pins > 0
         replica.pins -= 1
         if not replica.pins and replica.state is State.DOOMED:
             self._discard(replica)
+
+    def unpin_all(self, replicas: Iterable[Replica]) -> None:
+        doomed = State.DOOMED
+        for replica in replicas:
+            replica.pins -= 1
+            if replica.state is doomed and not replica.pins:
+                self._discard(replica)
 
     # Coming in
 

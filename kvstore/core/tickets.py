@@ -17,18 +17,23 @@ from kvstore.types import LeaseGrant, ReservationGrant, ReserveResult
 
 @dataclass(eq=False, slots=True)
 class ChainClaim:
-    """One chain of an acquire: its pinned replicas, position by position.
+    """One chain of an acquire and the prefix of it that is pinned so far.
 
-    `positions[p]` holds one replica a layout; all of them are pinned. `from_dram`
-    counts the leading positions that were in DRAM when asked for. `cramped`: the
-    next position is held, but there was no room in DRAM to bring it up.
+    `columns[s][p]` is the replica of position p in layout s; all columns are equally
+    long. `from_dram` counts the leading positions that were in DRAM when asked for.
+    `cramped`: the next position is held, but there was no room in DRAM to bring it up.
     """
 
     layouts: list[Layout]
     keys: Sequence[bytes]
-    positions: list[list[Replica]] = field(default_factory=list)
+    columns: list[list[Replica]]
     from_dram: int = 0
     cramped: bool = False
+
+    @property
+    def claimed(self) -> int:
+        """Positions pinned."""
+        return len(self.columns[0]) if self.columns else 0
 
 
 @dataclass(eq=False, slots=True)

@@ -11,7 +11,7 @@ block nearest the root last, so that an order by recency puts children first.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 from kvstore.core.catalog import Replica
@@ -24,6 +24,10 @@ class EvictionPolicy(Protocol):
 
     def touch(self, replica: Replica) -> None:
         """A replica was used."""
+        ...
+
+    def touch_run(self, replicas: Iterable[Replica]) -> None:
+        """`touch` for each, in this order."""
         ...
 
     def remove(self, replica: Replica) -> None:

@@ -7,7 +7,7 @@ computers", IBM Systems Journal 5(2), 1966. O(1) an operation.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from kvstore.core.catalog import Replica
 
@@ -21,6 +21,11 @@ class LRU:
 
     def touch(self, replica: Replica) -> None:
         self._order.move_to_end(replica)
+
+    def touch_run(self, replicas: Iterable[Replica]) -> None:
+        move_to_end = self._order.move_to_end
+        for replica in replicas:
+            move_to_end(replica)
 
     def remove(self, replica: Replica) -> None:
         del self._order[replica]
