@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -204,9 +205,8 @@ def _as_json(rows: list[Row], wrong: list[str]) -> dict[str, Any]:
 
 
 def _table(rows: list[Row]) -> Table:
-    table = Table(
-        title=f"vLLM alone and with the store: prompts of {PROMPT_TOKENS} tokens, medians of {PROMPTS}"
-    )
+    title = f"Prompts of {PROMPT_TOKENS} tokens, medians of {PROMPTS}"
+    table = Table(title=title, box=box.SIMPLE_HEAD)
     table.add_column("run", no_wrap=True)
     for heading in ("first token", "speed-up", "cached tokens", "from", "logprobs"):
         table.add_column(heading, justify="right", no_wrap=True)
