@@ -208,7 +208,7 @@ def _table(rows: list[Row]) -> Table:
     title = f"Prompts of {PROMPT_TOKENS} tokens, medians of {PROMPTS}"
     table = Table(title=title, box=box.SIMPLE_HEAD)
     table.add_column("run", no_wrap=True)
-    for heading in ("first token", "speed-up", "cached tokens", "from", "logprobs"):
+    for heading in ("first token", "speed-up", "cached", "from", "logprobs"):
         table.add_column(heading, justify="right", no_wrap=True)
     for index, row in enumerate(rows):
         table.add_row(
