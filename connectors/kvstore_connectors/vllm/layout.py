@@ -124,8 +124,9 @@ def shard_of(
     rank: int, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig
 ) -> tuple[int, bool]:
     """(shard, whether this rank is the one that stores it) of a tensor-parallel rank."""
-    replicas = _replicas(vllm_config.parallel_config.tensor_parallel_size, kv_cache_config)
-    return rank // replicas, rank % replicas == 0
+    world: int = vllm_config.parallel_config.tensor_parallel_size
+    replicas = _replicas(world, kv_cache_config)
+    return rank % world // replicas, rank % world % replicas == 0
 
 
 def _replicas(world: int, kv_cache_config: KVCacheConfig) -> int:

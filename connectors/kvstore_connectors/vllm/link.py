@@ -51,8 +51,8 @@ def connector_of(config: ConnectorConfig, idle_exit_s: float = IDLE_EXIT_S) -> C
     timeout_s = 1.0 + config.acquire_timeout_ms / 1000 * 1.5
 
     def connect() -> StoreClient:
-        from kvstore import Client
         from kvstore.client.rpc import parse_endpoint
+        from kvstore.client.sync import Client
         from kvstore.local.spawn import ensure_server
 
         path = config.endpoint

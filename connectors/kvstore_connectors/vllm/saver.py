@@ -13,7 +13,6 @@ dropped and counted. A lost store is a later miss, no more.
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections import deque
@@ -44,8 +43,6 @@ CHUNK_BYTES = 32 << 20
 
 RESERVE_WAIT_MS = 100
 FLUSH_S = 0.5
-NICE = 10
-"""Of the copying thread: it shares the cores with the prefill it follows."""
 
 
 @dataclass(slots=True, eq=False)
@@ -178,8 +175,6 @@ class Saver:
     # In the thread.
 
     def _run(self) -> None:
-        # On Linux a thread has a priority of its own.
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
         while True:
             with self._condition:
                 self._condition.wait_for(lambda: self._closing or self._queue)

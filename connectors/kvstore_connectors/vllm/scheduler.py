@@ -11,10 +11,9 @@ Every way ends in `done`, with the lease given back. A preemption starts the way
 anew, because the request is computed anew. Until an answer has come the request is
 skipped (None), which costs the engine nothing while it has other work.
 
-Stores are ordered for the step that completes the blocks, of prompts only. What is
-known to be in the store is not stored again: a bounded memory of keys says so, and
-it is dropped whenever the server's life changes. A request that finishes while its
-store jobs still read its blocks keeps them until the workers have reported.
+A request that finishes while its store jobs still read its blocks keeps them until
+the workers have reported. What is known of the store's content is forgotten whenever
+another life of the server is attached to.
 
 Nothing here does I/O or waits, except for `IDLE_WAIT_S` in a step that has no work.
 """
@@ -23,15 +22,16 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from kvstore_connectors.vllm.acquire import AcquireQueue, Held, Ticket, TicketState
 from kvstore_connectors.vllm.link import StoreLink
-from kvstore_connectors.vllm.metadata import LoadJob, StepMetadata, StoreJob, WorkerReport
+from kvstore_connectors.vllm.metadata import LoadJob, StepMetadata, WorkerReport
+from kvstore_connectors.vllm.orders import StoreOrders
 from kvstore_connectors.vllm.stats import ConnectorStats
 
 if TYPE_CHECKING:
@@ -41,15 +41,13 @@ if TYPE_CHECKING:
 
     from kvstore.types import LayoutSpec
 
-IDLE_WAIT_S = 0.001
+IDLE_WAIT_S = 0.002
 ANSWER_GRACE_S = 0.25
 """How much later than asked an answer may come before the server counts as hung."""
 
 MIN_LEASE_LEFT_S = 2.0
 MAX_OUTSTANDING = 256
 """Requests with a ticket or an unused lease: bounds what waiting requests pin."""
-
-MAX_KNOWN_KEYS = 1 << 18
 
 
 @dataclass(slots=True)
@@ -66,43 +64,6 @@ class _Tracked:
     local_tokens: int = 0
     loading: bool = False
     offered: int = 0
-    jobs: set[int] = field(default_factory=set)
-
-
-@dataclass(slots=True)
-class _PendingJob:
-    request_id: str
-    keys: list[bytes]
-    workers_left: int
-    lost: bool = False
-
-
-class KnownKeys:
-    """The keys most recently seen in the store, at most `capacity` of them."""
-
-    def __init__(self, capacity: int = MAX_KNOWN_KEYS) -> None:
-        self._capacity = capacity
-        self._keys: dict[bytes, None] = {}
-
-    def __contains__(self, key: bytes) -> bool:
-        return key in self._keys
-
-    def __len__(self) -> int:
-        return len(self._keys)
-
-    def add(self, keys: Iterable[bytes]) -> None:
-        for key in keys:
-            self._keys.pop(key, None)
-            self._keys[key] = None
-        while len(self._keys) > self._capacity:
-            del self._keys[next(iter(self._keys))]
-
-    def discard(self, keys: Iterable[bytes]) -> None:
-        for key in keys:
-            self._keys.pop(key, None)
-
-    def clear(self) -> None:
-        self._keys.clear()
 
 
 class SchedulerSide:
@@ -126,7 +87,6 @@ class SchedulerSide:
         self._queue = queue
         self._block_tokens = block_tokens
         self._hashes_per_block = block_tokens // hash_tokens
-        self._workers = workers
         self._patience_s = acquire_timeout_ms / 1000 + ANSWER_GRACE_S
         self._loads = loads
         self._stores = stores
@@ -136,9 +96,7 @@ class SchedulerSide:
         # Leases of loads under way, also of requests that have been aborted.
         self._loading: dict[str, Held] = {}
         self._load_sources: dict[str, tuple[int, int]] = {}
-        self._jobs: dict[int, _PendingJob] = {}
-        self._next_job = 1
-        self._known = KnownKeys()
+        self._orders = StoreOrders(workers)
         self._known_generation = link.generation
         self._outstanding = 0
         self._meta = StepMetadata()
@@ -247,9 +205,9 @@ class SchedulerSide:
         self._finish_loading_way(tracked)
         if request_id in self._loading:
             # vLLM holds the blocks until the load is reported, and frees them then.
-            self._cancel_jobs(tracked)
+            self._meta.cancelled += self._orders.cancel([request_id])
             return False
-        if not tracked.jobs:
+        if not self._orders.reads_blocks_of(request_id):
             return False
         self._meta.flushing.append(request_id)
         self._flushing.add(request_id)
@@ -260,9 +218,13 @@ class SchedulerSide:
     def build_meta(self, output: SchedulerOutput) -> StepMetadata:
         if self._known_generation != self._link.generation:
             self._known_generation = self._link.generation
-            self._known.clear()
+            self._orders.known.clear()
         if output.preempted_req_ids:
-            self._preempted(output.preempted_req_ids)
+            # Their blocks are free for reuse in this very step.
+            self._meta.cancelled += self._orders.cancel(output.preempted_req_ids)
+            for request_id in output.preempted_req_ids:
+                if request_id in self._tracked:
+                    self._tracked[request_id].offered = 0
         if self._stores and self._link.up:
             self._order_stores(output)
         idle = output.total_num_scheduled_tokens == 0
@@ -284,8 +246,7 @@ class SchedulerSide:
         self._flushing.difference_update(output.finished_sending or ())
         report = output.kv_connector_worker_meta
         if isinstance(report, WorkerReport):
-            for job_id, job_report in report.jobs.items():
-                self._job_reported(job_id, job_report.workers, job_report.lost)
+            self._orders.reported(report)
 
     def blocks_are_coming_back(self) -> bool:
         """Whether finished requests hold blocks only until their stores are done."""
@@ -294,7 +255,7 @@ class SchedulerSide:
     def reset(self) -> None:
         """Forget all that was stored so far, as after a change of weights."""
         self._salt = secrets.token_hex(8)
-        self._known.clear()
+        self._orders.known.clear()
         for tracked in self._tracked.values():
             if not tracked.loading:
                 self._finish_loading_way(tracked)
@@ -310,15 +271,14 @@ class SchedulerSide:
         waiting = [t for t in self._tracked.values() if t.ticket is not None or t.held is not None]
         if len(waiting) != self._outstanding:
             raise AssertionError(f"{len(waiting)} requests wait, {self._outstanding} counted")
+        self._orders.check_integrity()
         for tracked in self._tracked.values():
-            if not tracked.jobs <= self._jobs.keys():
-                raise AssertionError("a request waits for a store job that does not exist")
             if tracked.loading and tracked.request.request_id not in self._loading:
                 raise AssertionError("a request loads without a lease")
 
     def is_quiet(self) -> bool:
         """Whether nothing is tracked, leased, loading or being stored."""
-        return not (self._tracked or self._loading or self._jobs or self._outstanding)
+        return not (self._tracked or self._loading or self._orders or self._outstanding)
 
     # -- the way to a lease -----------------------------------------------------
 
@@ -360,11 +320,11 @@ class SchedulerSide:
         return True
 
     def _learn(self, keys: list[bytes], held: int) -> None:
-        self._known.add(keys[:held])
+        self._orders.known.add(keys[:held])
         if held < len(keys):
             # Evicted since we stored them. Those being stored now are forgotten
             # too, which costs one question when they come up again.
-            self._known.discard(keys[held:])
+            self._orders.known.discard(keys[held:])
 
     def _usable(self, held: Held) -> bool:
         left_ns = held.grant.expires_ns - time.clock_gettime_ns(time.CLOCK_MONOTONIC)
@@ -410,59 +370,14 @@ class SchedulerSide:
                 self._order_store(tracked, complete, blocks[0])
 
     def _order_store(self, tracked: _Tracked, complete: int, block_ids: Sequence[int]) -> None:
-        first = tracked.offered
+        first, tracked.offered = tracked.offered, complete
         keys = self._keys(tracked.request, first, complete)
         before = self._keys(tracked.request, first - 1, first) if first else [b""]
-        tracked.offered = complete
-        job = StoreJob(self._next_job, tracked.request.request_id, [], [], [])
-        for index, (key, parent) in enumerate(zip(keys, before + keys, strict=False)):
-            if key not in self._known:
-                job.block_ids.append(block_ids[first + index])
-                job.keys.append(key)
-                job.parents.append(parent)
-        if not job.keys:
-            return
-        self._next_job += 1
-        self._known.add(job.keys)
-        self._jobs[job.job_id] = _PendingJob(job.request_id, job.keys, self._workers)
-        tracked.jobs.add(job.job_id)
-        self._meta.stores.append(job)
-
-    def _preempted(self, request_ids: set[str]) -> None:
-        """Their blocks are free for reuse in this very step."""
-        for request_id in request_ids:
-            tracked = self._tracked.get(request_id)
-            if tracked is not None:
-                tracked.offered = 0
-                tracked.jobs.clear()
-        # By job, because a request may have been aborted since it was preempted.
-        for job_id, job in self._jobs.items():
-            if job.request_id in request_ids:
-                self._cancel_job(job_id, job)
-
-    def _cancel_jobs(self, tracked: _Tracked) -> None:
-        for job_id in tracked.jobs:
-            self._cancel_job(job_id, self._jobs[job_id])
-        tracked.jobs.clear()
-
-    def _cancel_job(self, job_id: int, job: _PendingJob) -> None:
-        self._meta.cancelled.append(job_id)
-        self._known.discard(job.keys)
-
-    def _job_reported(self, job_id: int, workers: int, lost: bool) -> None:
-        job = self._jobs.get(job_id)
-        if job is None:
-            return
-        job.workers_left -= workers
-        job.lost = job.lost or lost
-        if job.workers_left > 0:
-            return
-        del self._jobs[job_id]
-        if job.lost:
-            self._known.discard(job.keys)
-        tracked = self._tracked.get(job.request_id)
-        if tracked is not None:
-            tracked.jobs.discard(job_id)
+        job = self._orders.order(
+            tracked.request.request_id, keys, before + keys[:-1], block_ids[first:complete]
+        )
+        if job is not None:
+            self._meta.stores.append(job)
 
     def _keys(self, request: Request, start: int, stop: int) -> list[bytes]:
         """Keys of the blocks [start, stop): the hash at each one's last token."""

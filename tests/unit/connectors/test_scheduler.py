@@ -11,7 +11,8 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 from kvstore_connectors.vllm import scheduler as module
 from kvstore_connectors.vllm.acquire import TicketState
 from kvstore_connectors.vllm.metadata import JobReport, StepMetadata, WorkerReport
-from kvstore_connectors.vllm.scheduler import KnownKeys, SchedulerSide
+from kvstore_connectors.vllm.orders import KnownKeys
+from kvstore_connectors.vllm.scheduler import SchedulerSide
 from tests.unit.connectors.fakes import (
     BLOCK_TOKENS,
     FakeLink,

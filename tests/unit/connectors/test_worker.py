@@ -1,0 +1,98 @@
+"""A worker's half: every order gets its answer, whoever carries it out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from kvstore_connectors.vllm import worker as module
+from kvstore_connectors.vllm.layout import Geometry, Piece
+from kvstore_connectors.vllm.link import StoreLink
+from kvstore_connectors.vllm.metadata import LoadJob, StepMetadata, StoreJob
+from kvstore_connectors.vllm.worker import WorkerSide
+from tests.unit.connectors.fakes import FAR_NS, FakeStore, spec
+
+GEOMETRY = Geometry((Piece(0, 64, 64),), num_blocks=8, block_tokens=4, allocation_bytes=512)
+STORE = StoreJob(1, "r", [3], [b"key"], [b""])
+LOAD = LoadJob("r", [2, 3], [[1, 2]], [[0, 0]], FAR_NS, b"epoch")
+
+
+class Rank:
+    def __init__(self, *, writes: bool = True, good_memory: bool = True) -> None:
+        self.store = FakeStore()
+        self.link = StoreLink(self.store.connect, [spec()], "test")
+        self.link.start()
+        assert self.link.wait_attached(5)
+        self.side = WorkerSide(
+            link=self.link,
+            geometry=GEOMETRY,
+            shard=0,
+            writes=writes,
+            specs_for=lambda salt: [spec(block_bytes=64 + len(salt))],
+        )
+        memory = torch.zeros(512 if good_memory else 8, dtype=torch.uint8)
+        self.side.register_kv_caches({"layer": memory})
+
+
+@pytest.fixture
+def rank() -> Iterator[Rank]:
+    rank = Rank()
+    yield rank
+    rank.store.gate.set()
+    rank.side.close()
+
+
+def test_a_rank_that_does_not_write_reports_for_the_one_that_does() -> None:
+    rank = Rank(writes=False)
+    meta = StepMetadata(stores=[STORE], flushing=["r"])
+    rank.side.start_stores(meta)
+    assert rank.side.take_finished(meta) == ({"r"}, set())
+    report = rank.side.take_report()
+    assert report is not None
+    assert not report.jobs[1].lost
+    assert "reserve" not in rank.store.calls
+    rank.side.close()
+
+
+def test_a_kv_cache_that_is_not_as_expected_fails_orders_and_nothing_else() -> None:
+    rank = Rank(good_memory=False)
+    meta = StepMetadata(loads=[LOAD], stores=[STORE], flushing=["q"], cancelled=[7], idle=True)
+    rank.side.before_step(meta)
+    rank.side.start_loads(meta)
+    rank.side.start_stores(meta)
+    assert rank.side.take_finished(meta) == ({"q"}, {"r"})
+    assert rank.side.take_failed_blocks() == {2, 3}
+    report = rank.side.take_report()
+    assert report is not None
+    assert report.jobs[1].lost
+    assert rank.side.take_stats() is None
+    rank.side.close()
+
+
+def test_a_changed_salt_drops_what_was_computed_before(rank: Rank) -> None:
+    rank.store.gate.clear()
+    rank.side.start_stores(StepMetadata(stores=[STORE]))
+    rank.side.before_step(StepMetadata(salt="new"))
+    rank.store.gate.set()
+    report = rank.side.take_report()
+    assert report is not None
+    assert report.jobs[1].lost
+    time.sleep(0.02)
+    assert not rank.store.blocks
+    assert rank.link.specs == [spec(block_bytes=67)]
+
+
+def test_only_an_idle_step_waits_for_copies(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "IDLE_WAIT_S", 5.0)
+    rank.store.gate.clear()
+    rank.side.start_stores(StepMetadata(stores=[STORE], flushing=["r"]))
+    started_s = time.monotonic()
+    rank.side.take_finished(StepMetadata(idle=False))
+    assert time.monotonic() - started_s < 1
+    rank.store.gate.set()
+    flushed, _ = rank.side.take_finished(StepMetadata(idle=True))
+    assert flushed == {"r"}
+    assert time.monotonic() - started_s < 4
