@@ -186,7 +186,8 @@ def test_blocks_reused_before_the_copy_are_not_published(rank: Rank) -> None:
     assert not rank.store.reservations
 
 
-def test_blocks_reused_during_the_copy_are_not_published(rank: Rank) -> None:
+@pytest.mark.parametrize("block_ids", [[5], [5, 6]])
+def test_blocks_reused_during_the_copy_are_not_published(rank: Rank, block_ids: list[int]) -> None:
     copying, reused = threading.Event(), threading.Event()
 
     def in_the_middle() -> None:
@@ -194,7 +195,7 @@ def test_blocks_reused_during_the_copy_are_not_published(rank: Rank) -> None:
         reused.wait(10)
 
     rank.store.before_slot = in_the_middle
-    rank.saver.submit(rank.store_job(1, [5, 6]))
+    rank.saver.submit(rank.store_job(1, block_ids))
     copying.wait(10)
     rank.saver.cancel([1])
     rank.memory.fill_(0xEE)
