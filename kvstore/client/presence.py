@@ -17,7 +17,7 @@ from kvstore.local.directory import DirectoryReader
 from kvstore.naming import Namer, namer
 from kvstore.types import ChainPresence, check_key
 
-REFETCH_TIMEOUT_S = 0.1
+REFETCH_TIMEOUT_S = 0.02
 REFETCH_PAUSE_NS = 1_000_000_000
 """After the server did not hand out a table's successor in time."""
 
