@@ -87,6 +87,7 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
         queue = AcquireQueue(link, config.acquire_timeout_ms)
         link.start()
         queue.start()
+        link.wait_first_try()
         return SchedulerSide(
             link=link,
             queue=queue,

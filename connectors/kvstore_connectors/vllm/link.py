@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.kvstore")
 
+FIRST_TRY_S = 5.0
 HEARTBEAT_S = 1.0
 IDLE_EXIT_S = 60.0
 """A server that the connector started ends this long after its last client."""
@@ -115,7 +116,7 @@ class Attached:
 
 class StoreLink:
     """Owns the client. All methods may be called from any thread; none blocks on
-    the server except `wait_attached` and `close`, which are bounded."""
+    the server except `wait_...` and `close`, which are bounded."""
 
     def __init__(self, connect: Connect, specs: Sequence[LayoutSpec], name: str) -> None:
         """`connect` may block and raise any `KVStoreError`; it runs in the thread."""
@@ -126,6 +127,7 @@ class StoreLink:
         self._closing = False
         self._epoch = b""
         self._unused: list[StoreClient] = []
+        self._tried = False
         self.generation = 0
         self.outages = 0
         self._thread = threading.Thread(target=self._run, name=f"kvstore-{name}", daemon=True)
@@ -180,6 +182,16 @@ class StoreLink:
         with self._condition:
             return self._condition.wait_for(lambda: self._attached is not None, timeout_s)
 
+    def wait_first_try(self, timeout_s: float = FIRST_TRY_S) -> bool:
+        """Whether the first try found a server; False also if it takes too long.
+
+        For the engine's start, when nobody is waiting yet: without it the first
+        requests would find the store not attached, and miss.
+        """
+        with self._condition:
+            self._condition.wait_for(lambda: self._tried, timeout_s)
+            return self._attached is not None
+
     def close(self, timeout_s: float = 2.0) -> None:
         """Detach and end the thread. Idempotent."""
         with self._condition:
@@ -230,6 +242,8 @@ class StoreLink:
                     self._watch(attached)
                     continue
             with self._condition:
+                self._tried = True
+                self._condition.notify_all()
                 self._condition.wait_for(lambda: self._closing, backoff_s)
             backoff_s = min(backoff_s * 2, BACKOFF_MOST_S)
         self._close_unused()
@@ -267,6 +281,7 @@ class StoreLink:
                 self._epoch = epoch
                 self.generation += 1
             self._attached = attached
+            self._tried = True
             self._condition.notify_all()
         logger.info("The KV store is attached.")
         return attached

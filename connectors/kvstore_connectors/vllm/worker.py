@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.kvstore")
 
-ATTACH_WAIT_S = 5.0
 IDLE_WAIT_S = 0.002
 """Measured with 125 MB to load in the engine's own process, where a copy takes 26 ms:
 the load takes 543 ms without a wait, 28 ms with 1 ms, 25 ms with 2 ms and 22 ms with
@@ -73,8 +72,7 @@ class WorkerSide:
             return
         self._loader = Loader(self._link, blocks, self._shard, self._announce)
         self._saver = Saver(self._link, blocks, self._shard, self._announce)
-        # The first requests would miss without it, and nobody is waiting yet.
-        self._link.wait_attached(ATTACH_WAIT_S)
+        self._link.wait_first_try()
 
     def before_step(self, meta: StepMetadata) -> None:
         """Before any block may be overwritten."""

@@ -74,6 +74,22 @@ def test_no_server_makes_nobody_wait_and_one_line_of_log(
     assert len(warnings) == 1
 
 
+def test_starting_waits_for_a_server_that_is_coming_and_not_for_one_that_is_not(
+    store: FakeStore, link: StoreLink
+) -> None:
+    store.gate.clear()
+    link.start()
+    assert not link.wait_first_try(0.02)
+    threading.Timer(0.02, store.gate.set).start()
+    assert link.wait_first_try(30)
+    absent = FakeStore()
+    absent.error = Unavailable("nobody there")
+    other = StoreLink(absent.connect, [spec()], "test")
+    other.start()
+    assert not other.wait_first_try(30)
+    other.close()
+
+
 def test_a_dead_server_is_noticed_without_a_request_and_found_again(
     store: FakeStore, link: StoreLink
 ) -> None:
