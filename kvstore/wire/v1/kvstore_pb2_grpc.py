@@ -186,8 +186,10 @@ class KVStoreServicer(object):
 
     def Reserve(self, request, context):
         """Asks for space for new blocks. Every entry gets an outcome of its own.
-        Waits up to `wait_ms` for space to be made; entries that got none by then
-        are DENIED.
+        Grants at once what it can and DENIES the rest; only where it could grant
+        nothing it waits, up to `wait_ms`, for space to be made. So a client with
+        more blocks than there is room for writes and commits what it was granted
+        (what is reserved cannot make room) and asks again for the rest.
         NOT_FOUND (UNKNOWN_LAYOUT), INVALID_ARGUMENT (BAD_KEY, TOO_LARGE),
         UNAUTHENTICATED (NO_SESSION).
         """
