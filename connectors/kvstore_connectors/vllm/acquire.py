@@ -81,6 +81,15 @@ class AcquireQueue:
         for thread in self._threads:
             thread.start()
 
+    def peek(self, keys: list[bytes]) -> int | None:
+        """How many blocks of the chain's front are held, as far as can be seen without
+        asking; None where that takes a call. Microseconds, for the engine's thread."""
+        attached = self._link.current
+        if attached is None:
+            return None
+        presence = attached.client.peek([layout.id for layout in attached.layouts], keys)
+        return None if presence is None else presence.held
+
     def submit(self, keys: list[bytes]) -> Ticket:
         """Ask for the longest held prefix of `keys`, all shards of it."""
         ticket = Ticket(keys, time.monotonic())

@@ -29,7 +29,13 @@ from kvstore.errors import (
     Unavailable,
     UnknownLayout,
 )
-from kvstore.types import ChainQuery, LayoutSpec, LeaseGrant, ReservationGrant
+from kvstore.types import (
+    ChainPresence,
+    ChainQuery,
+    LayoutSpec,
+    LeaseGrant,
+    ReservationGrant,
+)
 
 if TYPE_CHECKING:
     from kvstore.client.lease import Layout
@@ -83,6 +89,7 @@ class StoreClient(Protocol):
     def close(self) -> None: ...
     def server_info(self) -> object: ...
     def register_layout(self, spec: LayoutSpec) -> Layout: ...
+    def peek(self, layout_ids: Sequence[bytes], keys: Sequence[bytes]) -> ChainPresence | None: ...
     def acquire_many(self, chains: Sequence[ChainQuery], wait_ms: int) -> list[LeaseGrant]: ...
     def release(self, lease_ids: Sequence[int]) -> None: ...
     def reserve(
@@ -139,6 +146,11 @@ class StoreLink:
     def up(self) -> bool:
         """Whether asking the store has a point. A plain read, for hot paths."""
         return self._attached is not None
+
+    @property
+    def current(self) -> Attached | None:
+        """The current client, for calls that neither wait nor touch the arena."""
+        return self._attached
 
     @property
     def specs(self) -> list[LayoutSpec]:

@@ -134,7 +134,7 @@ class SchedulerSide:
             return 0, False
         held = tracked.held
         if held is None:
-            if not self._ask(tracked):
+            if not self._ask(tracked, num_computed_tokens):
                 return (None if not tracked.done else 0), False
             held = tracked.held
         if held is None:
@@ -282,7 +282,7 @@ class SchedulerSide:
 
     # -- the way to a lease -----------------------------------------------------
 
-    def _ask(self, tracked: _Tracked) -> bool:
+    def _ask(self, tracked: _Tracked, num_computed_tokens: int) -> bool:
         """Get on with the ticket; True when there is a lease or nothing to wait for."""
         ticket = tracked.ticket
         if ticket is None:
@@ -293,6 +293,13 @@ class SchedulerSide:
             if self._outstanding >= MAX_OUTSTANDING:
                 return False
             keys = self._keys(tracked.request, 0, tracked.loadable)
+            held = self._queue.peek(keys)
+            if held is not None and held * self._block_tokens <= num_computed_tokens:
+                # The usual case of a new prompt: there is nothing to ask for.
+                tracked.done = True
+                self._learn(keys, held)
+                self.stats.add(asked_blocks=len(keys), found_blocks=held)
+                return False
             tracked.ticket = self._queue.submit(keys)
             self._outstanding += 1
             return False

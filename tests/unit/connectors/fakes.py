@@ -16,6 +16,7 @@ import xxhash
 from kvstore.client.lease import Layout
 from kvstore.errors import KVStoreError
 from kvstore.types import (
+    ChainPresence,
     ChainQuery,
     LayoutSpec,
     LeaseGrant,
@@ -117,6 +118,11 @@ class FakeQueue:
         self.tickets: list[Ticket] = []
         self.out: dict[int, Held] = {}
         self.waits = 0
+        self.seen: int | None = None
+        """What a look without a call shows."""
+
+    def peek(self, keys: list[bytes]) -> int | None:
+        return self.seen
 
     def submit(self, keys: list[bytes]) -> Ticket:
         now_s = time.monotonic()
@@ -210,6 +216,9 @@ class FakeStore:
     def register_layout(self, layout: LayoutSpec) -> Layout:
         self._pass("register")
         return Layout(layout.layout_id, layout)
+
+    def peek(self, layout_ids: Sequence[bytes], keys: Sequence[bytes]) -> ChainPresence | None:
+        return None
 
     def acquire_many(self, chains: Sequence[ChainQuery], wait_ms: int) -> list[LeaseGrant]:
         self._pass("acquire")

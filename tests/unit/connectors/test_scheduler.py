@@ -103,6 +103,26 @@ def test_a_detached_store_costs_no_question_and_no_wait(world: World) -> None:
     assert world.match(request) == (0, False)
 
 
+def test_what_the_directory_does_not_show_is_a_miss_at_once(world: World) -> None:
+    """A new prompt, the usual case, costs no call and no step."""
+    world.queue.seen = 0
+    request = world.request()
+    assert world.match(request) == (0, False)
+    assert not world.queue.tickets
+    world.finish(request)
+    assert world.quiet()
+
+
+def test_what_the_directory_shows_no_further_than_the_local_hit_is_not_asked_for(
+    world: World,
+) -> None:
+    world.queue.seen = 2
+    assert world.match(world.request(), computed=2 * BLOCK_TOKENS) == (0, False)
+    assert not world.queue.tickets
+    assert world.match(world.request(seed=1), computed=BLOCK_TOKENS) == (None, False)
+    assert len(world.queue.tickets) == 1
+
+
 def test_a_full_local_hit_asks_nothing(world: World) -> None:
     request = world.request()
     assert world.match(request, 4 * BLOCK_TOKENS) == (0, False)
