@@ -142,14 +142,16 @@ def _after_restarts(stage: _Stage, model: Path, say: Say) -> list[Row]:
         _warm_up(engine)
         new_engine = stage.measured("store, new engine", engine, "DRAM")
         say("a new server on the same data, under the running engine")
+        with Watch(stage.server.endpoint) as watch:
+            sessions = watch.engine_sessions()
         stage.server.restart()
-        _find_again(stage.server, engine)
+        _find_again(stage.server, engine, sessions)
         engine.reset()
         return [new_engine, stage.measured("store, new server", engine, "NVMe")]
 
 
-def _find_again(server: Server, engine: EngineChild) -> None:
-    """Until the engine's connector has found the new server; short prompts wake it."""
+def _find_again(server: Server, engine: EngineChild, sessions: int) -> None:
+    """Until every part of the engine has found the new server; short prompts wake it."""
     number = WARM_UP
 
     def nudge() -> None:
@@ -159,7 +161,7 @@ def _find_again(server: Server, engine: EngineChild) -> None:
         time.sleep(0.1)
 
     with Watch(server.endpoint) as watch:
-        watch.wait_attached(nudge)
+        watch.wait_attached(sessions, nudge)
 
 
 def _warm_up(engine: EngineChild) -> None:

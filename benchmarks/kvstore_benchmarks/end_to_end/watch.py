@@ -67,32 +67,41 @@ class Watch:
 
     def committed(self) -> int:
         """Blocks, since the last mark."""
-        return self._client.stats().committed_blocks - self._seen.committed_blocks
+        return self._committed(self._client.stats())
+
+    def engine_sessions(self) -> int:
+        """Sessions other than our own. An engine has several: one for each of its parts."""
+        return self._client.stats().sessions - 1
 
     def wait_stored(self, blocks: int, idle: Callable[[], None]) -> float:
         """Until `blocks` more are committed; the seconds it took. `idle` runs meanwhile."""
-        return self._wait(
-            lambda stats: stats.committed_blocks - self._seen.committed_blocks >= blocks,
-            f"{blocks} blocks to be committed",
-            idle,
-        )
+        return self._wait(self._committed, blocks, "blocks to be committed", idle)
 
-    def wait_attached(self, idle: Callable[[], None]) -> float:
-        """Until another session than our own is there; the seconds it took."""
-        return self._wait(lambda stats: stats.sessions > 1, "the engine to attach", idle)
+    def wait_attached(self, sessions: int, idle: Callable[[], None]) -> float:
+        """Until engines have so many sessions; the seconds it took."""
+        return self._wait(lambda stats: stats.sessions - 1, sessions, "sessions of engines", idle)
 
     def flush(self, idle: Callable[[], None]) -> None:
         """Everything to NVMe, and out of DRAM: once nobody reads it any more."""
-        self._wait(lambda stats: stats.leases == 0, "the engine to release its leases", idle)
+        self._wait(lambda stats: int(stats.leases == 0), 1, "moment without a lease", idle)
         self._client.flush(drop=True)
 
+    def _committed(self, stats: StoreStats) -> int:
+        return stats.committed_blocks - self._seen.committed_blocks
+
     def _wait(
-        self, reached: Callable[[StoreStats], bool], what: str, idle: Callable[[], None]
+        self,
+        level: Callable[[StoreStats], int],
+        wanted: int,
+        what: str,
+        idle: Callable[[], None],
     ) -> float:
         started = time.monotonic()
-        while not reached(self._client.stats()):
+        while (reached := level(self._client.stats())) < wanted:
             if time.monotonic() > started + SETTLE_TIMEOUT_S:
-                raise NotInTime(f"waited {SETTLE_TIMEOUT_S:.0f} s for {what}")
+                raise NotInTime(
+                    f"waited {SETTLE_TIMEOUT_S:.0f} s for {wanted} {what}; there are {reached}"
+                )
             idle()
             time.sleep(_POLL_S)
         return time.monotonic() - started
