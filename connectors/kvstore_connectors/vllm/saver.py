@@ -42,7 +42,7 @@ CHUNK_BYTES = 32 << 20
 """Reserved, copied and committed at a time: two calls to the server for each."""
 
 RESERVE_WAIT_MS = 100
-FLUSH_S = 0.5
+FLUSH_S = 2.0
 
 
 @dataclass(slots=True, eq=False)
