@@ -50,10 +50,15 @@ class Row:
 
     name: str
     first_token_s: float
-    cached_tokens: int
+    cached_tokens: tuple[int, ...]
+    """Of each prompt, as the next."""
     tier: str
     expected_tier: str
-    logprob_difference: float
+    logprob_differences: tuple[float, ...]
+
+    @property
+    def logprob_difference(self) -> float:
+        return max(self.logprob_differences)
 
     @property
     def wrong(self) -> str:
@@ -61,7 +66,11 @@ class Row:
         if self.tier != self.expected_tier:
             return f"{self.name}: served from {self.tier}, not from {self.expected_tier}"
         if self.logprob_difference > 0:
-            return f"{self.name}: log-probabilities differ from those without the store"
+            return (
+                f"{self.name}: log-probabilities differ from those without the store, by"
+                f" {', '.join(f'{one:.3g}' for one in self.logprob_differences)}"
+                f" with {', '.join(map(str, self.cached_tokens))} tokens cached"
+            )
         return ""
 
 
@@ -183,16 +192,17 @@ def _row(name: str, answers: Answers, reference: Answers, tier: str, expected: s
     return Row(
         name=name,
         first_token_s=median([answer.first_token_s for answer in answers]),
-        cached_tokens=min(answer.cached_tokens for answer in answers),
+        cached_tokens=tuple(answer.cached_tokens for answer in answers),
         tier=tier,
         expected_tier=expected,
-        logprob_difference=max(map(difference, answers, reference)),
+        logprob_differences=tuple(map(difference, answers, reference)),
     )
 
 
 def _as_json(rows: list[Row], wrong: list[str]) -> dict[str, Any]:
-    """Times in seconds; `speed_up` against vLLM alone, cold. A difference of null
-    means that the likeliest tokens are others."""
+    """Times in seconds; `speed_up` against vLLM alone, cold. Cached tokens and
+    differences are those of each prompt; a difference of null means that the likeliest
+    tokens are others."""
     cold = rows[0].first_token_s
     return {
         "prompt_tokens": PROMPT_TOKENS,
@@ -202,10 +212,10 @@ def _as_json(rows: list[Row], wrong: list[str]) -> dict[str, Any]:
             {
                 "name": row.name,
                 "first_token_s": finite(row.first_token_s),
-                "cached_tokens": row.cached_tokens,
+                "cached_tokens": list(row.cached_tokens),
                 "tier": row.tier,
                 "speed_up": finite(ratio(cold, row.first_token_s), 2),
-                "logprob_difference": finite(row.logprob_difference, 6),
+                "logprob_differences": [finite(one, 6) for one in row.logprob_differences],
                 "logprobs_agree": row.logprob_difference == 0,
             }
             for row in rows
@@ -226,7 +236,7 @@ def _table(rows: list[Row]) -> Table:
             row.name,
             seconds_text(row.first_token_s),
             f"{ratio(rows[0].first_token_s, row.first_token_s):.1f}x",
-            str(row.cached_tokens),
+            str(min(row.cached_tokens)),
             row.tier,
             "reference" if index < REFERENCE_ROWS else _agreement(row.logprob_difference),
         )

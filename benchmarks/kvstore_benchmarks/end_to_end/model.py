@@ -12,6 +12,7 @@ import hashlib
 import json
 import random
 import shutil
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -51,11 +52,15 @@ def build(shape: ModelShape = SHAPE, folder: Path | None = None) -> Path:
     model = home / name
     if not (model / "config.json").exists():
         home.mkdir(parents=True, exist_ok=True)
-        unfinished = home / f"{name}.unfinished"
-        shutil.rmtree(unfinished, ignore_errors=True)
+        # Under a name of its own until it is whole: two may be building at once.
+        unfinished = Path(tempfile.mkdtemp(prefix=f"{name}.", dir=home))
         _write(shape, unfinished)
-        shutil.rmtree(model, ignore_errors=True)
-        unfinished.rename(model)
+        try:
+            unfinished.rename(model)
+        except OSError:
+            shutil.rmtree(unfinished)
+            if not (model / "config.json").exists():
+                raise
     return model
 
 

@@ -16,10 +16,10 @@ def row(name: str = "engine restarted", **changes: object) -> Row:
     fields: dict[str, object] = {
         "name": name,
         "first_token_s": 0.1,
-        "cached_tokens": 2016,
+        "cached_tokens": (2016, 2016),
         "tier": "DRAM",
         "expected_tier": "DRAM",
-        "logprob_difference": 0.0,
+        "logprob_differences": (0.0, 0.0),
     }
     return Row(**(fields | changes))  # type: ignore[arg-type]
 
@@ -34,21 +34,21 @@ def test_blocks_from_the_wrong_tier_are_wrong() -> None:
 
 @pytest.mark.parametrize("largest", [1e-6, math.inf])
 def test_any_difference_of_log_probabilities_is_wrong(largest: float) -> None:
-    assert "log-probabilities" in row(logprob_difference=largest).wrong
+    assert "log-probabilities" in row(logprob_differences=(0.0, largest)).wrong
 
 
 def test_the_object_is_json_even_when_nothing_agrees() -> None:
-    rows = [row("alone", first_token_s=2.0), row(logprob_difference=math.inf)]
+    rows = [row("alone", first_token_s=2.0), row(logprob_differences=(math.inf, 0.0))]
     figures = json.loads(json.dumps(demo._as_json(rows, ["x"]), allow_nan=False))
     assert figures["ok"] is False
-    assert figures["runs"][1]["logprob_difference"] is None
+    assert figures["runs"][1]["logprob_differences"] == [None, 0]
     assert figures["runs"][1]["logprobs_agree"] is False
     assert figures["runs"][1]["speed_up"] == 20
 
 
 def test_the_table_names_a_difference_loudly() -> None:
     console = Console(width=80)
-    rows = [row("alone"), row("own hit"), row(), row(logprob_difference=math.inf)]
+    rows = [row("alone"), row("own hit"), row(), row(logprob_differences=(math.inf, 0.0))]
     with console.capture() as shown:
         console.print(demo._table(rows))
     assert shown.get().count("reference") == 2

@@ -22,5 +22,5 @@ def test_the_demo_serves_every_tier_and_agrees_exactly(tmp_path: Path) -> None:
         "none", "vLLM", "none", "DRAM", "DRAM", "NVMe",
     ]  # fmt: skip
     assert all(run["logprobs_agree"] for run in figures["runs"])
-    assert all(run["cached_tokens"] > 1900 for run in figures["runs"] if run["tier"] != "none")
+    assert all(min(run["cached_tokens"]) > 1900 for run in figures["runs"] if run["tier"] != "none")
     assert "s  a new server on the same data" in shown.stderr, "progress is visible"
