@@ -23,6 +23,8 @@ from kvstore.errors import KVStoreError, Unavailable
 
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 60.0
+IDLE_EXIT_S = "900"
+"""Longer than the slowest start of an engine, which is the first to attach."""
 _POLL_S = 0.05
 _LOG_TAIL_LINES = 8
 
@@ -77,6 +79,7 @@ class Server:
     def start(self) -> None:
         """Return once the server answers. Raises `Unavailable` with the end of its log."""
         command = [sys.executable, "-m", "kvstore_server", "--socket", self.endpoint]
+        command += ["--idle-exit-s", IDLE_EXIT_S]  # Should this process be killed.
         command += ["--admin", "", "--nvme-path", str(self._home / "data"), *self._sizes]
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
