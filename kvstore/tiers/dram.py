@@ -40,6 +40,7 @@ _FALLOC_FL_KEEP_SIZE = 1
 _FALLOC_FL_PUNCH_HOLE = 2
 _HUGE_PAGE_BYTES = 2 << 20
 _POPULATE_BYTES = 4 << 20
+_SPARES_NICE = 10
 """Populated at a time: the kernel holds a lock of the whole process meanwhile."""
 
 _NO_MEMORY = frozenset(
@@ -258,6 +259,9 @@ class DramTier:
         )
 
     def _keep_spares(self) -> None:
+        # On Linux a thread has a priority of its own: zeroing memory ahead of need
+        # must not take a core from an engine that is computing.
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _SPARES_NICE)
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._stopping or self._wants_spare())
