@@ -135,6 +135,8 @@ class Store:
         self._opening: dict[int, asyncio.Future[None]] = {}
         self._started_ns = clock.now_ns()
         self._ticked_ns = self._started_ns
+        # The last batch of forgets that was begun.
+        self._forgets: asyncio.Task[None] | None = None
         self._unsynced = False
         self._draining = False
         self._bytes = {tier: [0, 0] for tier in Tier}
@@ -158,8 +160,10 @@ class Store:
             except (TypeError, BadRequest):
                 log.warning("a layout found on NVMe is not one; its blocks are dropped")
         blocks = await self._in_thread(lambda: list(nvme.recovered_blocks()))
-        extents, refused = self._planner.restore(
-            layouts, nvme.recovered_extents(), [(b.header, b.address) for b in blocks]
+        # In a thread: nobody else uses the planner yet, and probes want answers.
+        found = [(block.header, block.address) for block in blocks]
+        extents, refused = await self._in_thread(
+            lambda: self._planner.restore(layouts, nvme.recovered_extents(), found)
         )
         for header, address in refused:
             assert isinstance(header, BlockHeader)
@@ -316,9 +320,13 @@ class Store:
         self._execute()
         return started
 
-    def clear(self, tenant: str) -> int:
+    async def clear(self, tenant: str) -> int:
+        """Blocks forgotten. What is not in use stays forgotten across a crash."""
         blocks = self._planner.clear(tenant)
         self._execute()
+        if self._forgets is not None:
+            await asyncio.wait([self._forgets])
+        await self._sync()
         return blocks
 
     async def flush(self, tenant: str, drop: bool) -> int:
@@ -406,14 +414,12 @@ class Store:
 
     def _execute(self) -> None:
         while actions := self._planner.take_actions():
-            forgets: list[Replica] = []
-            for action in actions:
-                if isinstance(action, Forget):
-                    forgets.append(action.replica)
-                else:
-                    self._execute_one(action)
+            forgets = [action.replica for action in actions if isinstance(action, Forget)]
             if forgets:
-                self._spawn(self._forget(forgets))
+                self._forgets = self._spawn(self._forget(forgets))
+            for action in actions:
+                if not isinstance(action, Forget):
+                    self._execute_one(action)
         self._count_evictions()
 
     def _execute_one(self, action: Action) -> None:
@@ -427,7 +433,7 @@ class Store:
             case OpenExtent(Tier.DRAM, extent, _):
                 try:
                     self.dram.open_extent(extent)
-                except TierFull as error:
+                except TierError as error:
                     log.error("no memory for the DRAM tier, it stays at its size: %s", error)
                     self._planner.extent_failed(Tier.DRAM, extent)
             case CloseExtent(Tier.DRAM, extent):
@@ -440,10 +446,19 @@ class Store:
             case Publish(changes):
                 self._listing.change(changes)
                 if self._listing.needs_growth:
-                    keys = [block.stored_key for block in self._planner.catalog]
-                    self._spawn(self._listing.grow(keys))
+                    self._grow_listing()
             case RememberLayout(layout):
                 self._spawn(self._remember(layout))
+
+    def _grow_listing(self) -> None:
+        keys = [block.stored_key for block in self._planner.catalog]
+        try:
+            growing = self._listing.grow(keys)
+        except OSError as error:
+            # Lookups miss what the table has no room for; nothing else suffers.
+            log.error("the directory cannot grow: %s", error.strerror)
+            return
+        self._spawn(growing)
 
     def _count_evictions(self) -> None:
         residency = self._planner.residency
@@ -453,10 +468,11 @@ class Store:
                 self._evictions[pool.tier] = pool.evictions
                 self._observer.evicted(pool.tier.label, "space", dropped)
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._task_ended)
+        return task
 
     def _task_ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)

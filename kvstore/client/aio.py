@@ -254,12 +254,13 @@ class AsyncClient:
         """Forget all blocks of this tenant; how many."""
         return await self._run(calls.clear(self._core))
 
-    async def flush(self, drop: bool = False) -> int:
+    async def flush(self, drop: bool = False, *, timeout_s: float = 600.0) -> int:
         """Write what is only in DRAM to the next tier; how many blocks.
 
-        With `drop` they also leave DRAM. Raises `NoLowerTier`.
+        With `drop` they also leave DRAM. Takes as long as the disk does, so it has a
+        timeout of its own. Raises `NoLowerTier`.
         """
-        return await self._run(calls.flush(self._core, drop))
+        return await self._run(calls.flush(self._core, drop, timeout_s))
 
     async def _run(self, flow: Flow[T]) -> T:
         if os.getpid() != self._pid:

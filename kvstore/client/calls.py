@@ -17,6 +17,7 @@ from kvstore.errors import (
     LeaseExpired,
     NoSession,
     ReservationExpired,
+    Unavailable,
 )
 from kvstore.types import (
     ChainPresence,
@@ -148,7 +149,13 @@ def reserve(
             return None
         return Call("Abort", pb.AbortRequest(reservation_id=number), link.session, core.timeout_s)
 
-    response, link = yield from call(core, budget, "Reserve", request, undo)
+    try:
+        response, link = yield from call(core, budget, "Reserve", request, undo)
+    except Unavailable:
+        # What was granted without our hearing of it could never be given back, but
+        # with the session.
+        link.retire()
+        raise
     return wire.reservation(cast(pb.ReserveResponse, response), link.tag), link
 
 
@@ -228,11 +235,11 @@ def clear(core: Core) -> Flow[int]:
     return cast(pb.ClearResponse, response).blocks
 
 
-def flush(core: Core, drop: bool) -> Flow[int]:
+def flush(core: Core, drop: bool, timeout_s: float) -> Flow[int]:
     def request() -> Message:
         return pb.FlushRequest(drop=drop)
 
-    response, _ = yield from call(core, Budget(core.timeout_s), "Flush", request)
+    response, _ = yield from call(core, Budget(timeout_s), "Flush", request)
     return cast(pb.FlushResponse, response).written
 
 

@@ -15,6 +15,7 @@ from kvstore.errors import (
     NoSession,
     NoTenant,
     TooLarge,
+    TooMany,
     Unavailable,
 )
 
@@ -27,8 +28,7 @@ _BY_STATUS: dict[grpc.StatusCode, type[KVStoreError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: BadRequest,
     grpc.StatusCode.UNAUTHENTICATED: NoSession,
     grpc.StatusCode.PERMISSION_DENIED: NoTenant,
-    # The only thing gRPC itself runs out of is the size of a message.
-    grpc.StatusCode.RESOURCE_EXHAUSTED: TooLarge,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: TooMany,
 }
 
 
@@ -45,6 +45,10 @@ def typed_error(
             if code in WIRE_ERRORS:
                 return WIRE_ERRORS[code](details or code)
     kind = InternalError if status is None else _BY_STATUS.get(status, InternalError)
+    if kind is TooMany and "message" in (details or ""):
+        # Of the two things that gRPC itself runs out of, the other one: its limit of
+        # calls at a time is worth a retry, a message that is too large is not.
+        kind = TooLarge
     if status is grpc.StatusCode.DEADLINE_EXCEEDED:
         return kind(f"{method}: no answer in time")
     return kind(f"{method}: {details or status}")

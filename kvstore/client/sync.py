@@ -254,12 +254,13 @@ class Client:
         """Forget all blocks of this tenant; how many."""
         return self._run(calls.clear(self._core))
 
-    def flush(self, drop: bool = False) -> int:
+    def flush(self, drop: bool = False, *, timeout_s: float = 600.0) -> int:
         """Write what is only in DRAM to the next tier; how many blocks.
 
-        With `drop` they also leave DRAM. Raises `NoLowerTier`.
+        With `drop` they also leave DRAM. Takes as long as the disk does, so it has a
+        timeout of its own. Raises `NoLowerTier`.
         """
-        return self._run(calls.flush(self._core, drop))
+        return self._run(calls.flush(self._core, drop, timeout_s))
 
     def _run(self, flow: Flow[T]) -> T:
         if os.getpid() != self._pid:

@@ -141,12 +141,17 @@ class Leases:
             waiting.remove(ticket)
             if not waiting:
                 del self._filling[replica]
+        late = list(ticket.missing)
         ticket.missing.clear()
         if ticket in self._cramped:
             self._cramped.remove(ticket)
         ticket.session.tickets.discard(ticket)
         expires_ns = now_ns + self._limits.lease_ms * 1_000_000
         ticket.answer = [self._grant(ticket.session, claim, expires_ns) for claim in ticket.claims]
+        for replica in late:
+            # Nobody waits for it any more: it must not go before what is waited for.
+            if replica.state is State.FILLING and not replica.pins:
+                self._residency.call_off(replica)
 
     def _grant(self, session: Session, claim: ChainClaim, expires_ns: int) -> LeaseGrant:
         held = 0
@@ -219,8 +224,14 @@ class Leases:
 
     def retry(self, now_ns: int) -> None:
         """There may be room now."""
+        full: set[SpaceClass] = set()
         for ticket in list(self._cramped):
+            classes = {layout.dram_class for claim in ticket.claims for layout in claim.layouts}
+            if classes <= full:
+                continue
             self._extend(ticket)
+            if any(claim.cramped for claim in ticket.claims):
+                full |= classes
             if not self._may_get_on(ticket):
                 self._answer(ticket, now_ns)
             elif not any(claim.cramped for claim in ticket.claims):

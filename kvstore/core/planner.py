@@ -24,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import count
 
-from kvstore.core.actions import Action, Copy, Publish, RememberLayout
+from kvstore.core.actions import Action, Answer, Copy, Publish, RememberLayout
 from kvstore.core.catalog import Block, Catalog, Layout, Replica
 from kvstore.core.flushes import Flushes
 from kvstore.core.leases import Leases
@@ -108,6 +108,7 @@ class Planner:
         del self._sessions[session.id]
         for ticket in list(session.tickets):
             self.give_up(ticket, 0)
+            self.residency.actions.append(Answer(ticket))
         for lease in list(session.leases.values()):
             self.leases.end(lease)
         for reservation in list(session.reservations.values()):
@@ -306,6 +307,7 @@ class Planner:
                 self.residency.restore(layout, stored, address)
             except (UnknownLayout, ValueError):
                 refused_blocks.append((stored, address))
+        nvme.space.finish_restore()
         return refused_extents, refused_blocks
 
     # Time

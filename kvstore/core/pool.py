@@ -8,13 +8,28 @@ the moment its slot is allocated to the moment it is free again.
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable, Iterator
+from itertools import islice
 
 from kvstore.core.catalog import Block, Replica
 from kvstore.core.lifecycle import State
 from kvstore.core.policies import EvictionPolicy
 from kvstore.core.space import Space, SpaceClass
 from kvstore.types import Tier
+
+SCANNED = 1024
+"""Replicas looked at for one to evict."""
+
+
+class Verdict(enum.Enum):
+    """Whether a replica may leave its tier."""
+
+    GO = enum.auto()
+    IN_USE = enum.auto()
+    """Not before whoever uses it lets go: leased, or with children."""
+    LATER = enum.auto()
+    """Once it is written to the next tier."""
 
 
 class Pool:
@@ -77,9 +92,24 @@ class Pool:
     def replicas(self) -> Iterator[Replica]:
         return iter(self._replicas.values())
 
-    def coldest(self, space_class: SpaceClass, may_go: Callable[[Replica], bool]) -> Replica | None:
-        """The first replica in eviction order that may go."""
-        return next(filter(may_go, self.candidates(space_class)), None)
+    def coldest(
+        self, space_class: SpaceClass, may_go: Callable[[Replica], Verdict]
+    ) -> Replica | None:
+        """The first replica in eviction order that may go, among the `SCANNED` coldest.
+
+        Those found in use on the way count as used now, so that they are not looked
+        at again and again."""
+        in_use: list[Replica] = []
+        found = None
+        for replica in islice(self.candidates(space_class), SCANNED):
+            verdict = may_go(replica)
+            if verdict is Verdict.GO:
+                found = replica
+                break
+            if verdict is Verdict.IN_USE:
+                in_use.append(replica)
+        self.touch_run(in_use, space_class)
+        return found
 
     def candidates(self, space_class: SpaceClass) -> Iterator[Replica]:
         """READY replicas of a class in eviction order."""

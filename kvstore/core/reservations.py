@@ -32,8 +32,8 @@ MAX_WAITING = 1024
 """Reserves that may wait for space at a time."""
 MAX_SETTLED = 256
 """Reservations without an open entry that a session keeps, to recognise repeats."""
-MAX_CHAIN = 65536
-"""Blocks a chain can have; beyond that its order in the policies is not kept."""
+MAX_ANCESTORS = 4096
+"""Blocks before a new one that count as used with it. Bounds what a commit costs."""
 
 _DENIED = ReserveResult(ReserveOutcome.DENIED)
 
@@ -187,7 +187,7 @@ class Reservations:
 
     def _touch_ancestors(self, block: Block) -> None:
         # Bounded, because parents are what clients say they are, and could be a ring.
-        for _ in range(MAX_CHAIN):
+        for _ in range(MAX_ANCESTORS):
             parent = self._catalog.get(block.parent)
             if parent is None:
                 return
@@ -221,9 +221,17 @@ class Reservations:
     # Getting on with what waits
 
     def retry(self, now_ns: int) -> None:
-        """There may be room now: let those who wait have it, in order."""
-        while self._waiting and self._try_reserve(self._waiting[0], now_ns, last=False):
-            self._residency.actions.append(Answer(self._waiting.popleft()))
+        """There may be room now: let those who wait have it, in order within a class."""
+        full: set[SpaceClass] = set()
+        for ticket in list(self._waiting):
+            space_class = ticket.layout.dram_class
+            if space_class in full:
+                continue
+            if self._try_reserve(ticket, now_ns, last=False):
+                self._waiting.remove(ticket)
+                self._residency.actions.append(Answer(ticket))
+            else:
+                full.add(space_class)
 
     def give_up(self, ticket: ReserveTicket, now_ns: int) -> None:
         """The caller waits no longer."""

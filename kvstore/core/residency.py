@@ -29,7 +29,7 @@ from kvstore.core.actions import Action, CloseExtent, Copy, Forget, OpenExtent
 from kvstore.core.catalog import Block, Catalog, Layout, Replica
 from kvstore.core.lifecycle import Event, State
 from kvstore.core.policies import LRU, EvictionPolicy
-from kvstore.core.pool import Pool
+from kvstore.core.pool import Pool, Verdict
 from kvstore.core.space import Space, SpaceClass
 from kvstore.core.transfers import TransferClass, TransferQueue
 from kvstore.types import Tier
@@ -158,7 +158,9 @@ class Residency:
         source = block.nvme
         assert source is not None and source.state is State.READY and block.dram is None
         self.pin(source)
-        target = self._place_in_dram(block, State.FILLING)
+        # What is only wished for takes what is free, and pushes nobody out.
+        evict = transfer_class is TransferClass.DEMAND
+        target = self._place_in_dram(block, State.FILLING, evict=evict)
         if target is None:
             self.unpin(source)
             return None
@@ -272,6 +274,13 @@ class Residency:
                 self._stop_filling(replica)
         block.dram = block.nvme = None
 
+    def call_off(self, target: Replica) -> None:
+        """Do not fill `target` after all, unless that has begun already."""
+        copy = self.transfers.cancel(target)
+        if copy is not None:
+            self._unplace(target)
+            self.unpin(copy.source)
+
     def release_writer(self, replica: Replica, event: Event) -> None:
         """The writer of a reserved slot gave up (ABORT), went (WRITER_GONE) or ran
         out of time (EXPIRE). The key is free at once; the slot, unless it may still
@@ -312,8 +321,10 @@ class Residency:
 
     # Room
 
-    def _place_in_dram(self, block: Block, state: State) -> Replica | None:
+    def _place_in_dram(self, block: Block, state: State, *, evict: bool = True) -> Replica | None:
         space_class = block.layout.dram_class
+        if not self.dram.space.slots_per_extent(space_class.slot_bytes):
+            return None
         while True:
             replica = self.dram.place(block, space_class, state)
             if replica is not None:
@@ -321,6 +332,8 @@ class Residency:
                 return replica
             if self._grow(self.dram, space_class):
                 continue
+            if not evict:
+                return None
             if self._below_share(self.dram, space_class) and self._empty_one(
                 self.dram, space_class
             ):
@@ -437,17 +450,23 @@ class Residency:
         target = replica.block.nvme
         return target is not None and target.state is State.FILLING
 
-    def _may_leave_dram(self, replica: Replica) -> bool:
-        if replica.pins:
-            return False
+    def _may_leave_dram(self, replica: Replica) -> Verdict:
         saved = replica.block.nvme
+        if saved is not None and saved.state is not State.READY:
+            return Verdict.LATER
+        if replica.pins:
+            return Verdict.IN_USE
         if saved is not None:
-            return saved.state is State.READY
-        return not self.can_save and not replica.block.children
+            return Verdict.GO
+        if self.can_save:
+            return Verdict.LATER
+        return Verdict.IN_USE if replica.block.children else Verdict.GO
 
-    def _may_leave_nvme(self, replica: Replica) -> bool:
+    def _may_leave_nvme(self, replica: Replica) -> Verdict:
         # What is in DRAM too would be dirty again and come back at once.
-        return not replica.pins and not replica.block.children and replica.block.dram is None
+        if replica.pins or replica.block.children or replica.block.dram is not None:
+            return Verdict.IN_USE
+        return Verdict.GO
 
     # One replica's steps; each keeps pools, policies, catalog and dirty lists agreed
 

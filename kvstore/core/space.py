@@ -165,16 +165,20 @@ class Space:
         self._add(number, space_class)
 
     def restore_slot(self, address: int) -> None:
-        """Mark a slot of a restored extent as used. Raises ValueError when it is
-        used already or is no slot."""
+        """Mark a slot of a restored extent as used; `finish_restore` must follow. Raises
+        ValueError when it is used already or is no slot."""
         extent, index = self._locate(address)
         if index in extent.used or index >= extent.slots:
             raise ValueError(f"slot {index} of extent {extent.number} is not free")
-        extent.free.remove(index)
         extent.used.add(index)
-        if not extent.free:
-            del self._partial[extent.space_class][extent.number]
         self._used_bytes += extent.space_class.slot_bytes
+
+    def finish_restore(self) -> None:
+        """All that was found is marked: the rest is free."""
+        for extent in self._extents.values():
+            extent.free = [i for i in range(extent.slots - 1, -1, -1) if i not in extent.used]
+            if not extent.free:
+                self._partial[extent.space_class].pop(extent.number, None)
 
     def _add(self, number: int, space_class: SpaceClass) -> Extent:
         extent = Extent(number, space_class, self.slots_per_extent(space_class.slot_bytes))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import resource
 import signal
 
 from prometheus_client import disable_created_metrics
@@ -26,6 +27,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 def run(config: Config) -> int:
     """Serve until told to stop, or idle. Returns the exit code (see `exits`)."""
     configure_logging(config.server.log_level)
+    _allow_descriptors()
     disable_created_metrics()  # type: ignore[no-untyped-call]
     try:
         return asyncio.run(_run(config))
@@ -36,6 +38,13 @@ def run(config: Config) -> int:
         # The outermost frame of the process.
         _log.critical("the server failed", exc_info=error)
         return os.EX_SOFTWARE
+
+
+def _allow_descriptors() -> None:
+    """Every extent of memory and of disk is a descriptor, and so is every client: the
+    usual soft limit of 1024 is for programs that use select()."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def complain(error: KVStoreError) -> None:

@@ -310,8 +310,8 @@ class KVStoreService:
             tenant_blocks=stats.tenant_blocks,
         )
 
-    def clear(self, request: pb.ClearRequest, context: Context) -> pb.ClearResponse:
-        return pb.ClearResponse(blocks=self._store.clear(self._tenant(context)))
+    async def clear(self, request: pb.ClearRequest, context: Context) -> pb.ClearResponse:
+        return pb.ClearResponse(blocks=await self._store.clear(self._tenant(context)))
 
     async def flush(self, request: pb.FlushRequest, context: Context) -> pb.FlushResponse:
         return pb.FlushResponse(

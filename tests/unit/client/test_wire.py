@@ -83,7 +83,7 @@ def test_every_error_on_the_wire_has_its_class() -> None:
         (grpc.StatusCode.UNAVAILABLE, errors.Unavailable),
         (grpc.StatusCode.DEADLINE_EXCEEDED, errors.Unavailable),
         (grpc.StatusCode.CANCELLED, errors.Unavailable),
-        (grpc.StatusCode.RESOURCE_EXHAUSTED, errors.TooLarge),
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, errors.TooMany),
         (grpc.StatusCode.UNIMPLEMENTED, errors.InternalError),
         (None, errors.InternalError),
     ],
@@ -118,3 +118,11 @@ def test_what_is_no_endpoint_is_a_bad_request(text: str) -> None:
 def test_every_rpc_of_the_service_is_known() -> None:
     service = pb.DESCRIPTOR.services_by_name["KVStore"]
     assert set(METHODS) == {method.name for method in service.methods}
+
+
+def test_a_message_too_large_for_grpc_is_told_from_a_busy_server() -> None:
+    status = grpc.StatusCode.RESOURCE_EXHAUSTED
+    large = "CLIENT: Sent message larger than max (20000000 vs. 16777216)"
+    assert type(typed_error("M", status, large, None)) is errors.TooLarge
+    busy = "Concurrent RPC limit exceeded!"
+    assert type(typed_error("M", status, busy, None)) is errors.TooMany

@@ -356,6 +356,62 @@ def test_a_second_writer_of_a_key_is_told(shell: Shell) -> None:
     assert again.reservation_id == 0
 
 
+def test_what_nobody_waits_for_does_not_delay_what_is_waited_for(shell: Shell) -> None:
+    client, lid, keys = on_nvme_only(shell, length=6)
+    hasty = shell.acquire(client, [lid], keys, wait=True)  # type: ignore[arg-type]
+    running = len(shell.copies)
+    shell.planner.give_up(hasty, shell.now_ns)
+    shell.planner.check_integrity()
+    assert len(shell.planner.residency.transfers) == running, "the rest was called off"
+    shell.settle()
+    again = shell.acquire(client, [lid], keys, wait=True)  # type: ignore[arg-type]
+    shell.settle()
+    assert again.answer is not None
+    assert again.answer[0].held == 6
+
+
+def test_one_tenants_full_share_does_not_hold_up_anothers_wait(shell: Shell) -> None:
+    rich, poor = shell.session(1, "rich"), shell.session(2, "poor")
+    lid = a_layout(shell, "rich")
+    a_layout(shell, "poor")
+    held = [(key(n), b"") for n in range(4)]
+    for entry in held:
+        shell.planner.reserve(poor, lid, [entry], wait=False, now_ns=shell.now_ns)
+    shell.planner.reserve(rich, lid, held, wait=False, now_ns=shell.now_ns)
+    stuck = shell.planner.reserve(rich, lid, [(key(9), b"")], wait=True, now_ns=shell.now_ns)
+    waits = shell.planner.reserve(poor, lid, [(key(9), b"")], wait=True, now_ns=shell.now_ns)
+    assert waits.answer is None
+    shell.planner.abort(poor, next(iter(poor.reservations)))
+    shell.advance(1)
+    assert stuck.answer is None
+    assert waits.answer is not None
+    assert waits.answer.results[0].outcome is GRANTED
+
+
+def test_who_waits_is_answered_when_its_session_ends(shell: Shell) -> None:
+    client, lid, keys = on_nvme_only(shell)
+    ticket = shell.acquire(client, [lid], keys, wait=True)  # type: ignore[arg-type]
+    shell.planner.close_session(client)  # type: ignore[arg-type]
+    shell.run()
+    assert ticket in shell.answered
+    shell.settle()
+    shell.planner.check_integrity()
+
+
+def test_a_prefetch_pushes_nobody_out(shell: Shell) -> None:
+    client, lid, keys = on_nvme_only(shell, length=4)
+    hot = chain(7, 8)
+    shell.put(client, lid, hot[:4])  # type: ignore[arg-type]
+    shell.settle()
+    shell.put(client, lid, hot[4:])  # type: ignore[arg-type]
+    shell.settle()
+    before = shell.planner.lookup("t", [ChainQuery([lid], hot)])[0]
+    shell.planner.prefetch("t", [ChainQuery([lid], keys)])
+    shell.run()
+    shell.settle()
+    assert shell.planner.lookup("t", [ChainQuery([lid], hot)])[0] == before
+
+
 def test_unknown_names_are_told_apart(shell: Shell) -> None:
     client = shell.session(1)
     with pytest.raises(UnknownLayout):
