@@ -20,6 +20,7 @@ _READ_DATA = 0x0A
 _WRITE_RESERVATION = 0x08
 _WRITE_INDEX = 0x10
 _WRITE_DATA = 0x1A
+_WRITE_TAGS = frozenset({_WRITE_RESERVATION, _WRITE_INDEX, _WRITE_DATA})
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,18 +50,18 @@ def parse_write(message: bytes) -> WriteChunk:
     try:
         while position < len(message):
             tag = message[position]
+            if tag not in _WRITE_TAGS:
+                return _parse_any(message)
             value, position = _varint(message, position + 1)
             if tag == _WRITE_RESERVATION:
                 reservation_id = value & (1 << 64) - 1
             elif tag == _WRITE_INDEX:
                 index = value & (1 << 32) - 1
-            elif tag == _WRITE_DATA:
+            else:
                 if position + value > len(message):
                     raise BadRequest("a message of Write is cut short")
                 data = memoryview(message)[position : position + value]
                 position += value
-            else:
-                return _parse_any(message)
     except IndexError:
         raise BadRequest("a message of Write is cut short") from None
     return WriteChunk(reservation_id, index, data)

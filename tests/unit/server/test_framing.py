@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from kvstore.errors import BadRequest
@@ -35,6 +35,7 @@ def test_fields_of_a_later_version_are_ignored() -> None:
             assert (chunk.reservation_id, chunk.index, bytes(chunk.data)) == (3, 2, b"abc")
 
 
+@example(message=b"\r\x80\x80\x80\x80")
 @given(st.binary(max_size=60))
 def test_nonsense_is_refused_or_read_as_protobuf_would(message: bytes) -> None:
     try:
