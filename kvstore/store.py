@@ -135,8 +135,7 @@ class Store:
         self._opening: dict[int, asyncio.Future[None]] = {}
         self._started_ns = clock.now_ns()
         self._ticked_ns = self._started_ns
-        # The last batch of forgets that was begun.
-        self._forgets: asyncio.Task[None] | None = None
+        self._forgets: set[asyncio.Task[None]] = set()
         self._unsynced = False
         self._draining = False
         self._bytes = {tier: [0, 0] for tier in Tier}
@@ -324,8 +323,8 @@ class Store:
         """Blocks forgotten. What is not in use stays forgotten across a crash."""
         blocks = self._planner.clear(tenant)
         self._execute()
-        if self._forgets is not None:
-            await asyncio.wait([self._forgets])
+        if self._forgets:
+            await asyncio.wait(self._forgets.copy())
         await self._sync()
         return blocks
 
@@ -416,7 +415,9 @@ class Store:
         while actions := self._planner.take_actions():
             forgets = [action.replica for action in actions if isinstance(action, Forget)]
             if forgets:
-                self._forgets = self._spawn(self._forget(forgets))
+                task = self._spawn(self._forget(forgets))
+                self._forgets.add(task)
+                task.add_done_callback(self._forgets.discard)
             for action in actions:
                 if not isinstance(action, Forget):
                     self._execute_one(action)
