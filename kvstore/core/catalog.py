@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import TypeGuard
 
 from kvstore.core.lifecycle import Event, State, next_state
 from kvstore.core.space import SpaceClass
@@ -77,9 +78,12 @@ class Block:
     @property
     def readable(self) -> bool:
         """Some tier holds the bytes."""
-        return (self.dram is not None and self.dram.state is State.READY) or (
-            self.nvme is not None and self.nvme.state is State.READY
-        )
+        return is_ready(self.dram) or is_ready(self.nvme)
+
+
+def is_ready(replica: Replica | None) -> TypeGuard[Replica]:
+    """Whether there is a replica and its bytes can be read."""
+    return replica is not None and replica.state is State.READY
 
 
 class Catalog:
@@ -140,12 +144,8 @@ class Catalog:
             secret = self._secrets[tenant] = self._tenant_key(tenant)
         return secret
 
-    def stored_key(self, layout: Layout, key: bytes) -> bytes:
-        """The 16-byte name under which this tenant's `key` is kept."""
-        return layout.name(key)
-
     def find(self, layout: Layout, key: bytes) -> Block | None:
-        return self._blocks.get(self.stored_key(layout, key))
+        return self._blocks.get(layout.name(key))
 
     def get(self, stored_key: bytes) -> Block | None:
         return self._blocks.get(stored_key)

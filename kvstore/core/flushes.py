@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kvstore.core.actions import Answer
-from kvstore.core.catalog import Block, Replica
+from kvstore.core.catalog import Replica, is_ready
 from kvstore.core.lifecycle import State
 from kvstore.core.residency import Residency
 from kvstore.core.tickets import FlushTicket
@@ -61,7 +61,7 @@ class Flushes:
         while flush.queue and len(flush.writing) < self._max_writing:
             block = flush.queue[0]
             target = block.nvme
-            if target is None and _in_dram(block):
+            if target is None and is_ready(block.dram):
                 target = self._residency.save(block)
                 if target is None:
                     return not self._residency.can_save
@@ -69,7 +69,3 @@ class Flushes:
                 flush.writing.add(target)
             flush.queue.popleft()
         return False
-
-
-def _in_dram(block: Block) -> bool:
-    return block.dram is not None and block.dram.state is State.READY

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from itertools import chain, takewhile
 
 from kvstore.core.actions import Answer
-from kvstore.core.catalog import Catalog, Layout, Replica
+from kvstore.core.catalog import Catalog, Layout, Replica, is_ready
 from kvstore.core.lifecycle import State
 from kvstore.core.limits import Counters, Limits
 from kvstore.core.residency import Residency
@@ -60,7 +60,7 @@ class Leases:
         ]
         ticket = AcquireTicket(session, claims, wait=wait)
         for claim in claims:
-            self._claim_ready(claim)
+            self._claimis_ready(claim)
         self._extend(ticket)
         if self._may_get_on(ticket):
             session.tickets.add(ticket)
@@ -70,7 +70,7 @@ class Leases:
             self.settle(ticket, now_ns)
         return ticket
 
-    def _claim_ready(self, claim: ChainClaim) -> None:
+    def _claimis_ready(self, claim: ChainClaim) -> None:
         """Pin the prefix that is in DRAM: the usual case, all of it in a few loops."""
         most = len(claim.keys)
         for number, layout in enumerate(claim.layouts):
@@ -122,7 +122,7 @@ class Leases:
         if block is None:
             return None
         replica = block.dram
-        if replica is None and wait and _ready(block.nvme):
+        if replica is None and wait and is_ready(block.nvme):
             replica = self._residency.bring_up(block, TransferClass.DEMAND)
             claim.cramped = replica is None
         if replica is None:
@@ -156,7 +156,7 @@ class Leases:
     def _grant(self, session: Session, claim: ChainClaim, expires_ns: int) -> LeaseGrant:
         held = 0
         if not session.closed:
-            held = min((_leading_ready(column) for column in claim.columns), default=0)
+            held = min((_leadingis_ready(column) for column in claim.columns), default=0)
         for column in claim.columns:
             for replica in column[held:]:
                 if replica.state is not State.GONE:
@@ -266,9 +266,5 @@ class Leases:
             yield from lease.replicas
 
 
-def _leading_ready(column: list[Replica]) -> int:
-    return sum(1 for _ in takewhile(_ready, column))
-
-
-def _ready(replica: Replica | None) -> bool:
-    return replica is not None and replica.state is State.READY
+def _leadingis_ready(column: list[Replica]) -> int:
+    return sum(1 for _ in takewhile(is_ready, column))

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import count
 
 from kvstore.core.actions import Action, Answer, Copy, Publish, RememberLayout
-from kvstore.core.catalog import Block, Catalog, Layout, Replica
+from kvstore.core.catalog import Block, Catalog, Layout, Replica, is_ready
 from kvstore.core.flushes import Flushes
 from kvstore.core.leases import Leases
 from kvstore.core.lifecycle import Event, State
@@ -149,7 +149,7 @@ class Planner:
                 blocks = [self._readable(layout, key) for layout in layouts]
                 if not blocks or not all(blocks):
                     break
-                if in_dram == held and all(b and _ready(b.dram) for b in blocks):
+                if in_dram == held and all(b and is_ready(b.dram) for b in blocks):
                     in_dram += 1
                 held += 1
             answers.append(ChainPresence(held, in_dram))
@@ -160,7 +160,7 @@ class Planner:
         block = self.catalog.get(stored_key)
         if block is None:
             return False, False
-        return _ready(block.dram), _ready(block.nvme)
+        return is_ready(block.dram), is_ready(block.nvme)
 
     def _readable(self, layout: Layout, key: bytes) -> Block | None:
         block = self.catalog.find(layout, key)
@@ -363,10 +363,6 @@ class Planner:
                             yield from column
         for copy in self.residency.transfers.copies():
             yield copy.source
-
-
-def _ready(replica: Replica | None) -> bool:
-    return replica is not None and replica.state is State.READY
 
 
 def _deepest_first(blocks: list[tuple[StoredBlock, int]]) -> list[tuple[StoredBlock, int]]:

@@ -80,8 +80,8 @@ class Reservations:
             raise TooMany(f"a session may hold {self._limits.max_reservations} reservations")
         stored = [
             (
-                self._catalog.stored_key(layout, key),
-                self._catalog.stored_key(layout, parent) if parent else b"",
+                layout.name(key),
+                layout.name(parent) if parent else b"",
             )
             for key, parent in entries
         ]

@@ -276,10 +276,8 @@ class Residency:
 
     def call_off(self, target: Replica) -> None:
         """Do not fill `target` after all, unless that has begun already."""
-        copy = self.transfers.cancel(target)
-        if copy is not None:
-            self._unplace(target)
-            self.unpin(copy.source)
+        if self._cancel(target):
+            self._not_filled(target)
 
     def release_writer(self, replica: Replica, event: Event) -> None:
         """The writer of a reserved slot gave up (ABORT), went (WRITER_GONE) or ran
@@ -518,8 +516,11 @@ class Residency:
         abandoned = target.state is State.ABANDONED
         target.apply(Event.FILL_FAILED)
         self._pool(target).vacate(target)
-        if abandoned:
-            return
+        if not abandoned:
+            self._not_filled(target)
+
+    def _not_filled(self, target: Replica) -> None:
+        """A replica that its block counted on will not come."""
         block = target.block
         if target.tier is Tier.DRAM:
             block.dram = None
@@ -531,15 +532,20 @@ class Residency:
     def _stop_filling(self, replica: Replica) -> None:
         """Nobody will find what is being filled. A copy that somebody waits for, or
         that has started, ends by itself."""
-        copy = None if replica.pins else self.transfers.cancel(replica)
-        if copy is None:
+        if replica.pins or not self._cancel(replica):
             replica.apply(Event.ABANDON)
-            return
-        replica.apply(Event.FILL_FAILED)
-        self._pool(replica).vacate(replica)
+
+    def _cancel(self, target: Replica) -> bool:
+        """Take back a copy that has not started, and the slot it was to fill."""
+        copy = self.transfers.cancel(target)
+        if copy is None:
+            return False
+        target.apply(Event.FILL_FAILED)
+        self._pool(target).vacate(target)
+        if target.tier is Tier.NVME:
+            self._count_saving(target.block, -1)
         self.unpin(copy.source)
-        if replica.tier is Tier.NVME:
-            self._count_saving(replica.block, -1)
+        return True
 
     def _end_copy(self, copy: Copy) -> None:
         self.transfers.finish(copy.target)
