@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from google.protobuf import message_factory
 
+from kvstore.client import wire
 from kvstore.client.wire import MAX_MESSAGE_BYTES, SESSION_METADATA
 from kvstore.errors import BadRequest
 from kvstore.wire.v1 import kvstore_pb2 as pb
@@ -82,6 +83,37 @@ METHODS = _methods()
 """Every RPC of the service by name."""
 
 STREAMS = frozenset({"OpenSession", "Read", "Write"})
+
+
+class Stubs:
+    """What can be called over a channel of either kind, made once."""
+
+    def __init__(self, channel: Any) -> None:
+        self.unary: dict[str, Callable[..., Any]] = {
+            name: channel.unary_unary(
+                method.path,
+                request_serializer=method.serialize,
+                response_deserializer=method.deserialize,
+            )
+            for name, method in METHODS.items()
+            if name not in STREAMS
+        }
+        opening, reading, writing = (METHODS[n] for n in ("OpenSession", "Read", "Write"))
+        self.open: Callable[..., Any] = channel.unary_stream(
+            opening.path,
+            request_serializer=opening.serialize,
+            response_deserializer=opening.deserialize,
+        )
+        self.read: Callable[..., Any] = channel.unary_stream(
+            reading.path,
+            request_serializer=reading.serialize,
+            response_deserializer=wire.decode_read,
+        )
+        self.write: Callable[..., Any] = channel.stream_unary(
+            writing.path,
+            request_serializer=wire.encode_write,
+            response_deserializer=writing.deserialize,
+        )
 
 
 def metadata(session: bytes) -> tuple[tuple[str, bytes], ...]:

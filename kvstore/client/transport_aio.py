@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from typing import Any
 
 import grpc
 import grpc.aio
 
-from kvstore.client import wire
 from kvstore.client.failures import typed_error
-from kvstore.client.rpc import CHANNEL_OPTIONS, METHODS, STREAMS, Endpoint, metadata
+from kvstore.client.rpc import CHANNEL_OPTIONS, Endpoint, Stubs, metadata
 from kvstore.client.steps import Call, OpenSession, ReadStream, WriteStream
 from kvstore.errors import BadRequest, KVStoreError, Unavailable
 from kvstore.types import SESSION_ID_BYTES
@@ -23,35 +21,11 @@ class AsyncTransport:
 
     def __init__(self, endpoint: Endpoint) -> None:
         self._channel = grpc.aio.insecure_channel(endpoint.target, options=CHANNEL_OPTIONS)
-        self._unary: dict[str, Callable[..., Any]] = {
-            name: self._channel.unary_unary(
-                method.path,
-                request_serializer=method.serialize,
-                response_deserializer=method.deserialize,
-            )
-            for name, method in METHODS.items()
-            if name not in STREAMS
-        }
-        opening, reading, writing = (METHODS[n] for n in ("OpenSession", "Read", "Write"))
-        self._open: Callable[..., Any] = self._channel.unary_stream(
-            opening.path,
-            request_serializer=opening.serialize,
-            response_deserializer=opening.deserialize,
-        )
-        self._read: Callable[..., Any] = self._channel.unary_stream(
-            reading.path,
-            request_serializer=reading.serialize,
-            response_deserializer=wire.decode_read,
-        )
-        self._write: Callable[..., Any] = self._channel.stream_unary(
-            writing.path,
-            request_serializer=wire.encode_write,
-            response_deserializer=writing.deserialize,
-        )
+        self._stubs = Stubs(self._channel)
 
     async def call(self, step: Call) -> Any:
         try:
-            return await self._unary[step.method](
+            return await self._stubs.unary[step.method](
                 step.request,
                 timeout=step.timeout_s,
                 metadata=metadata(step.session),
@@ -64,7 +38,7 @@ class AsyncTransport:
 
     async def read(self, step: ReadStream) -> None:
         try:
-            stream = self._read(
+            stream = self._stubs.read(
                 step.request, timeout=step.timeout_s, metadata=metadata(step.session)
             )
             async for piece in stream:
@@ -76,7 +50,7 @@ class AsyncTransport:
 
     async def write(self, step: WriteStream) -> None:
         try:
-            await self._write(
+            await self._stubs.write(
                 iter(step.pieces), timeout=step.timeout_s, metadata=metadata(step.session)
             )
         except grpc.RpcError as error:
@@ -86,7 +60,7 @@ class AsyncTransport:
 
     async def open_session(self, step: OpenSession) -> tuple[bytes, _Stream]:
         try:
-            call = self._open(pb.OpenSessionRequest())
+            call = self._stubs.open(pb.OpenSessionRequest())
         except grpc.aio.UsageError as error:
             raise _closed(error) from error
         try:
