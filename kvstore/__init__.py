@@ -24,12 +24,13 @@ if TYPE_CHECKING:
     from kvstore.local.spawn import ensure_server as ensure_server
     from kvstore.types import ChainPresence as ChainPresence
     from kvstore.types import ChainQuery as ChainQuery
+    from kvstore.types import CommitAnswer as CommitAnswer
+    from kvstore.types import CommitOutcome as CommitOutcome
     from kvstore.types import LayoutSpec as LayoutSpec
     from kvstore.types import LeaseGrant as LeaseGrant
     from kvstore.types import PutOutcome as PutOutcome
-    from kvstore.types import ReservationGrant as ReservationGrant
-    from kvstore.types import ReserveOutcome as ReserveOutcome
-    from kvstore.types import ReserveResult as ReserveResult
+    from kvstore.types import Segment as Segment
+    from kvstore.types import SlotGrant as SlotGrant
     from kvstore.types import StoreStats as StoreStats
 
 _HOME = {
@@ -38,15 +39,16 @@ _HOME = {
     "ChainPresence": "kvstore.types",
     "ChainQuery": "kvstore.types",
     "Client": "kvstore.client.sync",
+    "CommitAnswer": "kvstore.types",
+    "CommitOutcome": "kvstore.types",
     "Layout": "kvstore.client.lease",
     "LayoutSpec": "kvstore.types",
     "Lease": "kvstore.client.sync",
     "LeaseGrant": "kvstore.types",
     "PutOutcome": "kvstore.types",
-    "ReservationGrant": "kvstore.types",
-    "ReserveOutcome": "kvstore.types",
-    "ReserveResult": "kvstore.types",
+    "Segment": "kvstore.types",
     "ServerInfo": "kvstore.client.wire",
+    "SlotGrant": "kvstore.types",
     "StoreStats": "kvstore.types",
     "ensure_server": "kvstore.local.spawn",
     "errors": "kvstore",

@@ -7,12 +7,10 @@
     |   |   |-- BadSize         a block, or piece of one, of the wrong size
     |   |   `-- TooLarge        more in one call than the server takes
     |   |-- UnknownLayout
-    |   |-- UnknownReservation
     |   |-- LeaseExpired        by time, by release, or never granted
-    |   |-- ReservationExpired
+    |   |-- ReservationExpired  by time, by commit or abort, or never granted
     |   |-- ForeignLease
-    |   |-- ForeignReservation
-    |   |-- Conflict            the key is committed with other bytes
+    |   |-- Conflict            the key is committed with other bytes; raised by clients
     |   |-- NoTenant            the caller may not use this server
     |   `-- NoLowerTier
     |-- Refused                 the server cannot now; retry after a pause
@@ -73,10 +71,6 @@ class UnknownLayout(ClientError):
     code = "UNKNOWN_LAYOUT"
 
 
-class UnknownReservation(ClientError):
-    code = "UNKNOWN_RESERVATION"
-
-
 class LeaseExpired(ClientError):
     code = "LEASE_EXPIRED"
 
@@ -89,12 +83,8 @@ class ForeignLease(ClientError):
     code = "FOREIGN_LEASE"
 
 
-class ForeignReservation(ClientError):
-    code = "FOREIGN_RESERVATION"
-
-
 class Conflict(ClientError):
-    code = "CONFLICT"
+    pass
 
 
 class NoTenant(ClientError):
@@ -194,8 +184,8 @@ class IllegalTransition(KVStoreError):
 WIRE_ERRORS: dict[str, type[KVStoreError]] = {
     error.code: error
     for error in (
-        BadRequest, BadKey, BadSize, TooLarge, UnknownLayout, UnknownReservation,
-        LeaseExpired, ReservationExpired, ForeignLease, ForeignReservation, Conflict,
+        BadRequest, BadKey, BadSize, TooLarge, UnknownLayout,
+        LeaseExpired, ReservationExpired, ForeignLease,
         NoTenant, NoLowerTier, NoSpace, TooMany, NoSession, Draining, InternalError,
     )
 }  # fmt: skip

@@ -57,9 +57,11 @@ from kvstore.types import (
     SESSION_ID_BYTES,
     ChainPresence,
     ChainQuery,
+    CommitAnswer,
     LayoutSpec,
     LeaseGrant,
-    ReservationGrant,
+    Segment,
+    SlotGrant,
     StoreStats,
     Tier,
     TierStats,
@@ -269,13 +271,13 @@ class Store:
         self,
         session: Session,
         layout_id: bytes,
-        entries: Sequence[tuple[bytes, bytes]],
+        count: int,
         wait_ms: int,
-    ) -> ReservationGrant:
+    ) -> SlotGrant:
         """See the planner. Waits at most `wait_ms` for space."""
         self._refuse_when_draining()
         ticket = self._planner.reserve(
-            session, layout_id, entries, wait=wait_ms > 0, now_ns=self._clock.now_ns()
+            session, layout_id, count, wait=wait_ms > 0, now_ns=self._clock.now_ns()
         )
         self._execute()
         await self._wait(ticket, wait_ms / 1000)
@@ -285,15 +287,23 @@ class Store:
     def commit(
         self,
         session: Session,
-        reservation_id: int,
-        indices: Sequence[int],
-        checksums: Sequence[int],
-    ) -> None:
-        self._planner.commit(session, reservation_id, indices, checksums)
+        layout_id: bytes,
+        segments: Sequence[Segment],
+        reserve: int,
+    ) -> CommitAnswer:
+        """See the planner. `reserve`: slots to reserve in the same call."""
+        answer = self._planner.commit(
+            session,
+            layout_id,
+            segments,
+            reserve=0 if self._draining else reserve,
+            now_ns=self._clock.now_ns(),
+        )
         self._execute()
+        return answer
 
-    def abort(self, session: Session, reservation_id: int) -> None:
-        self._planner.abort(session, reservation_id)
+    def abort(self, session: Session, slot_ids: Sequence[int]) -> None:
+        self._planner.abort(session, slot_ids)
         self._execute()
 
     def lease_view(self, session: Session, lease_id: int, index: int) -> memoryview:
@@ -304,14 +314,10 @@ class Store:
         replica = lease.replicas[index]
         return self.dram.view(replica.address, replica.block.layout.block_bytes).toreadonly()
 
-    def reservation_view(self, session: Session, reservation_id: int, index: int) -> memoryview:
+    def slot_view(self, session: Session, slot_id: int) -> memoryview:
         """A reserved slot, `block_bytes` of it, to be written."""
-        reservation = self._planner.reservation(session, reservation_id)
-        entries = reservation.entries
-        replica = entries[index] if 0 <= index < len(entries) else None
-        if replica is None:
-            raise BadRequest(f"the reservation has no open entry {index}")
-        return self.dram.view(replica.address, reservation.layout.block_bytes)
+        replica = self._planner.slot(session, slot_id)
+        return self.dram.view(replica.address, replica.block.layout.block_bytes)
 
     def prefetch(self, tenant: str, chains: Sequence[ChainQuery]) -> int:
         self._refuse_when_draining()
@@ -407,7 +413,8 @@ class Store:
         if isinstance(ticket, AcquireTicket) and ticket.answer is not None:
             self._planner.release(ticket.session, [grant.lease_id for grant in ticket.answer])
         elif isinstance(ticket, ReserveTicket) and ticket.answer is not None:
-            self._planner.abort(ticket.session, ticket.answer.reservation_id)
+            first, count = ticket.answer.first_slot, len(ticket.answer.addresses)
+            self._planner.abort(ticket.session, range(first, first + count))
 
     # Carrying out what the planner wants
 

@@ -49,19 +49,20 @@ class PutOutcome(enum.Enum):
     STORED = "stored"
     PRESENT = "present"
     """The very bytes were there already."""
-    PENDING = "pending"
-    """Another client is writing this block right now."""
     DENIED = "denied"
     """No space could be made in time."""
 
 
-class ReserveOutcome(enum.IntEnum):
-    """What became of one entry of a reservation. Values are the wire's."""
+class CommitOutcome(enum.IntEnum):
+    """What became of one block of a commit. Values are the wire's."""
 
-    GRANTED = 1
+    STORED = 1
     PRESENT = 2
-    PENDING = 3
-    DENIED = 4
+    """The very bytes were there already."""
+    CONFLICT = 3
+    """Other bytes are there under this key, and stay."""
+    ABSENT = 4
+    """Asked without a slot, and not there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,17 +183,33 @@ class LeaseGrant(NamedTuple):
     from_dram: int
 
 
-class ReserveResult(NamedTuple):
-    """Outcome of one entry: `address` when GRANTED, `checksum` when PRESENT."""
+class SlotGrant(NamedTuple):
+    """Slots to write into, one of each of `addresses`; there may be none.
 
-    outcome: ReserveOutcome
-    address: int = 0
-    checksum: int = 0
+    Slot i has the id `first_slot` + i. Ids are never used twice in a server's life.
+    """
 
-
-class ReservationGrant(NamedTuple):
-    """One result an entry, in order; a `reservation_id` of 0 means none was granted."""
-
-    reservation_id: int
-    results: list[ReserveResult]
+    first_slot: int
+    addresses: list[int]
     expires_ns: int
+
+
+class Segment(NamedTuple):
+    """Consecutive positions of one chain, to be committed.
+
+    `parent`: key of the block before the first, b"" where that begins the chain.
+    `slots`: the slot each block was written into; 0 asks whether it is there already.
+    `checksums`: XXH3-64 of each block's bytes. All three lists are equally long.
+    """
+
+    parent: bytes
+    keys: Sequence[bytes]
+    slots: Sequence[int]
+    checksums: Sequence[int]
+
+
+class CommitAnswer(NamedTuple):
+    """An outcome for each block, in order, and the slots reserved ahead."""
+
+    outcomes: list[CommitOutcome]
+    slots: SlotGrant

@@ -5,13 +5,25 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from kvstore.client import calls, connecting, transfers
 from kvstore.client.lease import Layout, LeaseBase, as_layouts, chain_of
 from kvstore.client.link import Budget, Counters, Link, new_core
 from kvstore.client.rpc import parse_endpoint
-from kvstore.client.steps import Call, Connect, Flow, OpenSession, ReadStream, Work, WriteStream
+from kvstore.client.steps import (
+    Begin,
+    Call,
+    Connect,
+    Drop,
+    End,
+    Flow,
+    OpenSession,
+    ReadStream,
+    Work,
+    WriteStream,
+)
 from kvstore.client.transfers import Got
 from kvstore.client.transport_aio import AsyncTransport
 from kvstore.client.wire import ServerInfo
@@ -19,10 +31,12 @@ from kvstore.errors import BadRequest, KVStoreError, LeaseExpired, Unavailable
 from kvstore.types import (
     ChainPresence,
     ChainQuery,
+    CommitAnswer,
     LayoutSpec,
     LeaseGrant,
     PutOutcome,
-    ReservationGrant,
+    Segment,
+    SlotGrant,
     StoreStats,
 )
 
@@ -205,28 +219,31 @@ class AsyncClient:
         """End leases. Those that have ended already are not an error."""
         await self._run(calls.release(self._core, lease_ids, self._core.timeout_s))
 
-    async def reserve(
-        self, layout: Layout, entries: Sequence[tuple[bytes, bytes]], wait_ms: int
-    ) -> ReservationGrant:
-        """Low level: space for blocks (key, parent or b""), to be written and committed."""
+    async def reserve(self, layout: Layout, count: int, wait_ms: int) -> SlotGrant:
+        """Low level: slots for new blocks, to be written and committed. There may be
+        fewer than `count`; `wait_ms` is for where there is none."""
 
-        def flow() -> Flow[ReservationGrant]:
+        def flow() -> Flow[SlotGrant]:
             budget = Budget(self._core.timeout_s)
-            reserving = calls.reserve(self._core, budget, layout.id, entries, wait_ms)
-            return (yield from reserving)[0]
+            return (yield from calls.reserve(self._core, budget, layout.id, count, wait_ms))[0]
 
         return await self._run(flow())
 
     async def commit(
-        self, reservation_id: int, indices: Sequence[int], checksums: Sequence[int]
-    ) -> None:
-        """Publish written blocks. `checksums`: XXH3-64 of each block's bytes."""
-        budget = Budget(self._core.timeout_s)
-        await self._run(calls.commit(self._core, budget, reservation_id, indices, checksums))
+        self, layout: Layout, segments: Sequence[Segment], *, ahead: int = 0
+    ) -> CommitAnswer:
+        """Low level: publish written blocks; their slots are closed. Reserves up to
+        `ahead` slots for what comes next in the same call.
 
-    async def abort(self, reservation_id: int) -> None:
-        """Give a reservation back. Its slots may not be written any more."""
-        await self._run(calls.abort(self._core, reservation_id, self._core.timeout_s))
+        Raises `ReservationExpired` when a slot is not open any more and its block is
+        not there; nothing is published then.
+        """
+        budget = Budget(self._core.timeout_s)
+        return await self._run(calls.commit(self._core, budget, layout.id, segments, ahead))
+
+    async def abort(self, slots: Sequence[int]) -> None:
+        """Give slots back. They may not be written any more."""
+        await self._run(calls.abort(self._core, slots, self._core.timeout_s))
 
     async def slot(
         self, address: int, nbytes: int, writable: bool, *, epoch: bytes | None = None
@@ -284,10 +301,18 @@ class AsyncClient:
             return await _work(step)
         if isinstance(step, Connect):
             return await self._connect(step)
+        if isinstance(step, End):
+            return await self._end(step.begun)
+        if isinstance(step, Drop):
+            return self._drop(step.begun)
         if self._transport is None:
             self._transport = AsyncTransport(self._address)
         self._core.counters.count_rpc()
         match step:
+            case Begin(call):
+                return _Begun(
+                    self._transport, call, asyncio.create_task(self._transport.call(call))
+                )
             case Call(undo=None):
                 return await self._transport.call(step)
             case Call():
@@ -301,15 +326,21 @@ class AsyncClient:
         raise AssertionError(f"no such step: {step!r}")
 
     async def _call_that_grants(self, transport: AsyncTransport, step: Call) -> Any:
-        """The server may have granted what a cancelled caller no longer hears of."""
         calling = asyncio.create_task(transport.call(step))
+        return await self._end(_Begun(transport, step, calling))
+
+    async def _end(self, begun: _Begun) -> Any:
+        """The server may have granted what a cancelled caller no longer hears of."""
         try:
-            return await asyncio.shield(calling)
+            return await asyncio.shield(begun.task)
         except asyncio.CancelledError:
-            undoing = asyncio.create_task(_undo(transport, calling, step))
-            self._undoing.add(undoing)
-            undoing.add_done_callback(self._undoing.discard)
+            self._drop(begun)
             raise
+
+    def _drop(self, begun: _Begun) -> None:
+        undoing = asyncio.create_task(_undo(begun))
+        self._undoing.add(undoing)
+        undoing.add_done_callback(self._undoing.discard)
 
     async def _connect(self, step: Connect) -> Link:
         budget = Budget(step.timeout_s)
@@ -323,11 +354,21 @@ class AsyncClient:
             self._connecting.release()
 
 
-async def _undo(transport: AsyncTransport, calling: asyncio.Task[Any], step: Call) -> None:
+@dataclass(slots=True)
+class _Begun:
+    """A call under way."""
+
+    transport: AsyncTransport
+    step: Call
+    task: asyncio.Task[Any]
+
+
+async def _undo(begun: _Begun) -> None:
     try:
-        response = await calling
-        if step.undo is not None and (back := step.undo(response)) is not None:
-            await transport.call(back)
+        response = await begun.task
+        undo = begun.step.undo
+        if undo is not None and (back := undo(response)) is not None:
+            await begun.transport.call(back)
     except KVStoreError:
         # Nothing was granted, or it ends with its time.
         return

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from kvstore.client import wire
 from kvstore.client.connecting import call, current_link
 from kvstore.client.link import MAX_OWED_ABORTS, Budget, Core, Link
-from kvstore.client.steps import Call, Flow
+from kvstore.client.steps import Begin, Call, Drop, End, Flow
 from kvstore.client.wire import ServerInfo
 from kvstore.errors import (
     BadRequest,
@@ -22,9 +22,11 @@ from kvstore.errors import (
 from kvstore.types import (
     ChainPresence,
     ChainQuery,
+    CommitAnswer,
     LayoutSpec,
     LeaseGrant,
-    ReservationGrant,
+    Segment,
+    SlotGrant,
     StoreStats,
 )
 from kvstore.wire.v1 import kvstore_pb2 as pb
@@ -84,18 +86,46 @@ def acquire(
     """Leases, and the link they were granted under."""
 
     def request() -> Message:
-        return pb.AcquireRequest(
-            chains=wire.chain_messages(chains), wait_ms=_clamp(wait_ms, budget)
-        )
+        return _acquire_message(budget, chains, wait_ms)
 
     def undo(link: Link, response: pb.AcquireResponse) -> Call | None:
-        ids = [lease.lease_id for lease in response.leases if lease.lease_id]
-        if not ids:
-            return None
-        return Call("Release", pb.ReleaseRequest(lease_ids=ids), link.session, core.timeout_s)
+        return _undo_leases(core, link, response)
 
     response, link = yield from call(core, budget, "Acquire", request, undo)
     return wire.grants(cast(pb.AcquireResponse, response), link.tag), link
+
+
+def begin_acquire(
+    core: Core, link: Link, budget: Budget, chains: Sequence[ChainQuery], wait_ms: int
+) -> Flow[Any]:
+    """What `end_acquire` wants; with `Drop` the leases are given back."""
+
+    def undo(response: pb.AcquireResponse) -> Call | None:
+        return _undo_leases(core, link, response)
+
+    request = _acquire_message(budget, chains, wait_ms)
+    return (yield Begin(Call("Acquire", request, link.session, budget.left(), undo=undo)))
+
+
+def end_acquire(link: Link, begun: Any) -> Flow[list[LeaseGrant] | None]:
+    """None where the server had lost the session and did nothing."""
+    try:
+        response = yield End(begun)
+    except NoSession:
+        link.retire()
+        return None
+    return wire.grants(cast(pb.AcquireResponse, response), link.tag)
+
+
+def _acquire_message(budget: Budget, chains: Sequence[ChainQuery], wait_ms: int) -> Message:
+    return pb.AcquireRequest(chains=wire.chain_messages(chains), wait_ms=_clamp(wait_ms, budget))
+
+
+def _undo_leases(core: Core, link: Link, response: pb.AcquireResponse) -> Call | None:
+    ids = [lease.lease_id for lease in response.leases if lease.lease_id]
+    if not ids:
+        return None
+    return Call("Release", pb.ReleaseRequest(lease_ids=ids), link.session, core.timeout_s)
 
 
 def renew(core: Core, lease_ids: Sequence[int]) -> Flow[int]:
@@ -127,27 +157,28 @@ def release(core: Core, lease_ids: Sequence[int], timeout_s: float) -> Flow[None
         link.retire()
 
 
+def release_soon(core: Core, link: Link, lease_ids: Sequence[int]) -> Flow[None]:
+    """Send the release and hear no answer: a lease that is not released ends by time."""
+    if lease_ids and link.alive():
+        request = pb.ReleaseRequest(lease_ids=map(link.bare, lease_ids))
+        yield Drop((yield Begin(Call("Release", request, link.session, core.timeout_s))))
+
+
 def reserve(
-    core: Core,
-    budget: Budget,
-    layout_id: bytes,
-    entries: Sequence[tuple[bytes, bytes]],
-    wait_ms: int,
-) -> Flow[tuple[ReservationGrant, Link]]:
-    """A reservation, and the link it was granted under."""
+    core: Core, budget: Budget, layout_id: bytes, count: int, wait_ms: int
+) -> Flow[tuple[SlotGrant, Link]]:
+    """Slots, and the link they were granted under."""
     link = yield from current_link(core, budget)
-    for number in list(link.owed_aborts):
-        yield Call("Abort", pb.AbortRequest(reservation_id=number), link.session, budget.left())
-        link.owed_aborts.discard(number)
+    if link.owed_aborts:
+        owed = list(link.owed_aborts)
+        yield Call("Abort", pb.AbortRequest(slots=owed), link.session, budget.left())
+        link.owed_aborts.difference_update(owed)
 
     def request() -> Message:
-        return wire.reserve_message(layout_id, entries, _clamp(wait_ms, budget))
+        return pb.ReserveRequest(layout_id=layout_id, count=count, wait_ms=_clamp(wait_ms, budget))
 
     def undo(link: Link, response: pb.ReserveResponse) -> Call | None:
-        number = response.reservation_id
-        if not number:
-            return None
-        return Call("Abort", pb.AbortRequest(reservation_id=number), link.session, core.timeout_s)
+        return _undo_slots(core, link, response.slots)
 
     try:
         response, link = yield from call(core, budget, "Reserve", request, undo)
@@ -156,48 +187,102 @@ def reserve(
         # with the session.
         link.retire()
         raise
-    return wire.reservation(cast(pb.ReserveResponse, response), link.tag), link
+    return wire.slot_grant(cast(pb.ReserveResponse, response).slots, link.tag), link
+
+
+def ask(
+    core: Core, budget: Budget, layout_id: bytes, segments: Sequence[Segment], ahead: int
+) -> Flow[tuple[CommitAnswer, Link]]:
+    """A commit that names no slots: what is there already. Reserves up to `ahead`
+    slots, under the link that comes with the answer."""
+
+    def request() -> Message:
+        return pb.CommitRequest(
+            layout_id=layout_id, segments=wire.segment_messages(segments, 0), reserve=ahead
+        )
+
+    def undo(link: Link, response: pb.CommitResponse) -> Call | None:
+        return _undo_slots(core, link, response.slots)
+
+    response, link = yield from call(core, budget, "Commit", request, undo)
+    return wire.commit_answer(cast(pb.CommitResponse, response), link.tag), link
 
 
 def commit(
     core: Core,
     budget: Budget,
-    reservation_id: int,
-    indices: Sequence[int],
-    checksums: Sequence[int],
-) -> Flow[None]:
-    if len(indices) != len(checksums):
-        raise BadRequest(f"{len(indices)} indices but {len(checksums)} checksums")
+    layout_id: bytes,
+    segments: Sequence[Segment],
+    ahead: int,
+) -> Flow[CommitAnswer]:
+    """Publish, and reserve up to `ahead` slots."""
     core.check_open()
     link = core.link
-    if link is None or not link.alive() or not link.owns(reservation_id):
-        raise ReservationExpired("the reservation's session with the server has ended")
+    if link is None or not link.alive():
+        raise ReservationExpired("the slots' session with the server has ended")
+    begun = yield from begin_commit(core, link, budget, layout_id, segments, ahead)
+    return (yield from end_commit(link, begun))
+
+
+def begin_commit(
+    core: Core,
+    link: Link,
+    budget: Budget,
+    layout_id: bytes,
+    segments: Sequence[Segment],
+    ahead: int,
+) -> Flow[Any]:
+    """What `end_commit` wants; with `Drop` the slots reserved ahead are given back."""
+    if not all(link.owns(slot) for segment in segments for slot in segment.slots if slot):
+        raise ReservationExpired("the slots' session with the server has ended")
     request = pb.CommitRequest(
-        reservation_id=link.bare(reservation_id), indices=indices, checksums=checksums
+        layout_id=layout_id, segments=wire.segment_messages(segments, link.tag), reserve=ahead
     )
+
+    def undo(response: pb.CommitResponse) -> Call | None:
+        return _undo_slots(core, link, response.slots)
+
+    return (yield Begin(Call("Commit", request, link.session, budget.left(), undo=undo)))
+
+
+def end_commit(link: Link, begun: Any) -> Flow[CommitAnswer]:
     try:
-        yield Call("Commit", request, link.session, budget.left())
+        response = yield End(begun)
     except NoSession as error:
         link.retire()
-        raise ReservationExpired("the reservation's session with the server has ended") from error
+        raise ReservationExpired("the slots' session with the server has ended") from error
+    except Unavailable:
+        # As for a reserve: slots may have been granted.
+        link.retire()
+        raise
+    return wire.commit_answer(response, link.tag)
 
 
-def abort(core: Core, reservation_id: int, timeout_s: float) -> Flow[None]:
-    """Nobody may write into the reservation's slots any more when this is called."""
+def _undo_slots(core: Core, link: Link, slots: pb.Slots) -> Call | None:
+    if not slots.addresses:
+        return None
+    ids = range(slots.first_slot, slots.first_slot + len(slots.addresses))
+    return Call("Abort", pb.AbortRequest(slots=ids), link.session, core.timeout_s)
+
+
+def abort(core: Core, slots: Sequence[int], timeout_s: float) -> Flow[None]:
+    """Nobody may write into the slots any more when this is called."""
     link = core.link
-    if link is None or not reservation_id or not link.owns(reservation_id) or not link.alive():
+    if link is None or not link.alive():
         return
-    number = link.bare(reservation_id)
+    current = [link.bare(slot) for slot in slots if link.owns(slot)]
+    if not current:
+        return
     try:
-        yield Call("Abort", pb.AbortRequest(reservation_id=number), link.session, timeout_s)
+        yield Call("Abort", pb.AbortRequest(slots=current), link.session, timeout_s)
     except NoSession:
         link.retire()
     except ClientError:
         raise
     except BaseException:
         # Not heard, or interrupted.
-        if len(link.owed_aborts) < MAX_OWED_ABORTS:
-            link.owed_aborts.add(number)
+        if len(link.owed_aborts) + len(current) <= MAX_OWED_ABORTS:
+            link.owed_aborts.update(current)
         raise
 
 
@@ -209,10 +294,10 @@ def give_back(core: Core, budget: Budget, *, lease_ids: Sequence[int]) -> Flow[N
         return
 
 
-def give_up(core: Core, budget: Budget, *, reservation_id: int) -> Flow[None]:
+def give_up(core: Core, slots: Sequence[int]) -> Flow[None]:
     """Abort on the way out of a failed flow, whose own error is the one to raise."""
     try:
-        yield from abort(core, reservation_id, budget.left_to_clean_up())
+        yield from abort(core, slots, Budget(core.timeout_s).left_to_clean_up())
     except KVStoreError:
         return
 

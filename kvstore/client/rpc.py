@@ -89,7 +89,7 @@ class Stubs:
     """What can be called over a channel of either kind, made once."""
 
     def __init__(self, channel: Any) -> None:
-        self.unary: dict[str, Callable[..., Any]] = {
+        self.unary: dict[str, Any] = {
             name: channel.unary_unary(
                 method.path,
                 request_serializer=method.serialize,

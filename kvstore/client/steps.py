@@ -39,6 +39,26 @@ class Call(NamedTuple):
     undo: Callable[[Any], Call | None] | None = None
 
 
+class Begin(NamedTuple):
+    """Send a call and go on; the result stands for it, to be given to `End` or
+    `Drop`, once."""
+
+    call: Call
+
+
+class End(NamedTuple):
+    """Wait for a call that was begun; its result is the response message."""
+
+    begun: Any
+
+
+class Drop(NamedTuple):
+    """Nobody wants the answer of a call that was begun. What it grants is given back;
+    where there is nothing to give back, nobody waits for it either. No result."""
+
+    begun: Any
+
+
 class ReadStream(NamedTuple):
     """A Read RPC: `sink` gets each piece of data as it comes. No result."""
 
@@ -49,13 +69,9 @@ class ReadStream(NamedTuple):
 
 
 class WritePiece(NamedTuple):
-    """At most 1 MiB of one block; the reservation's id goes with the first only.
+    """At most 1 MiB of one block, and the slot (the server's id) it goes to."""
 
-    `entry` is the block's index among the entries of the reserve.
-    """
-
-    reservation_id: int
-    entry: int
+    slot: int
     data: memoryview
 
 
@@ -96,5 +112,5 @@ class Connect(NamedTuple):
     timeout_s: float
 
 
-Step = Call | ReadStream | WriteStream | OpenSession | Work | Connect
+Step = Call | Begin | End | Drop | ReadStream | WriteStream | OpenSession | Work | Connect
 Flow = Generator[Step, Any, T]

@@ -11,7 +11,18 @@ from kvstore.client import calls, connecting, transfers
 from kvstore.client.lease import Layout, LeaseBase, as_layouts, chain_of
 from kvstore.client.link import Budget, Counters, Link, new_core
 from kvstore.client.rpc import parse_endpoint
-from kvstore.client.steps import Call, Connect, Flow, OpenSession, ReadStream, Work, WriteStream
+from kvstore.client.steps import (
+    Begin,
+    Call,
+    Connect,
+    Drop,
+    End,
+    Flow,
+    OpenSession,
+    ReadStream,
+    Work,
+    WriteStream,
+)
 from kvstore.client.transfers import Got
 from kvstore.client.transport import SyncTransport
 from kvstore.client.wire import ServerInfo
@@ -19,10 +30,12 @@ from kvstore.errors import BadRequest, LeaseExpired, Unavailable
 from kvstore.types import (
     ChainPresence,
     ChainQuery,
+    CommitAnswer,
     LayoutSpec,
     LeaseGrant,
     PutOutcome,
-    ReservationGrant,
+    Segment,
+    SlotGrant,
     StoreStats,
 )
 
@@ -42,7 +55,7 @@ class Client:
 
     Every method raises `Unavailable` rather than wait longer than `timeout_s` for
     a server that is gone or hangs; `put_many` and `get_many` allow it for each
-    round of at most 64 MiB. When the server was restarted the client finds it
+    piece of at most 16 MiB. When the server was restarted the client finds it
     again by itself: leases and reservations of before raise `LeaseExpired` and
     `ReservationExpired`, everything else goes on.
 
@@ -207,26 +220,31 @@ class Client:
         """End leases. Those that have ended already are not an error."""
         self._run(calls.release(self._core, lease_ids, self._core.timeout_s))
 
-    def reserve(
-        self, layout: Layout, entries: Sequence[tuple[bytes, bytes]], wait_ms: int
-    ) -> ReservationGrant:
-        """Low level: space for blocks (key, parent or b""), to be written and committed."""
+    def reserve(self, layout: Layout, count: int, wait_ms: int) -> SlotGrant:
+        """Low level: slots for new blocks, to be written and committed. There may be
+        fewer than `count`; `wait_ms` is for where there is none."""
 
-        def flow() -> Flow[ReservationGrant]:
+        def flow() -> Flow[SlotGrant]:
             budget = Budget(self._core.timeout_s)
-            reserving = calls.reserve(self._core, budget, layout.id, entries, wait_ms)
-            return (yield from reserving)[0]
+            return (yield from calls.reserve(self._core, budget, layout.id, count, wait_ms))[0]
 
         return self._run(flow())
 
-    def commit(self, reservation_id: int, indices: Sequence[int], checksums: Sequence[int]) -> None:
-        """Publish written blocks. `checksums`: XXH3-64 of each block's bytes."""
-        budget = Budget(self._core.timeout_s)
-        self._run(calls.commit(self._core, budget, reservation_id, indices, checksums))
+    def commit(
+        self, layout: Layout, segments: Sequence[Segment], *, ahead: int = 0
+    ) -> CommitAnswer:
+        """Low level: publish written blocks; their slots are closed. Reserves up to
+        `ahead` slots for what comes next in the same call.
 
-    def abort(self, reservation_id: int) -> None:
-        """Give a reservation back. Its slots may not be written any more."""
-        self._run(calls.abort(self._core, reservation_id, self._core.timeout_s))
+        Raises `ReservationExpired` when a slot is not open any more and its block is
+        not there; nothing is published then.
+        """
+        budget = Budget(self._core.timeout_s)
+        return self._run(calls.commit(self._core, budget, layout.id, segments, ahead))
+
+    def abort(self, slots: Sequence[int]) -> None:
+        """Give slots back. They may not be written any more."""
+        self._run(calls.abort(self._core, slots, self._core.timeout_s))
 
     def slot(
         self, address: int, nbytes: int, writable: bool, *, epoch: bytes | None = None
@@ -280,13 +298,19 @@ class Client:
             return value
 
     def _perform(self, step: Any) -> Any:
-        if not isinstance(step, (Work, Connect)):
+        if not isinstance(step, (Work, Connect, End, Drop)):
             self._core.counters.count_rpc()
         match step:
             case Call():
                 return self._transport.call(step)
             case Work():
                 return step.run()
+            case Begin(call):
+                return self._transport.begin(call)
+            case End(begun):
+                return begun.end()
+            case Drop(begun):
+                return begun.drop()
             case ReadStream():
                 return self._transport.read(step)
             case WriteStream():

@@ -7,27 +7,40 @@ server's memory; elsewhere they go over Read and Write streams. Either way
   * what a get returns has that checksum and was copied while its lease lasted,
     otherwise it is a miss and counted.
 
-Many blocks go in rounds, so that a call of any size pins and reserves a bounded
-amount. The client's timeout bounds each round.
+Many blocks go in pieces, so that a call of any size pins and reserves a bounded
+amount, and calls are under way while bytes are copied: a put commits one piece and
+reserves for the one after next while it copies the next, a get acquires the next
+piece while it copies this one. The client's timeout bounds each piece.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvstore.client import calls, wire
-from kvstore.client.connecting import local_arena
+from kvstore.client.connecting import current_link, local_arena
 from kvstore.client.lease import Layout, LeaseBase
 from kvstore.client.link import Budget, Core, Link
-from kvstore.client.steps import Flow, ReadStream, Work, WritePiece, WriteStream
-from kvstore.errors import BadRequest, BadSize, Conflict, InternalError, LeaseExpired, NoSession
+from kvstore.client.steps import Drop, Flow, ReadStream, Work, WritePiece, WriteStream
+from kvstore.errors import (
+    BadRequest,
+    BadSize,
+    Conflict,
+    InternalError,
+    LeaseExpired,
+    NoSession,
+)
 from kvstore.local import copy
 from kvstore.types import (
     ChainQuery,
+    CommitAnswer,
+    CommitOutcome,
+    LeaseGrant,
     PutOutcome,
-    ReservationGrant,
-    ReserveOutcome,
+    Segment,
+    SlotGrant,
     check_key,
 )
 from kvstore.wire.v1 import kvstore_pb2 as pb
@@ -35,15 +48,15 @@ from kvstore.wire.v1 import kvstore_pb2 as pb
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-ROUND_BYTES = 64 << 20
-ROUND_BLOCKS = 256
+PIECE_BYTES = 16 << 20
+PIECE_BLOCKS = 256
+ASKED_AT_ONCE = 4096
+"""Blocks of which one call asks whether they are there."""
 GET_WAIT_MS = 1000
 
 _OUTCOMES = {
-    ReserveOutcome.GRANTED: PutOutcome.STORED,
-    ReserveOutcome.PRESENT: PutOutcome.PRESENT,
-    ReserveOutcome.PENDING: PutOutcome.PENDING,
-    ReserveOutcome.DENIED: PutOutcome.DENIED,
+    CommitOutcome.STORED: PutOutcome.STORED,
+    CommitOutcome.PRESENT: PutOutcome.PRESENT,
 }
 
 Got = bytes | memoryview | None
@@ -60,117 +73,210 @@ def put_many(
 ) -> Flow[list[PutOutcome]]:
     """Consecutive positions of one chain, the first one after `parent`.
 
-    A `Conflict` leaves the rounds before its own stored, and nothing of its own.
+    A `Conflict` is raised when all the others are stored.
     """
     if len(keys) != len(datas):
         raise BadRequest(f"{len(keys)} keys but {len(datas)} blocks")
     sources = [source_view(data, layout.block_bytes) for data in datas]
-    parents = [parent, *map(check_key, keys)]
-    outcomes: list[PutOutcome] = []
-    for start, stop in _rounds(len(keys), layout.block_bytes):
-        entries = list(zip(keys[start:stop], parents[start:stop], strict=True))
-        outcomes += yield from _put_all(core, layout, entries, sources[start:stop], wait_ms)
-    return outcomes
+    for key in (parent, *keys) if parent else keys:
+        check_key(key)
+    if not keys:
+        return []
+    put = _Put(core, layout, keys, sources, parent, wait_ms)
+    return (yield from put.run())
 
 
-def _put_all(
-    core: Core,
-    layout: Layout,
-    entries: Sequence[tuple[bytes, bytes]],
-    sources: Sequence[memoryview],
-    wait_ms: int,
-) -> Flow[list[PutOutcome]]:
-    """One round, and again for what was denied for as long as that gets on: the server
-    grants what it has room for, and makes more once that is committed."""
-    outcomes = yield from _put_round(core, layout, entries, sources, wait_ms)
-    left = [i for i, outcome in enumerate(outcomes) if outcome is PutOutcome.DENIED]
-    while left and len(left) < len(entries):
-        again = yield from _put_round(
-            core, layout, [entries[i] for i in left], [sources[i] for i in left], wait_ms
+class _Put:
+    """One put under way. Blocks are known by their index among the keys."""
+
+    def __init__(
+        self,
+        core: Core,
+        layout: Layout,
+        keys: Sequence[bytes],
+        sources: Sequence[memoryview],
+        parent: bytes,
+        wait_ms: int,
+    ) -> None:
+        self._core = core
+        self._layout = layout
+        self._keys = keys
+        self._sources = sources
+        self._parent = parent
+        self._wait_ms = wait_ms
+        self._piece = _blocks_a_piece(layout.block_bytes)
+        self._outcomes = [PutOutcome.DENIED] * len(keys)
+        self._conflicts = 0
+        self._todo: deque[int] = deque()
+        self._link: Link | None = None
+        # Slots nothing has been written into yet, and all that are not known to be
+        # closed: id -> address.
+        self._free: deque[int] = deque()
+        self._open: dict[int, int] = {}
+        # The commit under way, with its blocks and slots.
+        self._begun: Any = None
+        self._batch: list[int] = []
+        self._batch_slots: list[int] = []
+
+    def run(self) -> Flow[list[PutOutcome]]:
+        try:
+            yield from self._ask()
+            while self._todo or self._begun is not None:
+                if self._todo and self._free:
+                    yield from self._write()
+                elif self._begun is not None:
+                    yield from self._settle()
+                elif not (yield from self._reserve()):
+                    break
+        finally:
+            if self._begun is not None:
+                yield Drop(self._begun)
+            if self._open:
+                yield from calls.give_up(self._core, list(self._open))
+        if self._conflicts:
+            raise Conflict("a key is committed with other bytes")
+        return self._outcomes
+
+    def _ask(self) -> Flow[None]:
+        """What is there already need not be written, only compared. Here the directory
+        tells which that may be; elsewhere the server is asked, for a checksum is sent
+        much faster than a block."""
+        self._link = yield from current_link(self._core, Budget(self._core.timeout_s))
+        count = len(self._keys)
+        if self._link.arena is not None:
+            seen = calls.lookup_at_hand(self._core, (self._layout.id,), self._keys)
+            count = 0 if seen is None else seen.held
+        for start in range(0, count, ASKED_AT_ONCE):
+            asked = range(start, min(start + ASKED_AT_ONCE, count))
+            checksums = yield _checksums([self._sources[i] for i in asked])
+            segments = self._segments(asked, [0] * len(asked), checksums)
+            remote = self._link.arena is None
+            answer, self._link = yield from calls.ask(
+                self._core,
+                Budget(self._core.timeout_s),
+                self._layout.id,
+                segments,
+                self._wanted(len(self._keys)) if remote and not start else 0,
+            )
+            self._take(asked, answer)
+        self._todo.extend(range(count, len(self._keys)))
+
+    def _wanted(self, left: int) -> int:
+        """How many slots to have: for the piece being written and the one after it."""
+        return min(left, 2 * self._piece)
+
+    def _reserve(self) -> Flow[bool]:
+        """Get slots when none is left and none is on its way. False: there is no room."""
+        budget = Budget(self._core.timeout_s)
+        grant, link = yield from calls.reserve(
+            self._core, budget, self._layout.id, self._wanted(len(self._todo)), self._wait_ms
         )
-        for i, outcome in zip(left, again, strict=True):
-            outcomes[i] = outcome
-        still = [i for i in left if outcomes[i] is PutOutcome.DENIED]
-        if len(still) == len(left):
-            break
-        left = still
-    return outcomes
+        if link is not self._link:
+            # What was open went with its session.
+            self._link = link
+            self._free.clear()
+            self._open.clear()
+        self._add(grant)
+        return bool(grant.addresses)
 
+    def _add(self, grant: SlotGrant) -> None:
+        for slot, address in enumerate(grant.addresses, grant.first_slot):
+            self._free.append(slot)
+            self._open[slot] = address
 
-def _put_round(
-    core: Core,
-    layout: Layout,
-    entries: Sequence[tuple[bytes, bytes]],
-    sources: Sequence[memoryview],
-    wait_ms: int,
-) -> Flow[list[PutOutcome]]:
-    budget = Budget(core.timeout_s)
-    grant, link = yield from calls.reserve(core, budget, layout.id, entries, wait_ms)
-    try:
-        if len(grant.results) != len(entries):
-            raise InternalError("the server answered for another number of blocks")
-        yield Work(lambda: _check_conflicts(grant, sources))
-        granted = [
-            index
-            for index, result in enumerate(grant.results)
-            if result.outcome is ReserveOutcome.GRANTED
-        ]
-        if granted:
-            checksums = yield from _fill(budget, link, grant, granted, sources)
-            yield from calls.commit(core, budget, grant.reservation_id, granted, checksums)
-    except BaseException:
-        yield from calls.give_up(core, budget, reservation_id=grant.reservation_id)
-        raise
-    return [_OUTCOMES[result.outcome] for result in grant.results]
+    def _write(self) -> Flow[None]:
+        """Fill slots while the commit before is under way, then commit these."""
+        count = min(len(self._todo), len(self._free), self._piece)
+        batch = [self._todo.popleft() for _ in range(count)]
+        slots = [self._free.popleft() for _ in range(count)]
+        checksums = yield from self._fill(slots, [self._sources[i] for i in batch])
+        if self._begun is not None:
+            yield from self._settle()
+        assert self._link is not None
+        ahead = self._wanted(len(self._todo)) - len(self._free)
+        segments = self._segments(batch, slots, checksums)
+        self._begun = yield from calls.begin_commit(
+            self._core,
+            self._link,
+            Budget(self._core.timeout_s),
+            self._layout.id,
+            segments,
+            max(0, ahead),
+        )
+        self._batch, self._batch_slots = batch, slots
 
-
-def _check_conflicts(grant: ReservationGrant, sources: Sequence[memoryview]) -> None:
-    for result, source in zip(grant.results, sources, strict=True):
-        if result.outcome is ReserveOutcome.PRESENT and result.checksum != copy.checksum(source):
-            raise Conflict("the key is committed with other bytes")
-
-
-def _fill(
-    budget: Budget,
-    link: Link,
-    grant: ReservationGrant,
-    granted: Sequence[int],
-    sources: Sequence[memoryview],
-) -> Flow[list[int]]:
-    """Bring the granted blocks' bytes into their slots; their checksums."""
-    checksums: list[int]
-    if link.arena is not None:
+    def _fill(self, slots: list[int], sources: list[memoryview]) -> Flow[list[int]]:
+        """Bring blocks' bytes into slots; the checksums of what arrived."""
+        link = self._link
+        assert link is not None
+        checksums: list[int]
+        if link.arena is None:
+            checksums = yield _checksums(sources)
+            pieces = _pieces(map(link.bare, slots), sources)
+            yield WriteStream(pieces, link.session, Budget(self._core.timeout_s).left())
+            return checksums
         arena = link.arena
+        addresses = [self._open[slot] for slot in slots]
 
         def copy_in() -> list[int]:
             link.hold()
             try:
                 return [
-                    copy.copy_checked(
-                        arena.view(grant.results[i].address, sources[i].nbytes, writable=True),
-                        sources[i],
-                    )
-                    for i in granted
+                    copy.copy_checked(arena.view(address, source.nbytes, writable=True), source)
+                    for address, source in zip(addresses, sources, strict=True)
                 ]
             finally:
                 link.let_go()
 
         checksums = yield Work(copy_in)
         return checksums
-    checksums = yield Work(lambda: [copy.checksum(sources[i]) for i in granted])
-    pieces = _pieces(link.bare(grant.reservation_id), granted, sources)
-    yield WriteStream(pieces, link.session, budget.left())
-    return checksums
+
+    def _settle(self) -> Flow[None]:
+        """Hear what became of the commit under way."""
+        assert self._link is not None
+        begun, self._begun = self._begun, None
+        answer = yield from calls.end_commit(self._link, begun)
+        for slot in self._batch_slots:
+            del self._open[slot]
+        self._take(self._batch, answer)
+
+    def _take(self, blocks: Sequence[int], answer: CommitAnswer) -> None:
+        if len(answer.outcomes) != len(blocks):
+            raise InternalError("the server answered for another number of blocks")
+        for index, outcome in zip(blocks, answer.outcomes, strict=True):
+            if outcome is CommitOutcome.ABSENT:
+                self._todo.append(index)
+            elif outcome is CommitOutcome.CONFLICT:
+                self._conflicts += 1
+            else:
+                self._outcomes[index] = _OUTCOMES[outcome]
+        self._add(answer.slots)
+
+    def _segments(
+        self, blocks: Sequence[int], slots: Sequence[int], checksums: Sequence[int]
+    ) -> list[Segment]:
+        """The blocks, given in rising order, as runs of consecutive positions."""
+        segments = []
+        start = 0
+        for stop in range(1, len(blocks) + 1):
+            if stop == len(blocks) or blocks[stop] != blocks[stop - 1] + 1:
+                first, last = blocks[start], blocks[stop - 1]
+                parent = self._keys[first - 1] if first else self._parent
+                run = slice(start, stop)
+                keys = self._keys[first : last + 1]
+                segments.append(Segment(parent, keys, slots[run], checksums[run]))
+                start = stop
+        return segments
 
 
-def _pieces(
-    reservation_id: int, granted: Sequence[int], sources: Sequence[memoryview]
-) -> Iterator[WritePiece]:
-    for index in granted:
-        source = sources[index]
+def _checksums(sources: Sequence[memoryview]) -> Work:
+    return Work(lambda: list(map(copy.checksum, sources)))
+
+
+def _pieces(slots: Iterator[int], sources: Sequence[memoryview]) -> Iterator[WritePiece]:
+    for slot, source in zip(slots, sources, strict=True):
         for start in range(0, source.nbytes, wire.PIECE_BYTES):
-            yield WritePiece(reservation_id, index, source[start : start + wire.PIECE_BYTES])
-            reservation_id = 0
+            yield WritePiece(slot, source[start : start + wire.PIECE_BYTES])
 
 
 def get_many(
@@ -188,76 +294,155 @@ def get_many(
     for key in keys:
         check_key(key)
     got: list[Got] = []
-    for start, stop in _rounds(len(keys), layout.block_bytes):
-        got += yield from _get_round(core, layout, keys[start:stop], targets[start:stop])
+    get = _Get(core, layout)
+    step = _blocks_a_piece(layout.block_bytes)
+    pieces = [keys[start : start + step] for start in range(0, len(keys), step)]
+    try:
+        for number, piece in enumerate(pieces):
+            # As one chain, which it usually is; what is beyond a hole comes after.
+            (grant,), link = yield from get.next(piece)
+            if number + 1 < len(pieces):
+                yield from get.begin(pieces[number + 1])
+            start = number * step
+            got += yield from get.read(link, grant, targets[start : start + grant.held])
+            rest = slice(grant.held, len(piece))
+            yield from get.release([grant], link)
+            got += yield from get.scattered(piece[rest], targets[start : start + len(piece)][rest])
+    finally:
+        yield from get.close()
     return got
 
 
-def _get_round(
-    core: Core,
-    layout: Layout,
-    keys: Sequence[bytes],
-    targets: Sequence[memoryview | None],
-) -> Flow[list[Got]]:
-    budget = Budget(core.timeout_s)
-    chains = [ChainQuery((layout.id,), (key,)) for key in keys]
-    grants, link = yield from calls.acquire(core, budget, chains, GET_WAIT_MS)
-    lease_ids = [grant.lease_id for grant in grants if grant.lease_id]
-    if not lease_ids:
-        return [None] * len(keys)
-    try:
-        if len(grants) != len(keys):
+class _Get:
+    """One get under way: at most one acquire ahead, and a lease for what is read."""
+
+    def __init__(self, core: Core, layout: Layout) -> None:
+        self._core = core
+        self._layout = layout
+        self._begun: Any = None
+        self._link: Link | None = None
+        self._held: list[int] = []
+
+    def begin(self, keys: Sequence[bytes]) -> Flow[None]:
+        """Have the next piece acquired while this one is read."""
+        link = self._core.link
+        if link is None or not link.alive():
+            return
+        budget = Budget(self._core.timeout_s)
+        self._begun = yield from calls.begin_acquire(
+            self._core, link, budget, [self._chain(keys)], GET_WAIT_MS
+        )
+        self._link = link
+
+    def next(self, keys: Sequence[bytes]) -> Flow[tuple[list[LeaseGrant], Link]]:
+        """The grant of what was begun, or of the same, asked for now."""
+        if self._begun is not None:
+            begun, self._begun = self._begun, None
+            assert self._link is not None
+            grants = yield from calls.end_acquire(self._link, begun)
+            if grants is not None:
+                return self._checked(grants, 1), self._link
+        return (yield from self.acquire([keys]))
+
+    def acquire(self, pieces: Sequence[Sequence[bytes]]) -> Flow[tuple[list[LeaseGrant], Link]]:
+        """A grant for each piece."""
+        chains = [self._chain(keys) for keys in pieces]
+        budget = Budget(self._core.timeout_s)
+        grants, link = yield from calls.acquire(self._core, budget, chains, GET_WAIT_MS)
+        return self._checked(grants, len(chains)), link
+
+    def _checked(self, grants: list[LeaseGrant], count: int) -> list[LeaseGrant]:
+        self._held += [grant.lease_id for grant in grants if grant.lease_id]
+        if len(grants) != count:
             raise InternalError("the server answered for another number of chains")
-        if link.arena is not None:
+        return grants
 
-            def copy_out() -> list[Got]:
-                return [
-                    read_local(
-                        core,
-                        link,
-                        grant.addresses[0],
-                        layout.block_bytes,
-                        grant.checksums[0],
-                        grant.expires_ns,
-                        target,
-                    )
-                    if grant.held
-                    else None
-                    for grant, target in zip(grants, targets, strict=True)
-                ]
+    def _chain(self, keys: Sequence[bytes]) -> ChainQuery:
+        return ChainQuery((self._layout.id,), keys)
 
-            got: list[Got] = yield Work(copy_out)
-            return got
-        got = []
-        for grant, target in zip(grants, targets, strict=True):
-            block: Got = None
-            if grant.held:
-                block = yield from _get_remote(
-                    core, budget, link, grant.lease_id, layout, grant.checksums[0], target
+    def read(
+        self, link: Link, grant: LeaseGrant, targets: Sequence[memoryview | None]
+    ) -> Flow[list[Got]]:
+        """The blocks of one grant."""
+        if link.arena is None:
+            return (yield from self._read_remote(link, grant, targets))
+        got: list[Got] = yield Work(
+            lambda: [
+                read_local(
+                    self._core,
+                    link,
+                    address,
+                    self._layout.block_bytes,
+                    checksum,
+                    grant.expires_ns,
+                    target,
                 )
+                for address, checksum, target in zip(
+                    grant.addresses, grant.checksums, targets, strict=True
+                )
+            ]
+        )
+        return got
+
+    def _read_remote(
+        self, link: Link, grant: LeaseGrant, targets: Sequence[memoryview | None]
+    ) -> Flow[list[Got]]:
+        got: list[Got] = []
+        for index, target in enumerate(targets):
+            budget = Budget(self._core.timeout_s)
+            nbytes, checksum = self._layout.block_bytes, grant.checksums[index]
+            try:
+                block = yield from read_remote(
+                    self._core, budget, link, grant.lease_id, index, nbytes, checksum, target
+                )
+            except LeaseExpired:
+                self._core.counters.count_expired()
+                block = None
             got.append(block)
         return got
-    finally:
-        yield from calls.give_back(core, budget, lease_ids=lease_ids)
 
+    def scattered(
+        self, keys: Sequence[bytes], targets: Sequence[memoryview | None]
+    ) -> Flow[list[Got]]:
+        """Blocks that are no held prefix: the first is missing."""
+        got: list[Got] = [None] * len(keys)
+        runs = self._runs(keys)
+        if not runs:
+            return got
+        grants, link = yield from self.acquire([keys[start:stop] for start, stop in runs])
+        for (start, _), grant in zip(runs, grants, strict=True):
+            stop = start + grant.held
+            got[start:stop] = yield from self.read(link, grant, targets[start:stop])
+        yield from self.release(grants, link)
+        return got
 
-def _get_remote(
-    core: Core,
-    budget: Budget,
-    link: Link,
-    lease_id: int,
-    layout: Layout,
-    checksum: int,
-    target: memoryview | None,
-) -> Flow[Got]:
-    try:
-        got = yield from read_remote(
-            core, budget, link, lease_id, 0, layout.block_bytes, checksum, target
-        )
-    except LeaseExpired:
-        core.counters.count_expired()
-        return None
-    return got
+    def _runs(self, keys: Sequence[bytes]) -> list[tuple[int, int]]:
+        """Where to look: runs of keys that are held as far as can be seen, else each."""
+        runs: list[tuple[int, int]] = []
+        for index, key in enumerate(keys):
+            seen = calls.lookup_at_hand(self._core, (self._layout.id,), (key,))
+            if seen is None:
+                if index:
+                    runs.append((index, index + 1))
+            elif seen.held:
+                start = runs.pop()[0] if runs and runs[-1][1] == index else index
+                runs.append((start, index + 1))
+        return runs
+
+    def release(self, grants: Sequence[LeaseGrant], link: Link) -> Flow[None]:
+        """Nobody waits for it: at worst a lease ends by time."""
+        ids = [grant.lease_id for grant in grants if grant.lease_id]
+        yield from calls.release_soon(self._core, link, ids)
+        for lease_id in ids:
+            self._held.remove(lease_id)
+
+    def close(self) -> Flow[None]:
+        if self._begun is not None:
+            yield Drop(self._begun)
+        if self._held:
+            yield from calls.give_back(
+                self._core, Budget(self._core.timeout_s), lease_ids=self._held
+            )
 
 
 def read_lease(core: Core, lease: LeaseBase, index: int) -> Flow[bytes | None]:
@@ -381,7 +566,5 @@ def _flat(data: Buffer) -> memoryview:
         raise BadRequest(f"a block is a contiguous buffer of plain elements: {error}") from error
 
 
-def _rounds(count: int, block_bytes: int) -> Iterator[tuple[int, int]]:
-    step = max(1, min(ROUND_BLOCKS, ROUND_BYTES // block_bytes))
-    for start in range(0, count, step):
-        yield start, min(start + step, count)
+def _blocks_a_piece(block_bytes: int) -> int:
+    return max(1, min(PIECE_BLOCKS, PIECE_BYTES // block_bytes))

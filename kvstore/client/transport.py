@@ -35,6 +35,15 @@ class SyncTransport:
         except ValueError as error:
             raise _closed(error) from error
 
+    def begin(self, step: Call) -> Begun:
+        try:
+            future = self._stubs.unary[step.method].future(
+                step.request, timeout=step.timeout_s, metadata=metadata(step.session)
+            )
+        except ValueError as error:
+            raise _closed(error) from error
+        return Begun(self, step, future)
+
     def read(self, step: ReadStream) -> None:
         try:
             stream = self._stubs.read(
@@ -82,6 +91,41 @@ class SyncTransport:
     def close(self) -> None:
         """Ends every RPC under way with `Unavailable`. Idempotent."""
         self._channel.close()
+
+
+class Begun:
+    """A call under way."""
+
+    def __init__(self, transport: SyncTransport, step: Call, future: Any) -> None:
+        self._transport = transport
+        self._step = step
+        self._future = future
+
+    def end(self) -> Any:
+        """Its response. Bounded by the call's own time."""
+        try:
+            return self._future.result()
+        except grpc.RpcError as error:
+            raise _typed(self._step.method, error) from error
+        except grpc.FutureCancelledError:
+            raise Unavailable(f"{self._step.method}: the client was closed") from None
+        except BaseException:
+            # Interrupted: nobody else will hear of what was granted.
+            self.drop()
+            raise
+
+    def drop(self) -> None:
+        """Give back what it grants, if it does. Does not wait where there is no undo."""
+        undo = self._step.undo
+        if undo is None:
+            return
+        try:
+            back = undo(self._future.result())
+            if back is not None:
+                self._transport.call(back)
+        except (grpc.RpcError, grpc.FutureCancelledError, KVStoreError):
+            # Nothing was granted, or it ends with its time or its session.
+            return
 
 
 class _Stream:

@@ -15,11 +15,12 @@ from kvstore.client.steps import WritePiece
 from kvstore.types import (
     ChainPresence,
     ChainQuery,
+    CommitAnswer,
+    CommitOutcome,
     LayoutSpec,
     LeaseGrant,
-    ReservationGrant,
-    ReserveOutcome,
-    ReserveResult,
+    Segment,
+    SlotGrant,
     StoreStats,
     Tier,
     TierStats,
@@ -36,12 +37,10 @@ SESSION_METADATA = "kvstore-session-bin"
 ERROR_METADATA = "kvstore-error"
 
 _READ_DATA_TAG = 0x0A  # field 1, length-delimited
-_WRITE_RESERVATION_TAG = b"\x08"  # field 1, varint
-_WRITE_INDEX_TAG = b"\x10"  # field 2, varint
-_WRITE_DATA_TAG = b"\x1a"  # field 3, length-delimited
+_WRITE_SLOT_TAG = b"\x08"  # field 1, varint
+_WRITE_DATA_TAG = b"\x12"  # field 2, length-delimited
 
-_OUTCOMES = {int(outcome): outcome for outcome in ReserveOutcome}
-_DENIED = ReserveOutcome.DENIED
+_OUTCOMES = {int(outcome): outcome for outcome in CommitOutcome}
 
 
 class ServerInfo(NamedTuple):
@@ -83,26 +82,30 @@ def grants(response: pb.AcquireResponse, tag: int) -> list[LeaseGrant]:
     ]
 
 
-def reserve_message(
-    layout_id: bytes, entries: Sequence[tuple[bytes, bytes]], wait_ms: int
-) -> pb.ReserveRequest:
-    request = pb.ReserveRequest(layout_id=layout_id, wait_ms=wait_ms)
-    add = request.entries.add
-    for key, parent in entries:
-        add(key=key, parent=parent)
-    return request
+def slot_grant(slots: pb.Slots, tag: int) -> SlotGrant:
+    """`tag` is added to the slots' ids; see `Link`."""
+    addresses = list(slots.addresses)
+    return SlotGrant(slots.first_slot + tag if addresses else 0, addresses, slots.expires_ns)
 
 
-def reservation(response: pb.ReserveResponse, tag: int) -> ReservationGrant:
-    """`tag` is added to the reservation's id; see `Link`."""
-    outcome = _OUTCOMES.get
-    results = [
-        # An outcome this client does not know grants nothing.
-        ReserveResult(outcome(result.outcome, _DENIED), result.address, result.checksum)
-        for result in response.results
+def segment_messages(segments: Sequence[Segment], tag: int) -> list[pb.Segment]:
+    """`tag` is taken from the slots' ids; see `Link`."""
+    return [
+        pb.Segment(
+            parent=segment.parent,
+            keys=segment.keys,
+            slots=[slot - tag if slot else 0 for slot in segment.slots],
+            checksums=segment.checksums,
+        )
+        for segment in segments
     ]
-    number = response.reservation_id
-    return ReservationGrant(number + tag if number else 0, results, response.expires_ns)
+
+
+def commit_answer(response: pb.CommitResponse, tag: int) -> CommitAnswer:
+    # Of an outcome this client does not know, only that nothing was published is safe.
+    absent = CommitOutcome.ABSENT
+    outcomes = [_OUTCOMES.get(outcome, absent) for outcome in response.outcomes]
+    return CommitAnswer(outcomes, slot_grant(response.slots, tag))
 
 
 def server_info(response: pb.GetServerInfoResponse) -> ServerInfo:
@@ -149,13 +152,8 @@ def stats(response: pb.GetStatsResponse) -> StoreStats:
 
 def encode_write(piece: WritePiece) -> bytes:
     """A serialized `WriteRequest`, with one copy of the data."""
-    parts: list[bytes | memoryview] = []
-    if piece.reservation_id:
-        parts += (_WRITE_RESERVATION_TAG, _varint(piece.reservation_id))
-    if piece.entry:
-        parts += (_WRITE_INDEX_TAG, _varint(piece.entry))
-    parts += (_WRITE_DATA_TAG, _varint(piece.data.nbytes), piece.data)
-    return b"".join(parts)
+    head = (_WRITE_SLOT_TAG, _varint(piece.slot), _WRITE_DATA_TAG, _varint(piece.data.nbytes))
+    return b"".join((*head, piece.data))
 
 
 def decode_read(message: bytes) -> memoryview:

@@ -28,17 +28,24 @@ from kvstore.core.actions import Action, Answer, Copy, Publish, RememberLayout
 from kvstore.core.catalog import Block, Catalog, Layout, Replica, is_ready
 from kvstore.core.flushes import Flushes
 from kvstore.core.leases import Leases
-from kvstore.core.lifecycle import Event, State
+from kvstore.core.lifecycle import State
 from kvstore.core.limits import Counters, Limits
 from kvstore.core.policies import POLICIES
 from kvstore.core.reservations import Reservations
 from kvstore.core.residency import Residency, StoredBlock
-from kvstore.core.sessions import Lease, Reservation, Session
+from kvstore.core.sessions import Lease, Session
 from kvstore.core.space import Space, SpaceClass
 from kvstore.core.tickets import AcquireTicket, FlushTicket, ReserveTicket, Ticket
 from kvstore.core.transfers import TransferClass
 from kvstore.errors import BadRequest, NoSession, TooMany, UnknownLayout
-from kvstore.types import ChainPresence, ChainQuery, LayoutSpec, Tier
+from kvstore.types import (
+    ChainPresence,
+    ChainQuery,
+    CommitAnswer,
+    LayoutSpec,
+    Segment,
+    Tier,
+)
 
 SAVE_PAUSE_NS = 1_000_000_000
 """How long nothing is written to NVMe after it refused a write for want of space."""
@@ -56,7 +63,7 @@ class Planner:
         nvme_slot_bytes: Callable[[int], int] | None,
         first_id: int = 1,
     ) -> None:
-        """`first_id`: where the ids of leases and reservations begin. One that differs
+        """`first_id`: where the ids of leases and slots begin. One that differs
         from life to life of a server keeps ids of an earlier one from fitting."""
         self.limits = limits
         self.counters = Counters()
@@ -111,8 +118,7 @@ class Planner:
             self.residency.actions.append(Answer(ticket))
         for lease in list(session.leases.values()):
             self.leases.end(lease)
-        for reservation in list(session.reservations.values()):
-            self.reservations.end(reservation, Event.WRITER_GONE)
+        self.reservations.end_session(session)
 
     @property
     def open_sessions(self) -> int:
@@ -124,7 +130,7 @@ class Planner:
 
     @property
     def open_reservations(self) -> int:
-        return self.reservations.open
+        return len(self.reservations)
 
     # Layouts and lookups
 
@@ -186,27 +192,29 @@ class Planner:
         self,
         session: Session,
         layout_id: bytes,
-        entries: Sequence[tuple[bytes, bytes]],
+        count: int,
         *,
         wait: bool,
         now_ns: int,
     ) -> ReserveTicket:
-        return self.reservations.reserve(session, layout_id, entries, wait=wait, now_ns=now_ns)
+        return self.reservations.reserve(session, layout_id, count, wait=wait, now_ns=now_ns)
 
-    def reservation(self, session: Session, reservation_id: int) -> Reservation:
-        return self.reservations.get(session, reservation_id)
+    def slot(self, session: Session, slot_id: int) -> Replica:
+        return self.reservations.slot(session, slot_id)
 
     def commit(
         self,
         session: Session,
-        reservation_id: int,
-        indices: Sequence[int],
-        checksums: Sequence[int],
-    ) -> None:
-        self.reservations.commit(session, reservation_id, indices, checksums)
+        layout_id: bytes,
+        segments: Sequence[Segment],
+        *,
+        reserve: int,
+        now_ns: int,
+    ) -> CommitAnswer:
+        return self.reservations.commit(session, layout_id, segments, reserve, now_ns)
 
-    def abort(self, session: Session, reservation_id: int) -> None:
-        self.reservations.abort(session, reservation_id)
+    def abort(self, session: Session, slot_ids: Sequence[int]) -> None:
+        self.reservations.abort(session, slot_ids)
 
     # Prefetch, clear, flush
 

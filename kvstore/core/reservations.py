@@ -1,5 +1,10 @@
 """Reservations: slots that a client writes and then publishes.
 
+Slots are reserved before it is known which blocks will go into them, so that a
+client can have some at hand: then a store costs one call, a commit, which may
+reserve the slots for the next store as well. Only the commit names the blocks. Two
+clients that store the same block at once both write; the second finds it present.
+
 A reserve grants at once what it can. Where it can grant nothing for want of space it
 waits its turn, first come, first served. What is granted is WRITING until it is
 committed, given up, or out of time.
@@ -9,33 +14,25 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from itertools import islice
 
 from kvstore.core.actions import Answer
 from kvstore.core.catalog import Block, Catalog, Layout, Replica
-from kvstore.core.lifecycle import Event, State
+from kvstore.core.lifecycle import Event
 from kvstore.core.limits import Counters, Limits
 from kvstore.core.residency import Residency
 from kvstore.core.sessions import Reservation, Session
 from kvstore.core.space import SpaceClass
 from kvstore.core.tickets import ReserveTicket
-from kvstore.errors import (
-    BadRequest,
-    Conflict,
-    ForeignReservation,
-    ReservationExpired,
-    TooMany,
-    UnknownReservation,
-)
-from kvstore.types import ReservationGrant, ReserveOutcome, ReserveResult
+from kvstore.errors import BadRequest, ReservationExpired, TooMany
+from kvstore.types import CommitAnswer, CommitOutcome, Segment, SlotGrant
 
 MAX_WAITING = 1024
 """Reserves that may wait for space at a time."""
-MAX_SETTLED = 256
-"""Reservations without an open entry that a session keeps, to recognise repeats."""
 MAX_ANCESTORS = 4096
 """Blocks before a new one that count as used with it. Bounds what a commit costs."""
 
-_DENIED = ReserveResult(ReserveOutcome.DENIED)
+_NO_SLOTS = SlotGrant(0, [], 0)
 
 
 class Reservations:
@@ -51,41 +48,29 @@ class Reservations:
         self._limits = limits
         self._counters = counters
         self._ids = ids
-        self._reservations: dict[int, Reservation] = {}
+        # Oldest first, and so the one to expire first.
+        self._reservations: dict[Reservation, None] = {}
         self._waiting: deque[ReserveTicket] = deque()
 
-    @property
-    def open(self) -> int:
-        """Reservations with an entry that is still to be written."""
-        return sum(1 for r in self._reservations.values() if r.open)
+    def __len__(self) -> int:
+        """Reservations with a slot that is still open."""
+        return len(self._reservations)
+
+    # Reserving
 
     def reserve(
-        self,
-        session: Session,
-        layout_id: bytes,
-        entries: Sequence[tuple[bytes, bytes]],
-        *,
-        wait: bool,
-        now_ns: int,
+        self, session: Session, layout_id: bytes, count: int, *, wait: bool, now_ns: int
     ) -> ReserveTicket:
-        """Slots for new blocks; `entries` are (key, parent's key or b"").
+        """Slots for new blocks of a layout.
 
-        Grants what it can. Only when it can grant nothing at all and something is
-        refused for want of space does the ticket wait (with `wait`): a client that
-        is granted a part should write that first, because what is reserved cannot
-        make room. Raises `UnknownLayout`, `TooMany`.
+        Grants what it can. Only when it can grant nothing at all does the ticket wait
+        (with `wait`): a client that is granted a part should write that first, because
+        what is reserved cannot make room. Raises `UnknownLayout`, `TooMany`.
         """
         layout = self._catalog.layout(session.tenant, layout_id)
-        if sum(1 for r in session.reservations.values() if r.open) >= self._limits.max_reservations:
+        if len(session.reservations) >= self._limits.max_reservations:
             raise TooMany(f"a session may hold {self._limits.max_reservations} reservations")
-        stored = [
-            (
-                layout.name(key),
-                layout.name(parent) if parent else b"",
-            )
-            for key, parent in entries
-        ]
-        ticket = ReserveTicket(session, layout, stored)
+        ticket = ReserveTicket(session, layout, count)
         if not self._try_reserve(ticket, now_ns, last=not wait):
             if len(self._waiting) >= MAX_WAITING:
                 raise TooMany("too many calls are waiting for space")
@@ -94,129 +79,196 @@ class Reservations:
         return ticket
 
     def _try_reserve(self, ticket: ReserveTicket, now_ns: int, *, last: bool) -> bool:
-        """Answer the ticket if anything can be granted, nothing needs to be, or this
-        is the `last` try."""
-        granted: list[Replica | None] = []
-        results: list[ReserveResult] = []
-        denied = 0
-        for stored_key, parent in ticket.entries:
-            # All entries are of one class: where one found no room, none will.
-            result, replica = self._reserve_one(ticket.layout, stored_key, parent, room=not denied)
-            denied += result is _DENIED
-            results.append(result)
-            granted.append(replica)
-        if denied and not last and not any(granted):
+        """Answer the ticket if a slot can be granted, or this is the `last` try."""
+        replicas = self._place(ticket.layout, ticket.count)
+        if ticket.count and not replicas and not last:
             return False
-        self._counters.denied_blocks += denied
-        expires_ns = now_ns + self._limits.reservation_ms * 1_000_000
-        reservation_id = 0
-        if any(granted):
-            reservation_id = next(self._ids)
-            reservation = Reservation(
-                reservation_id, ticket.session, ticket.layout, granted, expires_ns
-            )
-            self._reservations[reservation_id] = reservation
-            ticket.session.reservations[reservation_id] = reservation
+        self._counters.denied_blocks += ticket.count - len(replicas)
         ticket.session.tickets.discard(ticket)
-        ticket.answer = ReservationGrant(reservation_id, results, expires_ns)
+        ticket.answer = self._grant(ticket.session, ticket.layout, replicas, now_ns)
         return True
 
-    def _reserve_one(
-        self, layout: Layout, stored_key: bytes, parent: bytes, *, room: bool
-    ) -> tuple[ReserveResult, Replica | None]:
-        block = self._catalog.get(stored_key)
-        if block is not None:
-            if not block.readable:
-                return ReserveResult(ReserveOutcome.PENDING), None
-            self._residency.touch(block)
-            return ReserveResult(ReserveOutcome.PRESENT, 0, block.checksum or 0), None
-        if not room:
-            return _DENIED, None
-        block = self._catalog.add(stored_key, parent, layout)
-        replica = self._residency.place_for_write(block)
-        if replica is None:
-            self._catalog.remove(block)
-            return _DENIED, None
-        return ReserveResult(ReserveOutcome.GRANTED, replica.address), replica
+    def _place(self, layout: Layout, count: int) -> list[Replica]:
+        """Replicas of blocks that have no name yet, as many as there is room for."""
+        replicas: list[Replica] = []
+        while len(replicas) < count:
+            replica = self._residency.place_for_write(Block(b"", b"", layout))
+            if replica is None:
+                break
+            replicas.append(replica)
+        return replicas
 
-    def get(self, session: Session, reservation_id: int) -> Reservation:
-        """Raises `UnknownReservation`, `ForeignReservation`, `ReservationExpired`."""
-        reservation = self._reservations.get(reservation_id)
-        if reservation is None:
-            raise UnknownReservation("no such reservation")
-        if reservation.session is not session:
-            raise ForeignReservation("the reservation belongs to another session")
-        if reservation.expired:
-            raise ReservationExpired("the reservation has timed out")
-        return reservation
+    def _grant(
+        self, session: Session, layout: Layout, replicas: list[Replica], now_ns: int
+    ) -> SlotGrant:
+        if not replicas:
+            return _NO_SLOTS
+        expires_ns = now_ns + self._limits.reservation_ms * 1_000_000
+        slots = dict(zip(islice(self._ids, len(replicas)), replicas, strict=True))
+        reservation = Reservation(session, layout, slots, expires_ns)
+        self._reservations[reservation] = None
+        session.reservations.add(reservation)
+        session.slots.update(dict.fromkeys(slots, reservation))
+        return SlotGrant(next(iter(slots)), [r.address for r in replicas], expires_ns)
+
+    def slot(self, session: Session, slot_id: int) -> Replica:
+        """An open slot. Raises `ReservationExpired`."""
+        reservation = session.slots.get(slot_id)
+        if reservation is None or reservation.expired:
+            raise ReservationExpired("no such slot is reserved (any more)")
+        return reservation.slots[slot_id]
+
+    # Committing
 
     def commit(
         self,
         session: Session,
-        reservation_id: int,
-        indices: Sequence[int],
-        checksums: Sequence[int],
-    ) -> None:
-        """Publish written entries; all of them or, on an error, none.
+        layout_id: bytes,
+        segments: Sequence[Segment],
+        reserve: int,
+        now_ns: int,
+    ) -> CommitAnswer:
+        """Publish written blocks; all slots named are closed. Then reserve as many of
+        `reserve` further slots as there is room for.
 
-        Raises what `get` raises, `BadRequest`, `Conflict`.
+        Raises `UnknownLayout`, `BadRequest`, and `ReservationExpired` for a block that
+        is not there and whose slot is not open; nothing is changed then. So a commit
+        may be repeated when its answer was lost.
         """
-        reservation = self.get(session, reservation_id)
-        if len(indices) != len(checksums) or len(set(indices)) != len(indices):
-            raise BadRequest("a commit needs one checksum for each index, each index once")
-        fresh: list[tuple[int, Replica, int]] = []
-        for index, checksum in zip(indices, checksums, strict=True):
-            if not 0 <= index < len(reservation.entries):
-                raise BadRequest(f"there is no entry {index} in the reservation")
-            replica = reservation.entries[index]
-            if replica is not None:
-                fresh.append((index, replica, checksum))
-            elif index not in reservation.committed:
-                raise BadRequest(f"entry {index} was not granted")
-            elif reservation.committed[index] != checksum:
-                raise Conflict(f"entry {index} is committed with other bytes")
-        # The last of the chain first, the root's side most recent.
-        for index, replica, checksum in reversed(fresh):
-            self._residency.publish(replica, checksum)
-            reservation.entries[index] = None
-            reservation.committed[index] = checksum
-        self._counters.committed_blocks += len(fresh)
-        if fresh:
-            self._touch_ancestors(fresh[0][1].block)
-        self._trim_settled(session)
+        layout = self._catalog.layout(session.tenant, layout_id)
+        named = [[layout.name(key) for key in segment.keys] for segment in segments]
+        self._check(session, layout, segments, named)
+        outcomes: list[CommitOutcome] = []
+        for segment, names in zip(segments, named, strict=True):
+            outcomes += self._commit_segment(session, layout, segment, names)
+        slots = _NO_SLOTS
+        if reserve and len(session.reservations) < self._limits.max_reservations:
+            slots = self._grant(session, layout, self._place(layout, reserve), now_ns)
+        return CommitAnswer(outcomes, slots)
 
-    def _touch_ancestors(self, block: Block) -> None:
+    def _check(
+        self,
+        session: Session,
+        layout: Layout,
+        segments: Sequence[Segment],
+        named: list[list[bytes]],
+    ) -> None:
+        slots: list[int] = []
+        for segment, names in zip(segments, named, strict=True):
+            if not len(segment.keys) == len(segment.slots) == len(segment.checksums):
+                raise BadRequest("a segment has a slot and a checksum for each of its keys")
+            for slot_id, name in zip(segment.slots, names, strict=True):
+                reservation = session.slots.get(slot_id)
+                if reservation is not None and not reservation.expired:
+                    slots.append(slot_id)
+                    if reservation.layout is not layout:
+                        raise BadRequest("a slot is of another layout than the commit")
+                elif slot_id and not self._is_held(name):
+                    raise ReservationExpired("no such slot is reserved (any more)")
+        if len(set(slots)) != len(slots):
+            raise BadRequest("a commit names each slot once")
+
+    def _is_held(self, stored_key: bytes) -> bool:
+        block = self._catalog.get(stored_key)
+        return block is not None and block.readable
+
+    def _commit_segment(
+        self, session: Session, layout: Layout, segment: Segment, names: list[bytes]
+    ) -> list[CommitOutcome]:
+        parent = layout.name(segment.parent) if segment.parent else b""
+        parents = [parent, *names]
+        outcomes = [CommitOutcome.ABSENT] * len(names)
+        # The last of the chain first, the root's side most recent.
+        for index in range(len(names) - 1, -1, -1):
+            replica = self._close(session, segment.slots[index])
+            outcomes[index] = self._commit_one(
+                replica, names[index], parents[index], segment.checksums[index]
+            )
+        self._touch_ancestors(parent)
+        return outcomes
+
+    def _close(self, session: Session, slot_id: int) -> Replica | None:
+        """Take an open slot from its reservation. Of an expired one it stays there."""
+        reservation = session.slots.get(slot_id)
+        if reservation is None or reservation.expired:
+            return None
+        del session.slots[slot_id]
+        replica = reservation.slots.pop(slot_id)
+        if not reservation.slots:
+            self._forget(reservation)
+        return replica
+
+    def _commit_one(
+        self, replica: Replica | None, stored_key: bytes, parent: bytes, checksum: int
+    ) -> CommitOutcome:
+        block = self._catalog.get(stored_key)
+        if block is not None and block.readable:
+            self._residency.touch(block)
+            if replica is not None:
+                self._residency.release_writer(replica, Event.ABORT)
+            same = block.checksum == checksum
+            return CommitOutcome.PRESENT if same else CommitOutcome.CONFLICT
+        if replica is None:
+            return CommitOutcome.ABSENT
+        if block is not None:
+            # On its way up from a tier that has failed meanwhile: this one is here.
+            self._residency.abandon(block)
+        self._residency.publish(replica, stored_key, parent, checksum)
+        self._counters.committed_blocks += 1
+        return CommitOutcome.STORED
+
+    def _touch_ancestors(self, parent: bytes) -> None:
         # Bounded, because parents are what clients say they are, and could be a ring.
         for _ in range(MAX_ANCESTORS):
-            parent = self._catalog.get(block.parent)
-            if parent is None:
+            block = self._catalog.get(parent)
+            if block is None:
                 return
-            self._residency.touch(parent)
-            block = parent
+            self._residency.touch(block)
+            parent = block.parent
 
-    def abort(self, session: Session, reservation_id: int) -> None:
-        """Give back what is not committed. Unknown reservations are ignored."""
-        reservation = self._reservations.get(reservation_id)
-        if reservation is None:
-            return
-        if reservation.session is not session:
-            raise ForeignReservation("the reservation belongs to another session")
-        self.end(reservation, Event.ABORT)
+    # Ending
 
-    def end(self, reservation: Reservation, event: Event) -> None:
-        for index, replica in enumerate(reservation.entries):
-            if replica is not None:
-                reservation.entries[index] = None
-                self._residency.release_writer(replica, event)
-        del self._reservations[reservation.reservation_id]
-        del reservation.session.reservations[reservation.reservation_id]
+    def abort(self, session: Session, slot_ids: Sequence[int]) -> None:
+        """Give slots back that nobody writes into any more. Those that are not open
+        are ignored."""
+        for slot_id in slot_ids:
+            reservation = session.slots.pop(slot_id, None)
+            if reservation is not None:
+                self._residency.release_writer(reservation.slots.pop(slot_id), Event.ABORT)
+                if not reservation.slots:
+                    self._forget(reservation)
 
-    def _trim_settled(self, session: Session) -> None:
-        if len(session.reservations) <= MAX_SETTLED:
-            return
-        settled = [r for r in session.reservations.values() if not r.open]
-        for reservation in settled[: len(settled) - MAX_SETTLED]:
-            self.end(reservation, Event.ABORT)
+    def end_session(self, session: Session) -> None:
+        """The client is gone: nobody writes into its slots any more."""
+        for reservation in list(session.reservations):
+            for replica in reservation.slots.values():
+                self._residency.release_writer(replica, Event.WRITER_GONE)
+            self._forget(reservation)
+        session.slots.clear()
+
+    def _forget(self, reservation: Reservation) -> None:
+        del self._reservations[reservation]
+        reservation.session.reservations.remove(reservation)
+
+    def expire(self, now_ns: int) -> None:
+        """End the reservations whose time is up."""
+        for reservation in list(self._reservations):
+            if reservation.expires_ns >= now_ns:
+                break
+            if not reservation.expired:
+                self._expire_one(reservation)
+
+    def _expire_one(self, reservation: Reservation) -> None:
+        self._counters.expired_reservations += 1
+        reservation.expired = True
+        # A local client may be writing still; see lifecycle.
+        event = Event.EXPIRE if reservation.session.local else Event.ABORT
+        for replica in reservation.slots.values():
+            self._residency.release_writer(replica, event)
+        if not reservation.session.local:
+            for slot_id in reservation.slots:
+                del reservation.session.slots[slot_id]
+            self._forget(reservation)
 
     # Getting on with what waits
 
@@ -237,46 +289,24 @@ class Reservations:
         """The caller waits no longer."""
         self._waiting.remove(ticket)
         if ticket.session.closed:
-            ticket.answer = ReservationGrant(0, [_DENIED] * len(ticket.entries), 0)
+            ticket.answer = _NO_SLOTS
         else:
             self._try_reserve(ticket, now_ns, last=True)
-
-    def expire(self, now_ns: int) -> None:
-        """End the reservations whose time is up."""
-        for reservation in [x for x in self._reservations.values() if x.expires_ns < now_ns]:
-            self._expire_one(reservation, now_ns)
-
-    def _expire_one(self, reservation: Reservation, now_ns: int) -> None:
-        if reservation.expired:
-            # Remembered for as long again, to tell a late client what happened.
-            forget_ns = reservation.expires_ns + self._limits.reservation_ms * 1_000_000
-            if not reservation.open and forget_ns < now_ns:
-                self.end(reservation, Event.ABORT)
-            return
-        if not reservation.open:
-            self.end(reservation, Event.ABORT)
-            return
-        self._counters.expired_reservations += 1
-        reservation.expired = True
-        # A local client may be writing still; see lifecycle.
-        event = Event.EXPIRE if reservation.session.local else Event.ABORT
-        for index, replica in enumerate(reservation.entries):
-            if replica is not None:
-                self._residency.release_writer(replica, event)
-                if replica.state is State.GONE:
-                    reservation.entries[index] = None
 
     def add_wanted(self, wanted: dict[SpaceClass, int]) -> None:
         """Add the slots that waiting reserves lack, by class."""
         for ticket in self._waiting:
             space_class = ticket.layout.dram_class
-            wanted[space_class] = wanted.get(space_class, 0) + len(ticket.entries)
+            wanted[space_class] = wanted.get(space_class, 0) + ticket.count
 
     def writers(self) -> set[Replica]:
         """Every replica that is or may still be written; for integrity checks."""
+        for reservation in self._reservations:
+            if not reservation.slots:
+                raise AssertionError("a reservation without a slot is kept")
         return {
             replica
-            for reservation in self._reservations.values()
-            for replica in reservation.entries
-            if replica is not None
+            for reservation in self._reservations
+            for slot_id, replica in reservation.slots.items()
+            if reservation.session.slots[slot_id] is reservation
         }

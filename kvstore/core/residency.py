@@ -143,13 +143,20 @@ class Residency:
     # Coming in
 
     def place_for_write(self, block: Block) -> Replica | None:
-        """A DRAM slot for a client to write into; None when there is no room now."""
+        """A DRAM slot for a client to write into; None when there is no room now.
+
+        The block is not in the catalog, and has no name, before it is published."""
         return self._place_in_dram(block, State.WRITING)
 
-    def publish(self, replica: Replica, checksum: int) -> None:
-        """A client has written the slot: the block can be read from here on."""
+    def publish(self, replica: Replica, stored_key: bytes, parent: bytes, checksum: int) -> None:
+        """A client has written the slot: the block can be read from here on, under a
+        name that the caller guarantees to be free."""
         replica.apply(Event.COMMIT)
-        replica.block.checksum = checksum
+        block = replica.block
+        block.stored_key = stored_key
+        block.parent = parent
+        block.checksum = checksum
+        self.catalog.enter(block)
         self._listed(replica)
 
     def bring_up(self, block: Block, transfer_class: TransferClass) -> Replica | None:
@@ -281,13 +288,8 @@ class Residency:
 
     def release_writer(self, replica: Replica, event: Event) -> None:
         """The writer of a reserved slot gave up (ABORT), went (WRITER_GONE) or ran
-        out of time (EXPIRE). The key is free at once; the slot, unless it may still
-        be written, as well."""
-        was_writing = replica.state is State.WRITING
+        out of time (EXPIRE). The slot is free at once, unless it may still be written."""
         replica.apply(event)
-        if was_writing:
-            replica.block.dram = None
-            self.catalog.remove(replica.block)
         if replica.state is State.GONE:
             self.dram.vacate(replica)
 

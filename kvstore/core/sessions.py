@@ -23,24 +23,18 @@ class Lease:
 
 @dataclass(eq=False, slots=True)
 class Reservation:
-    """The right to write the slots of `entries` until `expires_ns`.
+    """The right to write into slots, all granted at once, until `expires_ns`.
 
-    `entries` has an item for each entry asked for: its replica while it is being
-    written, None where none was granted. `committed` remembers the checksums of
-    those published, so that a repeated commit can be told from a conflicting one.
+    `slots`: those still open, by id. The reservation ends with the last of them.
+    Once `expired` they cannot be committed any more; those left are kept because a
+    local client may be writing still (see lifecycle).
     """
 
-    reservation_id: int
     session: Session
     layout: Layout
-    entries: list[Replica | None]
+    slots: dict[int, Replica]
     expires_ns: int
-    committed: dict[int, int] = field(default_factory=dict)
     expired: bool = False
-
-    @property
-    def open(self) -> bool:
-        return any(replica is not None for replica in self.entries)
 
 
 @dataclass(eq=False, slots=True)
@@ -53,5 +47,7 @@ class Session:
     local: bool
     closed: bool = False
     leases: dict[int, Lease] = field(default_factory=dict)
-    reservations: dict[int, Reservation] = field(default_factory=dict)
+    reservations: set[Reservation] = field(default_factory=set)
+    slots: dict[int, Reservation] = field(default_factory=dict)
+    """Every open slot, by id."""
     tickets: set[AcquireTicket | ReserveTicket] = field(default_factory=set)

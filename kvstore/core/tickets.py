@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from kvstore.core.catalog import Block, Layout, Replica
 from kvstore.core.sessions import Session
-from kvstore.types import LeaseGrant, ReservationGrant, ReserveResult
+from kvstore.types import LeaseGrant, SlotGrant
 
 
 @dataclass(eq=False, slots=True)
@@ -48,12 +48,12 @@ class AcquireTicket:
 
 @dataclass(eq=False, slots=True)
 class ReserveTicket:
+    """`count` slots of a layout."""
+
     session: Session
     layout: Layout
-    entries: list[tuple[bytes, bytes]]
-    """(stored key, parent's stored key or b"")."""
-    results: list[ReserveResult | None] = field(default_factory=list)
-    answer: ReservationGrant | None = None
+    count: int
+    answer: SlotGrant | None = None
 
 
 @dataclass(eq=False, slots=True)

@@ -17,18 +17,16 @@ from kvstore.wire.v1 import kvstore_pb2 as pb
 _READ_DATA = 0x0A
 """ReadResponse.data: field 1, length-delimited."""
 
-_WRITE_RESERVATION = 0x08
-_WRITE_INDEX = 0x10
-_WRITE_DATA = 0x1A
-_WRITE_TAGS = frozenset({_WRITE_RESERVATION, _WRITE_INDEX, _WRITE_DATA})
+_WRITE_SLOT = 0x08
+_WRITE_DATA = 0x12
+_WRITE_TAGS = frozenset({_WRITE_SLOT, _WRITE_DATA})
 
 
 @dataclass(frozen=True, slots=True)
 class WriteChunk:
     """A `WriteRequest`. `data` may borrow from the message it was read from."""
 
-    reservation_id: int
-    index: int
+    slot: int
     data: memoryview
 
 
@@ -45,7 +43,7 @@ def frame_read(data: memoryview) -> bytes:
 
 def parse_write(message: bytes) -> WriteChunk:
     """A serialized `WriteRequest`, without copying its data. Raises `BadRequest`."""
-    reservation_id = index = position = 0
+    slot = position = 0
     data = memoryview(b"")
     try:
         while position < len(message):
@@ -53,10 +51,8 @@ def parse_write(message: bytes) -> WriteChunk:
             if tag not in _WRITE_TAGS:
                 return _parse_any(message)
             value, position = _varint(message, position + 1)
-            if tag == _WRITE_RESERVATION:
-                reservation_id = value & (1 << 64) - 1
-            elif tag == _WRITE_INDEX:
-                index = value & (1 << 32) - 1
+            if tag == _WRITE_SLOT:
+                slot = value & (1 << 64) - 1
             else:
                 if position + value > len(message):
                     raise BadRequest("a message of Write is cut short")
@@ -64,7 +60,7 @@ def parse_write(message: bytes) -> WriteChunk:
                 position += value
     except IndexError:
         raise BadRequest("a message of Write is cut short") from None
-    return WriteChunk(reservation_id, index, data)
+    return WriteChunk(slot, data)
 
 
 def _varint(message: bytes, position: int) -> tuple[int, int]:
@@ -85,4 +81,4 @@ def _parse_any(message: bytes) -> WriteChunk:
         request = pb.WriteRequest.FromString(message)
     except DecodeError:
         raise BadRequest("a message of Write is not a WriteRequest") from None
-    return WriteChunk(request.reservation_id, request.index, memoryview(request.data))
+    return WriteChunk(request.slot, memoryview(request.data))

@@ -12,7 +12,7 @@ MAX_LAYOUTS = 256
 """Named by one chain."""
 MAX_KEYS = 65536
 """In one call: keys over all chains, counted once for each layout of their chain;
-or entries, lease ids, indices."""
+or blocks committed, slots, lease ids, indices."""
 
 MAX_WAIT_MS = 60_000
 MAX_METADATA_BYTES = 16 << 10

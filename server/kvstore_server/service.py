@@ -23,7 +23,7 @@ from kvstore.errors import (
 )
 from kvstore.metrics import Metrics
 from kvstore.store import Session, Store
-from kvstore.types import KEY_BYTES, ChainQuery, LayoutSpec
+from kvstore.types import KEY_BYTES, ChainQuery, LayoutSpec, Segment, SlotGrant
 from kvstore.wire.v1 import kvstore_pb2 as pb
 from kvstore_server import limits
 from kvstore_server.calls import SERVICE_NAME, Calls, Context
@@ -195,37 +195,22 @@ class KVStoreService:
     # Writing
 
     async def reserve(self, request: pb.ReserveRequest, context: Context) -> pb.ReserveResponse:
-        _check_count(len(request.entries))
-        _check_keys([entry.key for entry in request.entries])
-        _check_keys([entry.parent for entry in request.entries if entry.parent])
+        _check_count(request.count)
         grant = await self._store.reserve(
-            self._session(context),
-            request.layout_id,
-            [(entry.key, entry.parent) for entry in request.entries],
-            _wait_ms(request.wait_ms),
+            self._session(context), request.layout_id, request.count, _wait_ms(request.wait_ms)
         )
-        return pb.ReserveResponse(
-            reservation_id=grant.reservation_id,
-            results=[
-                pb.ReserveResult(
-                    outcome=_enum(result.outcome),
-                    address=result.address,
-                    checksum=result.checksum,
-                )
-                for result in grant.results
-            ],
-            expires_ns=grant.expires_ns,
-        )
+        return pb.ReserveResponse(slots=_slots(grant))
 
     def commit(self, request: pb.CommitRequest, context: Context) -> pb.CommitResponse:
-        _check_count(len(request.indices))
-        self._store.commit(
-            self._session(context), request.reservation_id, request.indices, request.checksums
+        _check_count(request.reserve)
+        answer = self._store.commit(
+            self._session(context), request.layout_id, _segments(request), request.reserve
         )
-        return pb.CommitResponse()
+        return pb.CommitResponse(outcomes=map(_enum, answer.outcomes), slots=_slots(answer.slots))
 
     def abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:
-        self._store.abort(self._session(context), request.reservation_id)
+        _check_count(len(request.slots))
+        self._store.abort(self._session(context), request.slots)
         return pb.AbortResponse()
 
     # Bytes
@@ -255,29 +240,23 @@ class KVStoreService:
 
     async def write(self, messages: AsyncIterator[bytes], context: Context) -> pb.WriteResponse:
         session = self._session(context)
-        reservation_id: int | None = None
-        current: int | None = None
-        offset = length = 0
+        current = offset = length = 0
         async for message in messages:
             chunk = parse_write(message)
-            if reservation_id is None:
-                reservation_id = chunk.reservation_id
-            elif chunk.reservation_id not in (0, reservation_id):
-                raise BadRequest("one Write writes into one reservation")
             if len(chunk.data) > limits.MAX_CHUNK_BYTES:
                 raise BadSize(f"a message carries at most {limits.MAX_CHUNK_BYTES} bytes of data")
-            if chunk.index != current:
-                _check_whole(current, offset, length)
-                current, offset = chunk.index, 0
+            if chunk.slot != current:
+                _check_whole(offset, length)
+                current, offset = chunk.slot, 0
             # Asked for anew for each piece, as in `_send_block`.
-            slot = self._store.reservation_view(session, reservation_id, chunk.index)
+            slot = self._store.slot_view(session, chunk.slot)
             length = len(slot)
             if offset + len(chunk.data) > length:
-                raise BadSize(f"more than the {length} bytes of a block for entry {chunk.index}")
+                raise BadSize(f"more than the {length} bytes of a block for one slot")
             slot[offset : offset + len(chunk.data)] = chunk.data
             offset += len(chunk.data)
             self._metrics.bytes_written(len(chunk.data))
-        _check_whole(current, offset, length)
+        _check_whole(offset, length)
         return pb.WriteResponse()
 
     # Administration
@@ -351,6 +330,24 @@ def _chains(chains: Sequence[pb.Chain]) -> list[ChainQuery]:
     return queries
 
 
+def _segments(request: pb.CommitRequest) -> list[Segment]:
+    """The segments of a commit, once they are within bounds."""
+    if len(request.segments) > limits.MAX_CHAINS:
+        raise TooLarge(f"{len(request.segments)} segments; at most {limits.MAX_CHAINS}")
+    _check_count(sum(len(segment.keys) for segment in request.segments))
+    for segment in request.segments:
+        _check_keys(segment.keys)
+        if segment.parent:
+            _check_keys((segment.parent,))
+    return [Segment(s.parent, s.keys, s.slots, s.checksums) for s in request.segments]
+
+
+def _slots(grant: SlotGrant) -> pb.Slots:
+    return pb.Slots(
+        first_slot=grant.first_slot, addresses=grant.addresses, expires_ns=grant.expires_ns
+    )
+
+
 def _check_keys(keys: Sequence[bytes]) -> None:
     for length in set(map(len, keys)):
         if length != KEY_BYTES:
@@ -368,6 +365,6 @@ def _wait_ms(wait_ms: int) -> int:
     return wait_ms
 
 
-def _check_whole(index: int | None, offset: int, length: int) -> None:
-    if index is not None and offset != length:
-        raise BadSize(f"entry {index} got {offset} of its {length} bytes")
+def _check_whole(offset: int, length: int) -> None:
+    if offset != length:
+        raise BadSize(f"a slot got {offset} of its {length} bytes")

@@ -6,6 +6,9 @@ block is published only if its job was still uncancelled after its bytes had bee
 copied and hashed: then the copy was finished before anyone was allowed to write.
 A copy that raced with a cancellation is thrown away.
 
+One call to the server publishes all that was copied since the last, of whichever
+jobs, and brings the slots for what comes next (`slots`).
+
 Jobs wait for nobody: when more is queued than `MAX_QUEUED_BYTES`, when there is no
 server, or when a finished request has held its blocks for `FLUSH_S`, they are
 dropped and counted. A lost store is a later miss, no more.
@@ -16,16 +19,17 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import xxhash
 from vllm.logger import init_logger
 
-from kvstore.errors import KVStoreError
-from kvstore.types import ReservationGrant, ReserveOutcome
+from kvstore.errors import KVStoreError, Unavailable
+from kvstore.types import CommitOutcome, Segment
 from kvstore_connectors.vllm.link import is_loss
 from kvstore_connectors.vllm.metadata import JobReport
+from kvstore_connectors.vllm.slots import Slot, SlotsAhead
 from kvstore_connectors.vllm.stats import ConnectorStats
 
 if TYPE_CHECKING:
@@ -39,17 +43,33 @@ logger = init_logger("vllm.kvstore")
 
 MAX_QUEUED_BYTES = 2 << 30
 CHUNK_BYTES = 32 << 20
-"""Reserved, copied and committed at a time: two calls to the server for each."""
+"""Copied and committed at a time, and reserved ahead."""
 
-RESERVE_WAIT_MS = 100
+IDLE_S = 1.0
+"""Without a job for this long, the slots reserved ahead are given back."""
 FLUSH_S = 2.0
 
 
 @dataclass(slots=True, eq=False)
 class _Save:
+    """`taken`: blocks of the job that the thread has taken up."""
+
     job: StoreJob
+    taken: int = 0
     cancelled: bool = False
     reported: bool = False
+    lost: bool = False
+
+
+@dataclass(slots=True)
+class _Part:
+    """Blocks `start` to `stop` of a job, and what they were written into."""
+
+    save: _Save
+    start: int
+    stop: int
+    slots: list[Slot] = field(default_factory=list)
+    checksums: list[int] = field(default_factory=list)
 
 
 class Saver:
@@ -75,6 +95,7 @@ class Saver:
         self.stats = ConnectorStats()
         self._max_queued_blocks = max(1, MAX_QUEUED_BYTES // blocks.block_bytes)
         self._chunk = max(1, CHUNK_BYTES // blocks.block_bytes)
+        self._slots = SlotsAhead(self._chunk)
         self._thread = threading.Thread(target=self._run, name="kvstore-save", daemon=True)
         self._thread.start()
 
@@ -172,90 +193,157 @@ class Saver:
         if not jobs:
             del self._of_request[job.request_id]
 
+    def _take(self) -> list[_Part]:
+        """What is queued, up to a chunk."""
+        parts: list[_Part] = []
+        room = self._chunk
+        while self._queue and room:
+            save = self._queue[0]
+            start = save.taken
+            save.taken = stop = min(start + room, len(save.job.keys))
+            self._queued_blocks -= stop - start
+            if stop == len(save.job.keys):
+                self._queue.popleft()
+            if not save.cancelled:
+                parts.append(_Part(save, start, stop))
+                room -= stop - start
+        return parts
+
     # In the thread.
 
     def _run(self) -> None:
-        while True:
+        while self._wait_for_work():
             with self._condition:
-                self._condition.wait_for(lambda: self._closing or self._queue)
-                if self._closing:
-                    return
-                save = self._queue.popleft()
-                self._queued_blocks -= len(save.job.keys)
-            if save.cancelled:
-                continue
+                parts = self._take()
             started_s = time.monotonic()
+            stored = False
             try:
-                complete = self._save(save)
+                stored = self._save(parts)
             except KVStoreError as error:
                 logger.debug("A store to the KV store failed: %s", error)
-                complete = False
             except Exception:
                 logger.exception("A store to the KV store failed in an unforeseen way.")
-                complete = False
             with self._condition:
                 self.stats.add(store_seconds=time.monotonic() - started_s)
-                self._report(save, lost=not complete)
+                for part in parts:
+                    save = part.save
+                    save.lost |= not stored or len(part.slots) < part.stop - part.start
+                    if save.taken == len(save.job.keys):
+                        self._report(save, lost=save.lost)
             self._on_done()
 
-    def _save(self, save: _Save) -> bool:
-        """Whether every block of the job is in the store now, as far as known."""
-        complete = True
-        for start in range(0, len(save.job.keys), self._chunk):
-            if save.cancelled or self._closing:
-                return False
-            with self._link.borrow() as attached:
-                if attached is None:
-                    return False
-                try:
-                    complete &= self._save_chunk(attached, save, start)
-                except KVStoreError as error:
-                    if is_loss(error):
-                        self._link.failed(attached, error)
-                    raise
-        return complete
+    def _wait_for_work(self) -> bool:
+        """False when the thread is to end."""
+        with self._condition:
+            timeout_s = IDLE_S if self._slots else None
+            self._condition.wait_for(lambda: self._closing or self._queue, timeout_s)
+            if self._closing or self._queue:
+                return not self._closing
+        with self._link.borrow() as attached:
+            self._slots.give_back(attached)
+        return True
 
-    def _save_chunk(self, attached: Attached, save: _Save, start: int) -> bool:
-        job, client = save.job, attached.client
-        stop = min(start + self._chunk, len(job.keys))
-        entries = list(zip(job.keys[start:stop], job.parents[start:stop], strict=True))
-        layout = attached.layouts[self._shard]
-        grant = client.reserve(layout, entries, RESERVE_WAIT_MS)
-        outcomes = [result.outcome for result in grant.results]
-        granted = outcomes.count(ReserveOutcome.GRANTED)
-        denied = outcomes.count(ReserveOutcome.DENIED)
-        stored = 0
-        if grant.reservation_id:
+    def _save(self, parts: list[_Part]) -> bool:
+        """Whether the blocks that got a slot are in the store now."""
+        if not parts:
+            return True
+        with self._link.borrow() as attached:
+            if attached is None:
+                return False
             try:
-                stored = self._fill(attached, save, start, grant)
-            finally:
-                if stored < granted:
-                    client.abort(grant.reservation_id)
+                self._save_chunk(attached, parts)
+            except KVStoreError as error:
+                if is_loss(error):
+                    self._link.failed(attached, error)
+                raise
+            return True
+
+    def _save_chunk(self, attached: Attached, parts: list[_Part]) -> None:
+        layout = attached.layouts[self._shard]
+        present = sum(self._skip_present(attached, part) for part in parts)
+        wanted = sum(part.stop - part.start for part in parts)
+        slots = self._slots.take(attached, layout, wanted)
+        denied = wanted - len(slots)
+        try:
+            self._copy(attached, parts, slots)
+        except BaseException:
+            self._slots.drop(attached, [slot for part in parts for slot in part.slots] + slots)
+            raise
+        # What was left over, and what a cancelled job wrote.
+        self._slots.put_back(slots)
+        outcomes = self._commit(attached, parts)
+        stored = outcomes.count(CommitOutcome.STORED)
         with self._condition:
             self.stats.add(
                 stored_blocks=stored,
                 stored_bytes=stored * self._blocks.block_bytes,
                 denied_blocks=denied,
-                present_blocks=len(entries) - granted - denied,
+                present_blocks=present + len(outcomes) - stored,
             )
-        return stored == granted and not denied
 
-    def _fill(self, attached: Attached, save: _Save, start: int, grant: ReservationGrant) -> int:
-        """Copy and publish the granted blocks; how many were published."""
+    def _skip_present(self, attached: Attached, part: _Part) -> int:
+        """Pass over the blocks that are there already, as far as can be seen."""
+        layout_ids = [attached.layouts[self._shard].id]
+        seen = attached.client.peek(layout_ids, part.save.job.keys[part.start : part.stop])
+        held = 0 if seen is None else seen.held
+        part.start += held
+        return held
+
+    def _copy(self, attached: Attached, parts: list[_Part], slots: list[Slot]) -> None:
+        """Fill slots, taken from the end of `slots`, with the blocks of the parts."""
         client, block_bytes = attached.client, self._blocks.block_bytes
-        indices: list[int] = []
-        checksums: list[int] = []
-        for index, result in enumerate(grant.results):
-            if result.outcome is not ReserveOutcome.GRANTED:
-                continue
-            if save.cancelled or attached.dropped:
-                return 0
-            slot = client.slot(result.address, block_bytes, True, epoch=attached.epoch)
-            self._blocks.save(save.job.block_ids[start + index], slot)
-            checksums.append(xxhash.xxh3_64_intdigest(slot))
-            indices.append(index)
-        # Not before here: see the module's first paragraph.
-        if save.cancelled:
-            return 0
-        client.commit(grant.reservation_id, indices, checksums)
-        return len(indices)
+        for part in parts:
+            for index in range(part.start, part.stop):
+                if part.save.cancelled or not slots:
+                    break
+                if attached.dropped or self._closing:
+                    raise Unavailable("the connection was given up")
+                slot = slots.pop()
+                part.slots.append(slot)
+                view = client.slot(slot.address, block_bytes, True, epoch=attached.epoch)
+                self._blocks.save(part.save.job.block_ids[index], view)
+                part.checksums.append(xxhash.xxh3_64_intdigest(view))
+
+    def _commit(self, attached: Attached, parts: list[_Part]) -> list[CommitOutcome]:
+        """Publish what was copied of jobs that are still wanted."""
+        segments: list[Segment] = []
+        written: list[Slot] = []
+        for part in parts:
+            # Not before here: see the module's first paragraph.
+            if part.save.cancelled:
+                self._slots.put_back(part.slots)
+            else:
+                segments += _segments(part)
+                written += part.slots
+        if not segments:
+            return []
+        layout = attached.layouts[self._shard]
+        try:
+            answer = attached.client.commit(layout, segments, ahead=self._slots.to_reserve)
+        except BaseException:
+            self._slots.drop(attached, written)
+            raise
+        self._slots.add(attached, answer.slots)
+        return answer.outcomes
+
+
+def _segments(part: _Part) -> list[Segment]:
+    """What was copied, as runs of consecutive positions of a chain."""
+    job = part.save.job
+    segments = []
+    count = len(part.slots)
+    begin = 0
+    for end in range(1, count + 1):
+        at = part.start + end
+        if end == count or job.parents[at] != job.keys[at - 1]:
+            first = part.start + begin
+            segments.append(
+                Segment(
+                    job.parents[first],
+                    job.keys[first:at],
+                    [slot.id for slot in part.slots[begin:end]],
+                    part.checksums[begin:end],
+                )
+            )
+            begin = end
+    return segments

@@ -15,12 +15,9 @@ class ErrorCode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     BAD_SIZE: _ClassVar[ErrorCode]
     TOO_LARGE: _ClassVar[ErrorCode]
     UNKNOWN_LAYOUT: _ClassVar[ErrorCode]
-    UNKNOWN_RESERVATION: _ClassVar[ErrorCode]
     LEASE_EXPIRED: _ClassVar[ErrorCode]
     RESERVATION_EXPIRED: _ClassVar[ErrorCode]
     FOREIGN_LEASE: _ClassVar[ErrorCode]
-    FOREIGN_RESERVATION: _ClassVar[ErrorCode]
-    CONFLICT: _ClassVar[ErrorCode]
     NO_SPACE: _ClassVar[ErrorCode]
     TOO_MANY: _ClassVar[ErrorCode]
     NO_SESSION: _ClassVar[ErrorCode]
@@ -40,12 +37,9 @@ BAD_KEY: ErrorCode
 BAD_SIZE: ErrorCode
 TOO_LARGE: ErrorCode
 UNKNOWN_LAYOUT: ErrorCode
-UNKNOWN_RESERVATION: ErrorCode
 LEASE_EXPIRED: ErrorCode
 RESERVATION_EXPIRED: ErrorCode
 FOREIGN_LEASE: ErrorCode
-FOREIGN_RESERVATION: ErrorCode
-CONFLICT: ErrorCode
 NO_SPACE: ErrorCode
 TOO_MANY: ErrorCode
 NO_SESSION: ErrorCode
@@ -206,74 +200,78 @@ class ReleaseResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class ReserveRequest(_message.Message):
-    __slots__ = ("layout_id", "entries", "wait_ms")
+    __slots__ = ("layout_id", "count", "wait_ms")
     LAYOUT_ID_FIELD_NUMBER: _ClassVar[int]
-    ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
     WAIT_MS_FIELD_NUMBER: _ClassVar[int]
     layout_id: bytes
-    entries: _containers.RepeatedCompositeFieldContainer[ReserveEntry]
+    count: int
     wait_ms: int
-    def __init__(self, layout_id: _Optional[bytes] = ..., entries: _Optional[_Iterable[_Union[ReserveEntry, _Mapping]]] = ..., wait_ms: _Optional[int] = ...) -> None: ...
-
-class ReserveEntry(_message.Message):
-    __slots__ = ("key", "parent")
-    KEY_FIELD_NUMBER: _ClassVar[int]
-    PARENT_FIELD_NUMBER: _ClassVar[int]
-    key: bytes
-    parent: bytes
-    def __init__(self, key: _Optional[bytes] = ..., parent: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, layout_id: _Optional[bytes] = ..., count: _Optional[int] = ..., wait_ms: _Optional[int] = ...) -> None: ...
 
 class ReserveResponse(_message.Message):
-    __slots__ = ("reservation_id", "results", "expires_ns")
-    RESERVATION_ID_FIELD_NUMBER: _ClassVar[int]
-    RESULTS_FIELD_NUMBER: _ClassVar[int]
-    EXPIRES_NS_FIELD_NUMBER: _ClassVar[int]
-    reservation_id: int
-    results: _containers.RepeatedCompositeFieldContainer[ReserveResult]
-    expires_ns: int
-    def __init__(self, reservation_id: _Optional[int] = ..., results: _Optional[_Iterable[_Union[ReserveResult, _Mapping]]] = ..., expires_ns: _Optional[int] = ...) -> None: ...
+    __slots__ = ("slots",)
+    SLOTS_FIELD_NUMBER: _ClassVar[int]
+    slots: Slots
+    def __init__(self, slots: _Optional[_Union[Slots, _Mapping]] = ...) -> None: ...
 
-class ReserveResult(_message.Message):
-    __slots__ = ("outcome", "address", "checksum")
-    class Outcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
-        __slots__ = ()
-        OUTCOME_UNSPECIFIED: _ClassVar[ReserveResult.Outcome]
-        GRANTED: _ClassVar[ReserveResult.Outcome]
-        PRESENT: _ClassVar[ReserveResult.Outcome]
-        PENDING: _ClassVar[ReserveResult.Outcome]
-        DENIED: _ClassVar[ReserveResult.Outcome]
-    OUTCOME_UNSPECIFIED: ReserveResult.Outcome
-    GRANTED: ReserveResult.Outcome
-    PRESENT: ReserveResult.Outcome
-    PENDING: ReserveResult.Outcome
-    DENIED: ReserveResult.Outcome
-    OUTCOME_FIELD_NUMBER: _ClassVar[int]
-    ADDRESS_FIELD_NUMBER: _ClassVar[int]
-    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
-    outcome: ReserveResult.Outcome
-    address: int
-    checksum: int
-    def __init__(self, outcome: _Optional[_Union[ReserveResult.Outcome, str]] = ..., address: _Optional[int] = ..., checksum: _Optional[int] = ...) -> None: ...
+class Slots(_message.Message):
+    __slots__ = ("first_slot", "addresses", "expires_ns")
+    FIRST_SLOT_FIELD_NUMBER: _ClassVar[int]
+    ADDRESSES_FIELD_NUMBER: _ClassVar[int]
+    EXPIRES_NS_FIELD_NUMBER: _ClassVar[int]
+    first_slot: int
+    addresses: _containers.RepeatedScalarFieldContainer[int]
+    expires_ns: int
+    def __init__(self, first_slot: _Optional[int] = ..., addresses: _Optional[_Iterable[int]] = ..., expires_ns: _Optional[int] = ...) -> None: ...
 
 class CommitRequest(_message.Message):
-    __slots__ = ("reservation_id", "indices", "checksums")
-    RESERVATION_ID_FIELD_NUMBER: _ClassVar[int]
-    INDICES_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("layout_id", "segments", "reserve")
+    LAYOUT_ID_FIELD_NUMBER: _ClassVar[int]
+    SEGMENTS_FIELD_NUMBER: _ClassVar[int]
+    RESERVE_FIELD_NUMBER: _ClassVar[int]
+    layout_id: bytes
+    segments: _containers.RepeatedCompositeFieldContainer[Segment]
+    reserve: int
+    def __init__(self, layout_id: _Optional[bytes] = ..., segments: _Optional[_Iterable[_Union[Segment, _Mapping]]] = ..., reserve: _Optional[int] = ...) -> None: ...
+
+class Segment(_message.Message):
+    __slots__ = ("parent", "keys", "slots", "checksums")
+    PARENT_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    SLOTS_FIELD_NUMBER: _ClassVar[int]
     CHECKSUMS_FIELD_NUMBER: _ClassVar[int]
-    reservation_id: int
-    indices: _containers.RepeatedScalarFieldContainer[int]
+    parent: bytes
+    keys: _containers.RepeatedScalarFieldContainer[bytes]
+    slots: _containers.RepeatedScalarFieldContainer[int]
     checksums: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, reservation_id: _Optional[int] = ..., indices: _Optional[_Iterable[int]] = ..., checksums: _Optional[_Iterable[int]] = ...) -> None: ...
+    def __init__(self, parent: _Optional[bytes] = ..., keys: _Optional[_Iterable[bytes]] = ..., slots: _Optional[_Iterable[int]] = ..., checksums: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class CommitResponse(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("outcomes", "slots")
+    class Outcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        OUTCOME_UNSPECIFIED: _ClassVar[CommitResponse.Outcome]
+        STORED: _ClassVar[CommitResponse.Outcome]
+        PRESENT: _ClassVar[CommitResponse.Outcome]
+        CONFLICT: _ClassVar[CommitResponse.Outcome]
+        ABSENT: _ClassVar[CommitResponse.Outcome]
+    OUTCOME_UNSPECIFIED: CommitResponse.Outcome
+    STORED: CommitResponse.Outcome
+    PRESENT: CommitResponse.Outcome
+    CONFLICT: CommitResponse.Outcome
+    ABSENT: CommitResponse.Outcome
+    OUTCOMES_FIELD_NUMBER: _ClassVar[int]
+    SLOTS_FIELD_NUMBER: _ClassVar[int]
+    outcomes: _containers.RepeatedScalarFieldContainer[CommitResponse.Outcome]
+    slots: Slots
+    def __init__(self, outcomes: _Optional[_Iterable[_Union[CommitResponse.Outcome, str]]] = ..., slots: _Optional[_Union[Slots, _Mapping]] = ...) -> None: ...
 
 class AbortRequest(_message.Message):
-    __slots__ = ("reservation_id",)
-    RESERVATION_ID_FIELD_NUMBER: _ClassVar[int]
-    reservation_id: int
-    def __init__(self, reservation_id: _Optional[int] = ...) -> None: ...
+    __slots__ = ("slots",)
+    SLOTS_FIELD_NUMBER: _ClassVar[int]
+    slots: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, slots: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class AbortResponse(_message.Message):
     __slots__ = ()
@@ -306,14 +304,12 @@ class ReadResponse(_message.Message):
     def __init__(self, data: _Optional[bytes] = ...) -> None: ...
 
 class WriteRequest(_message.Message):
-    __slots__ = ("reservation_id", "index", "data")
-    RESERVATION_ID_FIELD_NUMBER: _ClassVar[int]
-    INDEX_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("slot", "data")
+    SLOT_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
-    reservation_id: int
-    index: int
+    slot: int
     data: bytes
-    def __init__(self, reservation_id: _Optional[int] = ..., index: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, slot: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class WriteResponse(_message.Message):
     __slots__ = ()

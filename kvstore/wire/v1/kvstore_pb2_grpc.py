@@ -185,33 +185,36 @@ class KVStoreServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Reserve(self, request, context):
-        """Asks for space for new blocks. Every entry gets an outcome of its own.
-        Grants at once what it can and DENIES the rest; only where it could grant
-        nothing it waits, up to `wait_ms`, for space to be made. So a client with
-        more blocks than there is room for writes and commits what it was granted
-        (what is reserved cannot make room) and asks again for the rest.
-        NOT_FOUND (UNKNOWN_LAYOUT), INVALID_ARGUMENT (BAD_KEY, TOO_LARGE),
-        UNAUTHENTICATED (NO_SESSION).
+        """Asks for slots to write new blocks into. Which blocks, only the commit says.
+        Grants at once what it can; only where it could grant nothing it waits, up to
+        `wait_ms`, for space to be made. So a client with more blocks than there is
+        room for writes and commits what it was granted (what is reserved cannot make
+        room) and asks again for the rest.
+        NOT_FOUND (UNKNOWN_LAYOUT), INVALID_ARGUMENT (TOO_LARGE), UNAUTHENTICATED
+        (NO_SESSION), RESOURCE_EXHAUSTED (TOO_MANY).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Commit(self, request, context):
-        """Publishes blocks that were written into their reserved slots. From here on
-        any client of the tenant may read them. Repeating a commit with equal
-        checksums is not an error.
-        NOT_FOUND (UNKNOWN_RESERVATION), PERMISSION_DENIED (FOREIGN_RESERVATION),
-        FAILED_PRECONDITION (RESERVATION_EXPIRED), ALREADY_EXISTS (CONFLICT: the key
-        is committed with other bytes), INVALID_ARGUMENT (an index out of range).
+        """Publishes blocks that were written into reserved slots, and closes the slots:
+        those of blocks that turn out to be there already are free again. From here
+        on any client of the tenant may read the blocks. In the same call, slots for
+        what comes next can be reserved. Repeating a commit whose answer was lost is
+        not an error.
+        FAILED_PRECONDITION (RESERVATION_EXPIRED: a block is not there and its slot
+        is not open; nothing is published then), NOT_FOUND (UNKNOWN_LAYOUT),
+        INVALID_ARGUMENT (BAD_KEY, TOO_LARGE, a slot named twice or of another
+        layout), UNAUTHENTICATED (NO_SESSION).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Abort(self, request, context):
-        """Gives a reservation's uncommitted slots back. Unknown ids are ignored.
-        PERMISSION_DENIED (FOREIGN_RESERVATION).
+        """Gives slots back that nobody writes into any more. Those that are not open
+        are ignored.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -237,10 +240,10 @@ class KVStoreServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Write(self, request_iterator, context):
-        """Writes bytes into the slots of a reservation of this session, for clients
-        that do not share the server's memory; Commit publishes them.
-        Errors as Commit; INVALID_ARGUMENT (BAD_SIZE) when data passes a block's
-        end.
+        """Writes bytes into reserved slots of this session, for clients that do not
+        share the server's memory; Commit publishes them.
+        FAILED_PRECONDITION (RESERVATION_EXPIRED), INVALID_ARGUMENT (BAD_SIZE) when
+        data passes a block's end.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

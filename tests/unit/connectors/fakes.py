@@ -18,11 +18,12 @@ from kvstore.errors import KVStoreError
 from kvstore.types import (
     ChainPresence,
     ChainQuery,
+    CommitAnswer,
+    CommitOutcome,
     LayoutSpec,
     LeaseGrant,
-    ReservationGrant,
-    ReserveOutcome,
-    ReserveResult,
+    Segment,
+    SlotGrant,
 )
 from kvstore_connectors.vllm.acquire import Held, Ticket, TicketState
 from kvstore_connectors.vllm.link import Attached
@@ -181,13 +182,15 @@ class FakeStore:
         self.blocks: dict[bytes, bytes] = {}
         self.slots: dict[int, bytearray] = {}
         self.leases: set[int] = set()
-        self.reservations: dict[int, dict[int, tuple[bytes, int]]] = {}
+        self.reserved: dict[int, int] = {}
+        """Open slots: id and address."""
         self.calls: list[str] = []
         self.error: KVStoreError | None = None
         self.gate = threading.Event()
         self.gate.set()
         self.before_slot: Any = None
-        self.outcome = ReserveOutcome.GRANTED
+        self.room = 1 << 20
+        """Slots that can still be granted."""
         self.epoch = b"epoch"
         self.is_local = True
         self.closed = False
@@ -243,40 +246,35 @@ class FakeStore:
         self._pass("release")
         self.leases.difference_update(lease_ids)
 
-    def reserve(
-        self, layout: Layout, entries: Sequence[tuple[bytes, bytes]], wait_ms: int
-    ) -> ReservationGrant:
+    def reserve(self, layout: Layout, count: int, wait_ms: int) -> SlotGrant:
         self._pass("reserve")
-        number = next(_numbers) + 1
-        results, granted = [], {}
-        for index, (key, _) in enumerate(entries):
-            if key in self.blocks:
-                checksum = xxhash.xxh3_64_intdigest(self.blocks[key])
-                results.append(ReserveResult(ReserveOutcome.PRESENT, 0, checksum))
-            elif self.outcome is not ReserveOutcome.GRANTED:
-                results.append(ReserveResult(self.outcome))
-            else:
-                address = self.place(bytes(layout.block_bytes))
-                granted[index] = (key, address)
-                results.append(ReserveResult(ReserveOutcome.GRANTED, address))
-        if granted:
-            self.reservations[number] = granted
-        return ReservationGrant(number if granted else 0, results, FAR_NS)
+        return self._reserve(layout, count)
 
-    def commit(self, reservation_id: int, indices: Sequence[int], checksums: Sequence[int]) -> None:
+    def _reserve(self, layout: Layout, count: int) -> SlotGrant:
+        count = min(count, self.room)
+        self.room -= count
+        addresses = [self.place(bytes(layout.block_bytes)) for _ in range(count)]
+        first = 1_000_000 * (next(_numbers) + 1)
+        self.reserved |= {first + i: address for i, address in enumerate(addresses)}
+        return SlotGrant(first, addresses, self.expires_ns)
+
+    def commit(self, layout: Layout, segments: Sequence[Segment], *, ahead: int) -> CommitAnswer:
         self._pass("commit")
-        granted = self.reservations[reservation_id]
-        for index, checksum in zip(indices, checksums, strict=True):
-            key, address = granted.pop(index)
-            data = bytes(self.slots[address])
-            assert xxhash.xxh3_64_intdigest(data) == checksum
-            self.blocks[key] = data
-        if not granted:
-            del self.reservations[reservation_id]
+        outcomes = []
+        for segment in segments:
+            entries = zip(segment.keys, segment.slots, segment.checksums, strict=True)
+            for key, slot, checksum in entries:
+                data = bytes(self.slots[self.reserved.pop(slot)])
+                assert xxhash.xxh3_64_intdigest(data) == checksum
+                present = key in self.blocks
+                self.blocks.setdefault(key, data)
+                outcomes.append(CommitOutcome.PRESENT if present else CommitOutcome.STORED)
+        return CommitAnswer(outcomes, self._reserve(layout, ahead))
 
-    def abort(self, reservation_id: int) -> None:
+    def abort(self, slots: Sequence[int]) -> None:
         self._pass("abort")
-        self.reservations.pop(reservation_id, None)
+        for slot in slots:
+            self.reserved.pop(slot, None)
 
     def slot(
         self, address: int, nbytes: int, writable: bool, *, epoch: bytes | None = None

@@ -11,8 +11,8 @@ import torch
 import xxhash
 
 from kvstore.errors import BadRequest, Unavailable
-from kvstore.types import ReserveOutcome
 from kvstore_connectors.vllm import saver as saver_module
+from kvstore_connectors.vllm import slots as slots_module
 from kvstore_connectors.vllm.blocks import HostBlocks
 from kvstore_connectors.vllm.layout import Geometry, Piece
 from kvstore_connectors.vllm.link import StoreLink
@@ -170,7 +170,57 @@ def test_a_store_publishes_exactly_the_blocks_bytes(rank: Rank) -> None:
     eventually(lambda: len(rank.store.blocks) == 3)
     eventually(lambda: rank.saver.take_reports())
     assert rank.store.blocks == {bytes([1, b]): rank.bytes_of(b) for b in (5, 9, 2)}
-    assert not rank.store.reservations
+
+
+def test_a_store_after_the_first_costs_one_call(rank: Rank) -> None:
+    for job_id in (1, 2, 3):
+        rank.saver.submit(rank.store_job(job_id, [5, 9]))
+        eventually(rank.saver.take_reports)
+    calls = [call for call in rank.store.calls if call in ("reserve", "commit", "abort")]
+    assert calls == ["reserve", "commit", "commit", "commit"]
+
+
+def test_jobs_that_wait_together_are_published_by_one_call(rank: Rank) -> None:
+    rank.store.gate.clear()
+    rank.saver.submit(rank.store_job(1, [1]))
+    eventually(lambda: "reserve" in rank.store.calls)
+    for job_id in (2, 3, 4):
+        rank.saver.submit(rank.store_job(job_id, [job_id]))
+    rank.store.gate.set()
+    eventually(lambda: len(rank.store.blocks) == 4)
+    assert rank.store.calls.count("commit") == 2
+
+
+def test_memory_reserved_ahead_is_given_back_when_nothing_is_stored(
+    rank: Rank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(saver_module, "IDLE_S", 0.01)
+    rank.saver.submit(rank.store_job(1, [5, 9]))
+    eventually(lambda: "abort" in rank.store.calls)
+    eventually(lambda: not rank.store.reserved)
+
+
+def test_slots_that_are_about_to_expire_are_not_written(rank: Rank) -> None:
+    rank.store.expires_ns = time.monotonic_ns() + slots_module.MARGIN_NS
+    for job_id in (1, 2):
+        rank.saver.submit(rank.store_job(job_id, [5]))
+        eventually(rank.saver.take_reports)
+    assert [c for c in rank.store.calls if c in ("reserve", "commit", "abort")] == [
+        "reserve", "commit", "abort", "reserve", "commit",
+    ]  # fmt: skip
+
+
+def test_a_job_that_is_only_partly_given_room_is_lost_and_the_others_are_not(rank: Rank) -> None:
+    rank.store.room = 3
+    rank.store.gate.clear()
+    rank.saver.submit(rank.store_job(1, [1]))
+    eventually(lambda: "reserve" in rank.store.calls)
+    rank.saver.submit(rank.store_job(2, [2]))
+    rank.saver.submit(rank.store_job(3, [3, 4]))
+    rank.store.gate.set()
+    reports: dict[int, JobReport] = {}
+    eventually(lambda: reports.update(rank.saver.take_reports()) or len(reports) == 3)
+    assert {job_id for job_id, report in reports.items() if report.lost} == {3}
 
 
 def test_blocks_reused_before_the_copy_are_not_published(rank: Rank) -> None:
@@ -181,9 +231,9 @@ def test_blocks_reused_before_the_copy_are_not_published(rank: Rank) -> None:
     assert rank.saver.take_reports()[1].lost
     rank.memory.fill_(0xEE)
     rank.store.gate.set()
-    eventually(lambda: "abort" in rank.store.calls)
-    assert not rank.store.blocks
-    assert not rank.store.reservations
+    rank.saver.submit(rank.store_job(2, [6]))
+    eventually(lambda: rank.store.blocks)
+    assert set(rank.store.blocks) == {b"\x02\x06"}
 
 
 @pytest.mark.parametrize("block_ids", [[5], [5, 6]])
@@ -200,8 +250,9 @@ def test_blocks_reused_during_the_copy_are_not_published(rank: Rank, block_ids: 
     rank.saver.cancel([1])
     rank.memory.fill_(0xEE)
     reused.set()
-    eventually(lambda: "abort" in rank.store.calls)
-    assert not rank.store.blocks
+    rank.saver.submit(rank.store_job(2, [7]))
+    eventually(lambda: rank.store.blocks)
+    assert rank.store.blocks == {b"\x02\x07": rank.bytes_of(7)}
 
 
 def test_cancelling_one_job_leaves_the_others(rank: Rank) -> None:
@@ -257,15 +308,12 @@ def test_too_much_queued_is_skipped_not_waited_for(
     assert stats.data["skipped_blocks"] == 1
 
 
-@pytest.mark.parametrize("result", [ReserveOutcome.DENIED, ReserveOutcome.PENDING])
-def test_what_the_server_refuses_is_lost_what_another_writes_is_not(
-    rank: Rank, result: ReserveOutcome
-) -> None:
-    rank.store.outcome = result
+def test_what_the_server_has_no_room_for_is_lost(rank: Rank) -> None:
+    rank.store.room = 0
     rank.saver.submit(rank.store_job(1, [5]))
     reports: dict[int, JobReport] = {}
     eventually(lambda: reports.update(rank.saver.take_reports()) or reports)
-    assert reports[1].lost is (result is ReserveOutcome.DENIED)
+    assert reports[1].lost
 
 
 def test_an_error_of_the_server_loses_the_job_and_nothing_else(rank: Rank) -> None:
