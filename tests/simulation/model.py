@@ -17,7 +17,15 @@ from kvstore.core.planner import Planner
 from kvstore.core.sessions import Session
 from kvstore.core.space import Space
 from kvstore.core.tickets import AcquireTicket, ReserveTicket, Ticket
-from kvstore.types import ALIGNMENT, ChainQuery, LayoutSpec, ReserveOutcome, Tier
+from kvstore.types import (
+    ALIGNMENT,
+    ChainQuery,
+    CommitOutcome,
+    LayoutSpec,
+    PutOutcome,
+    Segment,
+    Tier,
+)
 
 SLOT = ALIGNMENT
 LEASE_MS = 1_000
@@ -138,30 +146,63 @@ class Shell:
     def session(self, number: int, tenant: str = "t", *, local: bool = True) -> Session:
         return self.planner.open_session(number.to_bytes(16, "little"), tenant, local=local)
 
-    def put(
-        self, session: Session, layout_id: bytes, keys: list[bytes], *, value: object = None
-    ) -> list[ReserveOutcome]:
-        """Reserve, write and commit a chain; the outcome of each entry."""
-        parents = [b"", *keys[:-1]]
-        ticket = self.planner.reserve(
-            session,
-            layout_id,
-            list(zip(keys, parents, strict=True)),
-            wait=False,
-            now_ns=self.now_ns,
+    def reserve(
+        self, session: Session, layout_id: bytes, count: int = 1, *, wait: bool = False
+    ) -> ReserveTicket:
+        ticket = self.planner.reserve(session, layout_id, count, wait=wait, now_ns=self.now_ns)
+        self.run()
+        return ticket
+
+    def slots(self, session: Session, layout_id: bytes, count: int = 1) -> list[int]:
+        """Ids of as many slots, for which there is room."""
+        grant = self.reserve(session, layout_id, count).answer
+        assert grant is not None
+        assert len(grant.addresses) == count
+        return list(range(grant.first_slot, grant.first_slot + count))
+
+    def commit(
+        self,
+        session: Session,
+        layout_id: bytes,
+        keys: list[bytes],
+        slots: list[int],
+        sums: list[int] | None = None,
+        *,
+        parent: bytes = b"",
+        ahead: int = 0,
+    ) -> list[CommitOutcome]:
+        sums = [0] * len(keys) if sums is None else sums
+        segment = Segment(parent, keys, slots, sums)
+        answer = self.planner.commit(
+            session, layout_id, [segment], reserve=ahead, now_ns=self.now_ns
         )
         self.run()
-        grant = ticket.answer
+        return answer.outcomes
+
+    def put(
+        self, session: Session, layout_id: bytes, keys: list[bytes], *, value: object = None
+    ) -> list[PutOutcome]:
+        """Store a chain: ask what is there, reserve, write and commit the rest."""
+        sums = [hash(key) & 0xFFFF for key in keys]
+        there = self.commit(session, layout_id, keys, [0] * len(keys), sums)
+        outcomes = [PutOutcome.PRESENT] * len(keys)
+        absent = [i for i, outcome in enumerate(there) if outcome is CommitOutcome.ABSENT]
+        grant = self.reserve(session, layout_id, len(absent)).answer
         assert grant is not None
-        granted = [i for i, r in enumerate(grant.results) if r.outcome is ReserveOutcome.GRANTED]
-        for i in granted:
-            stored = (session.tenant, layout_id, keys[i]) if value is None else value
-            self.memory[Tier.DRAM][grant.results[i].address] = stored
-        if granted:
-            sums = [hash(keys[i]) & 0xFFFF for i in granted]
-            self.planner.commit(session, grant.reservation_id, granted, sums)
+        for order, i in enumerate(absent):
+            outcomes[i] = PutOutcome.DENIED
+            if order < len(grant.addresses):
+                stored = (session.tenant, layout_id, keys[i]) if value is None else value
+                self.memory[Tier.DRAM][grant.addresses[order]] = stored
+                outcomes[i] = PutOutcome.STORED
+        segments = [
+            Segment(keys[i - 1] if i else b"", [keys[i]], [grant.first_slot + order], [sums[i]])
+            for order, i in enumerate(absent[: len(grant.addresses)])
+        ]
+        # As one chain, the root's side most recent.
+        self.planner.commit(session, layout_id, segments[::-1], reserve=0, now_ns=self.now_ns)
         self.run()
-        return [result.outcome for result in grant.results]
+        return outcomes
 
     def acquire(
         self, session: Session, layout_ids: list[bytes], keys: list[bytes], *, wait: bool = False
@@ -199,7 +240,8 @@ class RandomLife:
         self.next_value = 0
         # Every value ever committed under a name: tenant, layout, key.
         self.committed: dict[tuple[str, bytes, bytes], set[object]] = {}
-        self.writing: list[tuple[ReserveTicket, dict[int, object], list[bytes]]] = []
+        # Reservations, and what was last written into each slot.
+        self.writing: list[tuple[ReserveTicket, dict[int, int]]] = []
         self.reading: list[tuple[AcquireTicket, bytes, list[bytes]]] = []
 
     def step(self) -> None:
@@ -238,59 +280,67 @@ class RandomLife:
 
     def reserve(self) -> None:
         session = self.some_session()
-        keys = self.some_chain()
         layout_id = self.rng.choice(self.layouts[session.tenant])
-        start = self.rng.randrange(len(keys))
-        entries = [(k, keys[i - 1] if i else b"") for i, k in enumerate(keys)][start:]
-        if len(session.reservations) >= 8:
-            return
-        ticket = self.shell.planner.reserve(
-            session,
-            layout_id,
-            entries,
-            wait=self.rng.random() < 0.5,
-            now_ns=self.shell.now_ns,
-        )
-        self.writing.append((ticket, {}, keys[start:]))
+        if len(session.reservations) < 8:
+            wait, count = self.rng.random() < 0.5, self.rng.randint(1, 8)
+            self.writing.append((self.shell.reserve(session, layout_id, count, wait=wait), {}))
 
     def write_commit(self) -> None:
-        """Write some granted slots, commit some written ones."""
+        """Write some granted slots, commit some written ones under some names."""
         if not self.writing:
             return
-        ticket, written, keys = self.rng.choice(self.writing)
+        ticket, written = self.rng.choice(self.writing)
         grant = ticket.answer
-        if grant is None or not grant.reservation_id:
+        if grant is None:
             return
-        layout_id = ticket.layout.layout_id
-        reservation = ticket.session.reservations.get(grant.reservation_id)
-        for i, result in enumerate(grant.results):
-            # A local client writes whenever it likes; the others only with the
-            # server's help, which needs an open entry.
-            may_write = ticket.session.local or (
-                reservation is not None and reservation.entries[i] is not None
-            )
-            if result.outcome is ReserveOutcome.GRANTED and may_write and i not in written:
+        session = ticket.session
+        for slot, address in enumerate(grant.addresses, grant.first_slot):
+            # A local client writes whenever it likes until it has given the slot
+            # away; the others only with the server's help, which needs an open slot.
+            reservation = session.slots.get(slot)
+            open_ = reservation is not None and (session.local or not reservation.expired)
+            if open_ and (slot not in written or self.rng.random() < 0.1):
                 self.next_value += 1
-                written[i] = self.next_value
-                self.shell.memory[Tier.DRAM][result.address] = self.next_value
-        if reservation is None or reservation.expired:
+                written[slot] = self.next_value
+                self.shell.memory[Tier.DRAM][address] = self.next_value
+        self._commit(ticket, written)
+
+    def _commit(self, ticket: ReserveTicket, written: dict[int, int]) -> None:
+        session, layout_id = ticket.session, ticket.layout.layout_id
+        ready = [s for s in written if s in session.slots and not session.slots[s].expired]
+        keys = self.some_chain()
+        start = self.rng.randrange(len(keys))
+        slots = self.rng.sample(ready, min(len(ready), len(keys) - start))
+        if not slots:
             return
-        ready = [i for i in written if reservation.entries[i] is not None]
-        some = [i for i in ready if self.rng.random() < 0.7]
-        if some:
-            sums = [int(str(written[i])) for i in some]
-            self.shell.planner.commit(ticket.session, grant.reservation_id, some, sums)
-            for i in some:
-                name = (ticket.session.tenant, layout_id, keys[i])
-                self.committed.setdefault(name, set()).add(written[i])
+        if self.rng.random() < 0.3:
+            slots[self.rng.randrange(len(slots))] = 0
+        parent, keys = keys[start - 1] if start else b"", keys[start : start + len(slots)]
+        sums = [written[slot] if slot else 0 for slot in slots]
+        ahead = self.rng.choice([0, 0, 3]) if len(session.reservations) < 8 else 0
+        answer = self.shell.planner.commit(
+            session, layout_id, [Segment(parent, keys, slots, sums)], reserve=ahead,
+            now_ns=self.shell.now_ns,
+        )  # fmt: skip
+        for key_, slot, value, outcome in zip(keys, slots, sums, answer.outcomes, strict=True):
+            name = (session.tenant, layout_id, key_)
+            if outcome is CommitOutcome.STORED:
+                assert slot
+                self.committed.setdefault(name, set()).add(value)
+            elif outcome is not CommitOutcome.ABSENT:
+                assert name in self.committed, "present, but never committed"
+        if answer.slots.addresses:
+            more = ReserveTicket(session, ticket.layout, ahead, answer.slots)
+            self.writing.append((more, {}))
 
     def abort(self) -> None:
         if self.writing:
-            ticket, _, _ = self.writing.pop(self.rng.randrange(len(self.writing)))
+            ticket, _ = self.writing.pop(self.rng.randrange(len(self.writing)))
             if ticket.answer is None:
                 self.shell.planner.give_up(ticket, self.shell.now_ns)
             assert ticket.answer is not None
-            self.shell.planner.abort(ticket.session, ticket.answer.reservation_id)
+            first, count = ticket.answer.first_slot, len(ticket.answer.addresses)
+            self.shell.planner.abort(ticket.session, range(first, first + count))
 
     def acquire(self) -> None:
         session = self.some_session()
@@ -355,7 +405,8 @@ class RandomLife:
 
     def patience(self) -> None:
         """Somebody's patience ends."""
-        tickets: list[Ticket] = [t for t, _, _ in self.writing] + [t for t, _, _ in self.reading]
+        tickets: list[Ticket] = [t for t, _ in self.writing]
+        tickets += [t for t, _, _ in self.reading]
         waiting = [t for t in tickets if t.answer is None]
         if waiting:
             self.shell.planner.give_up(self.rng.choice(waiting), self.shell.now_ns)

@@ -26,7 +26,7 @@ from kvstore.errors import (
 from kvstore.store import Session, Store
 from kvstore.tiers.base import BlockHeader
 from kvstore.tiers.memory import HeapMemory, HeapStorage
-from kvstore.types import ChainPresence, ChainQuery, LayoutSpec, LeaseGrant, ReserveOutcome
+from kvstore.types import ChainPresence, ChainQuery, LayoutSpec, LeaseGrant, Segment
 
 BLOCK = 5000
 SLOT = 8192
@@ -103,24 +103,20 @@ class Rig:
 
     async def put(self, session: Session, keys: list[bytes], *, wait_ms: int = 5000) -> int:
         lid = self.store.register_layout(session.tenant, SPEC)
-        entries = [(k, keys[i - 1] if i else b"") for i, k in enumerate(keys)]
         stored = 0
-        while entries:
-            grant = await self.store.reserve(session, lid, entries, wait_ms)
-            done, left = [], []
-            for i, result in enumerate(grant.results):
-                if result.outcome is ReserveOutcome.GRANTED:
-                    view = self.store.reservation_view(session, grant.reservation_id, i)
-                    view[:] = content(entries[i][0])
-                    done.append(i)
-                elif result.outcome is ReserveOutcome.DENIED:
-                    left.append(entries[i])
-            if not done:
+        while stored < len(keys):
+            left = keys[stored:]
+            grant = await self.store.reserve(session, lid, len(left), wait_ms)
+            if not grant.addresses:
                 break
-            sums = [xxhash.xxh3_64_intdigest(content(entries[i][0])) for i in done]
-            self.store.commit(session, grant.reservation_id, done, sums)
-            stored += len(done)
-            entries = left
+            some = left[: len(grant.addresses)]
+            slots = range(grant.first_slot, grant.first_slot + len(some))
+            for slot, block_key in zip(slots, some, strict=True):
+                self.store.slot_view(session, slot)[:] = content(block_key)
+            sums = [xxhash.xxh3_64_intdigest(content(block_key)) for block_key in some]
+            parent = keys[stored - 1] if stored else b""
+            self.store.commit(session, lid, [Segment(parent, some, slots, sums)], 0)
+            stored += len(some)
         return stored
 
     async def acquire(

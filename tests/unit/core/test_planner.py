@@ -7,19 +7,16 @@ import pytest
 from kvstore.core.lifecycle import State
 from kvstore.errors import (
     BadRequest,
-    Conflict,
     ForeignLease,
-    ForeignReservation,
     LeaseExpired,
     NoLowerTier,
     NoSession,
     ReservationExpired,
     TooMany,
     UnknownLayout,
-    UnknownReservation,
 )
 from kvstore.tiers.base import BlockHeader
-from kvstore.types import ChainQuery, LayoutSpec, ReserveOutcome, Tier
+from kvstore.types import ChainQuery, CommitOutcome, LayoutSpec, PutOutcome, Segment, Tier
 from tests.simulation.model import (
     LEASE_MS,
     RESERVATION_MS,
@@ -31,12 +28,7 @@ from tests.simulation.model import (
     make_planner,
 )
 
-GRANTED, PRESENT, PENDING, DENIED = (
-    ReserveOutcome.GRANTED,
-    ReserveOutcome.PRESENT,
-    ReserveOutcome.PENDING,
-    ReserveOutcome.DENIED,
-)
+STORED, DENIED = PutOutcome.STORED, PutOutcome.DENIED
 
 
 @pytest.fixture
@@ -55,11 +47,10 @@ def a_layout(shell: Shell, tenant: str = "t") -> bytes:
 
 def test_a_block_is_found_only_after_its_commit(shell: Shell) -> None:
     client, lid = shell.session(1), a_layout(shell)
-    ticket = shell.planner.reserve(client, lid, [(key(1), b"")], wait=False, now_ns=0)
+    slots = shell.slots(client, lid)
     assert shell.held(client, lid, [key(1)]) == 0
     assert shell.acquire(client, [lid], [key(1)]).answer == [(0, 0, [], [], 0, 0)]
-    assert ticket.answer is not None
-    shell.planner.commit(client, ticket.answer.reservation_id, [0], [7])
+    shell.commit(client, lid, [key(1)], slots, [7])
     assert shell.held(client, lid, [key(1)]) == 1
 
 
@@ -89,7 +80,7 @@ def test_tenants_do_not_see_each_others_blocks(shell: Shell) -> None:
     assert a_layout(shell, "b") == lid
     shell.put(ours, lid, [key(1)])
     assert shell.held(theirs, lid, [key(1)]) == 0
-    assert shell.put(theirs, lid, [key(1)]) == [GRANTED]
+    assert shell.put(theirs, lid, [key(1)]) == [STORED]
 
 
 def test_what_is_leased_is_not_evicted(dram_only: Shell) -> None:
@@ -101,27 +92,17 @@ def test_what_is_leased_is_not_evicted(dram_only: Shell) -> None:
     for base in range(2, 8):
         shell.put(client, lid, chain(base, 4))
     assert [shell.memory[Tier.DRAM][a] for a in grant.addresses] == [("t", lid, k) for k in kept]
-    assert shell.put(client, lid, chain(9, 8)).count(GRANTED) == 4
+    assert shell.put(client, lid, chain(9, 8)).count(STORED) == 4
 
 
 def test_children_leave_before_parents(dram_only: Shell) -> None:
     shell = dram_only
     client, lid = shell.session(1), a_layout(shell)
     long = chain(1, 8)
-    # In two pieces, as chunked prefill commits them.
+    # In pieces, as chunked prefill commits them.
     shell.put(client, lid, long[:4])
-    shell.planner.reserve(client, lid, [(long[4], long[3])], wait=False, now_ns=0)
-    ticket = shell.planner.reserve(
-        client,
-        lid,
-        [(k, long[i - 1]) for i, k in enumerate(long)][5:],
-        wait=False,
-        now_ns=0,
-    )
-    assert ticket.answer is not None
-    for reservation in [r for r in client.reservations.values() if r.open]:
-        indices = range(len(reservation.entries))
-        shell.planner.commit(client, reservation.reservation_id, indices, [0] * len(indices))
+    shell.commit(client, lid, long[4:5], shell.slots(client, lid), parent=long[3])
+    shell.commit(client, lid, long[5:], shell.slots(client, lid, 3), parent=long[4])
     for number in range(1, 8):
         shell.put(client, lid, [key(10_000_000 + number)])
         assert shell.held(client, lid, long) == 8 - number
@@ -129,27 +110,20 @@ def test_children_leave_before_parents(dram_only: Shell) -> None:
 
 def test_a_refused_block_waits_for_space_and_gets_it(shell: Shell) -> None:
     client, lid = shell.session(1), a_layout(shell)
-    for number in range(8):
-        ticket = shell.planner.reserve(
-            client, lid, [(key(number), b"")], wait=True, now_ns=shell.now_ns
-        )
-        assert ticket.answer is not None
-    waiting = shell.planner.reserve(client, lid, [(key(99), b"")], wait=True, now_ns=shell.now_ns)
-    shell.run()
+    first, *_ = [shell.slots(client, lid)[0] for _ in range(8)]
+    waiting = shell.reserve(client, lid, wait=True)
     assert waiting.answer is None
-    shell.planner.abort(client, 1)
+    shell.planner.abort(client, [first])
     shell.advance(1)
     assert waiting.answer is not None
-    assert waiting.answer.results[0].outcome is GRANTED
+    assert len(waiting.answer.addresses) == 1
 
 
 def test_without_patience_a_refused_block_is_denied_at_once(shell: Shell) -> None:
     client, lid = shell.session(1), a_layout(shell)
-    entries = [(key(n), b"") for n in range(10)]
-    ticket = shell.planner.reserve(client, lid, entries, wait=True, now_ns=0)
+    ticket = shell.reserve(client, lid, 10, wait=True)
     assert ticket.answer is not None, "a part that is granted is answered at once"
-    outcomes = [r.outcome for r in ticket.answer.results]
-    assert outcomes == [GRANTED] * 8 + [DENIED] * 2
+    assert len(ticket.answer.addresses) == 8
     assert shell.put(client, lid, [key(50)]) == [DENIED]
 
 
@@ -159,7 +133,7 @@ def test_a_full_dram_moves_blocks_to_nvme_and_back(shell: Shell) -> None:
     shell.put(client, lid, first)
     for base in range(2, 10):
         # A quarter of the slots is kept free or clean: two of eight.
-        assert shell.put(client, lid, chain(base, 2)) == [GRANTED] * 2
+        assert shell.put(client, lid, chain(base, 2)) == [STORED] * 2
         shell.settle()
     assert shell.held(client, lid, first) == 4
     presence = shell.planner.lookup("t", [ChainQuery([lid], first)])[0]
@@ -234,7 +208,7 @@ def test_a_dead_client_leaves_nothing_behind(shell: Shell) -> None:
     client, lid = shell.session(1), a_layout(shell)
     shell.put(client, lid, chain(1, 4))
     shell.acquire(client, [lid], chain(1, 4))
-    shell.planner.reserve(client, lid, [(key(7), b""), (key(8), b"")], wait=False, now_ns=0)
+    shell.slots(client, lid, 2)
     shell.planner.close_session(client)
     shell.planner.close_session(client)
     shell.planner.check_integrity()
@@ -262,14 +236,12 @@ def test_an_expired_lease_lets_go_and_says_so(shell: Shell) -> None:
 def test_a_late_local_writer_cannot_hit_anothers_block(shell: Shell) -> None:
     late, lid = shell.session(1), a_layout(shell)
     other = shell.session(2)
-    ticket = shell.planner.reserve(late, lid, [(key(1), b"")], wait=False, now_ns=shell.now_ns)
-    assert ticket.answer is not None
-    address = ticket.answer.results[0].address
+    grant = shell.reserve(late, lid).answer
+    assert grant is not None
+    address = grant.addresses[0]
     shell.advance(RESERVATION_MS + 1)
     with pytest.raises(ReservationExpired):
-        shell.planner.commit(late, ticket.answer.reservation_id, [0], [1])
-    # The key is free again, the slot is not.
-    assert shell.put(other, lid, [key(1)]) == [GRANTED]
+        shell.commit(late, lid, [key(1)], [grant.first_slot])
     for number in range(2, 20):
         shell.put(other, lid, [key(number)])
         shell.settle()
@@ -282,15 +254,14 @@ def test_a_late_local_writer_cannot_hit_anothers_block(shell: Shell) -> None:
 
 def test_a_late_remote_writer_is_told_and_holds_nothing(shell: Shell) -> None:
     late, lid = shell.session(1, local=False), a_layout(shell)
-    ticket = shell.planner.reserve(late, lid, [(key(1), b"")], wait=False, now_ns=shell.now_ns)
-    assert ticket.answer is not None
+    slots = shell.slots(late, lid)
     shell.advance(RESERVATION_MS + 1)
     assert shell.planner.residency.dram.space.used_bytes == 0
+    assert shell.planner.open_reservations == 0
     with pytest.raises(ReservationExpired):
-        shell.planner.commit(late, ticket.answer.reservation_id, [0], [1])
-    shell.advance(RESERVATION_MS + 1)
-    with pytest.raises(UnknownReservation):
-        shell.planner.commit(late, ticket.answer.reservation_id, [0], [1])
+        shell.commit(late, lid, [key(1)], slots)
+    with pytest.raises(ReservationExpired):
+        shell.planner.slot(late, slots[0])
     shell.planner.check_integrity()
 
 
@@ -299,61 +270,109 @@ def test_foreign_claims_are_refused_and_nothing_happens(shell: Shell) -> None:
     shell.put(owner, lid, [key(1)])
     grant = shell.acquire(owner, [lid], [key(1)]).answer[0]  # type: ignore[index]
     own = shell.acquire(thief, [lid], [key(1)]).answer[0]  # type: ignore[index]
-    reserved = shell.planner.reserve(owner, lid, [(key(2), b"")], wait=False, now_ns=0).answer
-    assert reserved is not None
+    slots = shell.slots(owner, lid)
     with pytest.raises(ForeignLease):
         shell.planner.release(thief, [own.lease_id, grant.lease_id])
     with pytest.raises(ForeignLease):
         shell.planner.renew(thief, [own.lease_id, grant.lease_id], 0)
-    with pytest.raises(ForeignReservation):
-        shell.planner.commit(thief, reserved.reservation_id, [0], [1])
-    with pytest.raises(ForeignReservation):
-        shell.planner.abort(thief, reserved.reservation_id)
+    with pytest.raises(ReservationExpired):
+        shell.commit(thief, lid, [key(2)], slots)
+    with pytest.raises(ReservationExpired):
+        shell.planner.slot(thief, slots[0])
+    shell.planner.abort(thief, slots)
     assert shell.planner.open_leases == 2
     assert shell.planner.open_reservations == 1
 
 
 def test_a_repeated_commit_is_harmless_and_a_different_one_is_a_conflict(shell: Shell) -> None:
     client, lid = shell.session(1), a_layout(shell)
-    ticket = shell.planner.reserve(
-        client, lid, [(key(1), b""), (key(2), key(1))], wait=False, now_ns=shell.now_ns
-    )
-    assert ticket.answer is not None
-    rid = ticket.answer.reservation_id
-    shell.planner.commit(client, rid, [0, 1], [11, 12])
-    shell.planner.commit(client, rid, [0, 1], [11, 12])
-    with pytest.raises(Conflict):
-        shell.planner.commit(client, rid, [1], [13])
-    grant = shell.acquire(client, [lid], [key(1), key(2)]).answer[0]  # type: ignore[index]
+    keys, slots = [key(1), key(2)], shell.slots(client, lid, 2)
+    stored, present, conflict = CommitOutcome.STORED, CommitOutcome.PRESENT, CommitOutcome.CONFLICT
+    assert shell.commit(client, lid, keys, slots, [11, 12]) == [stored] * 2
+    assert shell.commit(client, lid, keys, slots, [11, 12]) == [present] * 2
+    assert shell.commit(client, lid, keys, slots, [11, 13]) == [present, conflict]
+    grant = shell.acquire(client, [lid], keys).answer[0]  # type: ignore[index]
     assert grant.checksums == [11, 12]
 
 
-@pytest.mark.parametrize(
-    ("indices", "sums"), [([2], [0]), ([0, 0], [1, 1]), ([0], []), ([-1], [0])]
-)
-def test_a_commit_that_makes_no_sense_publishes_nothing(
-    shell: Shell, indices: list[int], sums: list[int]
+def test_a_commit_without_slots_tells_what_is_there_and_publishes_nothing(shell: Shell) -> None:
+    client, lid = shell.session(1), a_layout(shell)
+    shell.commit(client, lid, [key(1)], shell.slots(client, lid), [11])
+    asked = shell.commit(client, lid, [key(1), key(2)], [0, 0], [11, 12])
+    assert asked == [CommitOutcome.PRESENT, CommitOutcome.ABSENT]
+    assert shell.held(client, lid, [key(2)]) == 0
+
+
+def test_a_commit_that_makes_no_sense_publishes_nothing(shell: Shell) -> None:
+    client, lid = shell.session(1), a_layout(shell)
+    other = shell.planner.register_layout("t", layout("other"))
+    mine, theirs = shell.slots(client, lid, 2), shell.slots(client, other)
+    keys = [key(1), key(2)]
+    for slots, sums, error in [
+        ([mine[0], mine[0]], [1, 1], BadRequest),
+        (mine, [1], BadRequest),
+        (mine[:1], [1, 2], BadRequest),
+        ([mine[0], theirs[0]], [1, 2], BadRequest),
+        ([mine[0], mine[1] + 99], [1, 2], ReservationExpired),
+    ]:
+        with pytest.raises(error):
+            shell.commit(client, lid, keys, slots, sums)
+        assert shell.held(client, lid, keys) == 0
+        shell.planner.check_integrity()
+    assert shell.commit(client, lid, keys, mine) == [CommitOutcome.STORED] * 2
+
+
+def test_the_second_of_two_writers_of_a_key_finds_it_present(shell: Shell) -> None:
+    one, two, lid = shell.session(1), shell.session(2), a_layout(shell)
+    ones, twos = shell.slots(one, lid), shell.slots(two, lid, 2)
+    assert shell.commit(one, lid, [key(1)], ones, [5]) == [CommitOutcome.STORED]
+    outcomes = shell.commit(two, lid, [key(1), key(2)], twos, [5, 6])
+    assert outcomes == [CommitOutcome.PRESENT, CommitOutcome.STORED]
+    assert shell.planner.residency.dram.space.used_bytes == 2 * SLOT
+    assert shell.planner.open_reservations == 0
+
+
+def test_a_key_named_twice_in_a_commit_is_stored_once(shell: Shell) -> None:
+    client, lid = shell.session(1), a_layout(shell)
+    outcomes = shell.commit(client, lid, [key(1)] * 2, shell.slots(client, lid, 2), [5, 5])
+    assert sorted(outcomes) == [CommitOutcome.STORED, CommitOutcome.PRESENT]
+    shell.planner.check_integrity()
+
+
+def test_slots_reserved_ahead_come_with_the_commit_and_are_never_numbered_twice(
+    shell: Shell,
 ) -> None:
     client, lid = shell.session(1), a_layout(shell)
-    ticket = shell.planner.reserve(
-        client, lid, [(key(1), b""), (key(2), key(1))], wait=False, now_ns=0
-    )
-    assert ticket.answer is not None
-    with pytest.raises(BadRequest):
-        shell.planner.commit(client, ticket.answer.reservation_id, indices, sums)
-    assert shell.held(client, lid, [key(1)]) == 0
+    seen: set[int] = set()
+    slots = shell.slots(client, lid, 2)
+    for number in range(4):
+        assert not seen & set(slots)
+        seen |= set(slots)
+        keys = [key(10 * number), key(10 * number + 1)]
+        answer = shell.planner.commit(
+            client, lid, [Segment(b"", keys, slots, [0, 0])], reserve=2, now_ns=shell.now_ns
+        )
+        shell.settle()
+        slots = [answer.slots.first_slot + i for i in range(len(answer.slots.addresses))]
+    shell.planner.check_integrity()
+    shell.planner.close_session(client)
+    shell.planner.check_integrity()
 
 
-def test_a_second_writer_of_a_key_is_told(shell: Shell) -> None:
-    one, two, lid = shell.session(1), shell.session(2), a_layout(shell)
-    ticket = shell.planner.reserve(one, lid, [(key(1), b"")], wait=False, now_ns=0)
-    assert shell.put(two, lid, [key(1)]) == [PENDING]
-    assert ticket.answer is not None
-    shell.planner.commit(one, ticket.answer.reservation_id, [0], [5])
-    again = shell.planner.reserve(two, lid, [(key(1), b"")], wait=False, now_ns=0).answer
-    assert again is not None
-    assert again.results[0] == (PRESENT, 0, 5)
-    assert again.reservation_id == 0
+def test_what_is_being_brought_up_when_its_tier_fails_can_be_stored_anew(shell: Shell) -> None:
+    client, lid, keys = on_nvme_only(shell)
+    shell.acquire(client, [lid], keys, wait=True)  # type: ignore[arg-type]
+    shell.planner.tier_failed(shell.now_ns)
+    first = keys[:1]
+    slots = shell.slots(client, lid)  # type: ignore[arg-type]
+    outcomes = shell.commit(client, lid, first, slots, [3])  # type: ignore[arg-type]
+    assert outcomes == [CommitOutcome.STORED]
+    shell.planner.check_integrity()
+    while shell.copies:
+        shell.end_copy()
+    shell.planner.check_integrity()
+    grant = shell.acquire(client, [lid], first).answer[0]  # type: ignore[index, arg-type]
+    assert grant.checksums == [3]
 
 
 def test_what_nobody_waits_for_does_not_delay_what_is_waited_for(shell: Shell) -> None:
@@ -374,18 +393,16 @@ def test_one_tenants_full_share_does_not_hold_up_anothers_wait(shell: Shell) -> 
     rich, poor = shell.session(1, "rich"), shell.session(2, "poor")
     lid = a_layout(shell, "rich")
     a_layout(shell, "poor")
-    held = [(key(n), b"") for n in range(4)]
-    for entry in held:
-        shell.planner.reserve(poor, lid, [entry], wait=False, now_ns=shell.now_ns)
-    shell.planner.reserve(rich, lid, held, wait=False, now_ns=shell.now_ns)
-    stuck = shell.planner.reserve(rich, lid, [(key(9), b"")], wait=True, now_ns=shell.now_ns)
-    waits = shell.planner.reserve(poor, lid, [(key(9), b"")], wait=True, now_ns=shell.now_ns)
+    slots = shell.slots(poor, lid, 4)
+    shell.slots(rich, lid, 4)
+    stuck = shell.reserve(rich, lid, wait=True)
+    waits = shell.reserve(poor, lid, wait=True)
     assert waits.answer is None
-    shell.planner.abort(poor, next(iter(poor.reservations)))
+    shell.planner.abort(poor, slots[:1])
     shell.advance(1)
     assert stuck.answer is None
     assert waits.answer is not None
-    assert waits.answer.results[0].outcome is GRANTED
+    assert len(waits.answer.addresses) == 1
 
 
 def test_who_waits_is_answered_when_its_session_ends(shell: Shell) -> None:
@@ -417,12 +434,14 @@ def test_unknown_names_are_told_apart(shell: Shell) -> None:
     with pytest.raises(UnknownLayout):
         shell.planner.lookup("t", [ChainQuery([b"x" * 16], [key(1)])])
     with pytest.raises(UnknownLayout):
-        shell.planner.reserve(client, b"x" * 16, [(key(1), b"")], wait=False, now_ns=0)
-    with pytest.raises(UnknownReservation):
-        shell.planner.commit(client, 99, [0], [0])
+        shell.reserve(client, b"x" * 16)
+    with pytest.raises(UnknownLayout):
+        shell.commit(client, b"x" * 16, [key(1)], [0])
+    with pytest.raises(ReservationExpired):
+        shell.commit(client, a_layout(shell), [key(1)], [99])
     with pytest.raises(LeaseExpired):
         shell.planner.renew(client, [99], 0)
-    shell.planner.abort(client, 99)
+    shell.planner.abort(client, [99])
 
 
 def test_a_block_larger_than_an_extent_is_refused_when_registered(shell: Shell) -> None:
@@ -440,10 +459,10 @@ def test_claims_are_bounded(shell: Shell) -> None:
         shell.acquire(client, [lid], [key(1)])
     roomy = Shell(make_planner(dram_slots=64, nvme_slots=0))
     writer, lid = roomy.session(1), a_layout(roomy)
-    for number in range(16):
-        roomy.planner.reserve(writer, lid, [(key(number), b"")], wait=False, now_ns=0)
+    for _ in range(16):
+        roomy.slots(writer, lid)
     with pytest.raises(TooMany):
-        roomy.planner.reserve(writer, lid, [(key(99), b"")], wait=False, now_ns=0)
+        roomy.reserve(writer, lid)
     for number in range(15):
         roomy.session(100 + number)
     with pytest.raises(TooMany):
@@ -460,7 +479,7 @@ def test_a_cleared_block_stays_readable_for_who_holds_it(shell: Shell) -> None:
     grant = shell.acquire(client, [lid], [key(1)]).answer[0]  # type: ignore[index]
     assert shell.planner.clear("t") == 1
     assert shell.held(client, lid, [key(1)]) == 0
-    assert shell.put(client, lid, [key(1)], value="new") == [GRANTED]
+    assert shell.put(client, lid, [key(1)], value="new") == [STORED]
     assert shell.memory[Tier.DRAM][grant.addresses[0]] == ("t", lid, key(1))
     shell.planner.release(client, [grant.lease_id])
     shell.planner.check_integrity()
@@ -476,7 +495,7 @@ def test_a_new_tenant_gets_its_share_of_a_full_store(shell: Shell) -> None:
     for _ in range(4):
         outcome = shell.put(poor, lid, [key(77)])
         shell.settle()
-        if outcome == [GRANTED]:
+        if outcome == [STORED]:
             break
     assert shell.held(poor, lid, [key(77)]) == 1
     shell.planner.check_integrity()
@@ -493,7 +512,7 @@ def test_a_failed_nvme_tier_costs_misses_not_answers(shell: Shell) -> None:
     assert ticket.answer[0].held == 0
     assert shell.held(client, lid, keys) == 0  # type: ignore[arg-type]
     for base in range(5, 10):
-        assert shell.put(client, lid, chain(base, 4)) == [GRANTED] * 4  # type: ignore[arg-type]
+        assert shell.put(client, lid, chain(base, 4)) == [STORED] * 4  # type: ignore[arg-type]
     with pytest.raises(NoLowerTier):
         shell.planner.flush("t", drop=False)
     shell.planner.check_integrity()
@@ -503,9 +522,7 @@ def test_nvme_that_is_full_of_others_does_not_block_dram() -> None:
     shell = Shell(make_planner(dram_slots=16, nvme_slots=4))
     client, lid = shell.session(1), a_layout(shell)
     for base in range(30):
-        ticket = shell.planner.reserve(
-            client, lid, [(k, b"") for k in chain(base, 4)], wait=True, now_ns=shell.now_ns
-        )
+        ticket = shell.reserve(client, lid, 4, wait=True)
         for _ in range(20):
             shell.run()
             shell.settle()
@@ -513,11 +530,11 @@ def test_nvme_that_is_full_of_others_does_not_block_dram() -> None:
             if ticket.answer is not None:
                 break
         assert ticket.answer is not None, "a put waits for ever"
-        if ticket.answer.reservation_id:
-            granted = [i for i, r in enumerate(ticket.answer.results) if r.outcome is GRANTED]
-            for i in granted:
-                shell.memory[Tier.DRAM][ticket.answer.results[i].address] = base
-            shell.planner.commit(client, ticket.answer.reservation_id, granted, [0] * len(granted))
+        granted = len(ticket.answer.addresses)
+        for address in ticket.answer.addresses:
+            shell.memory[Tier.DRAM][address] = base
+        first = ticket.answer.first_slot
+        shell.commit(client, lid, chain(base, granted), list(range(first, first + granted)))
         shell.planner.check_integrity()
 
 
