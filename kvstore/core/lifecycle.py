@@ -30,6 +30,10 @@ from kvstore.errors import IllegalTransition
 
 
 class State(enum.Enum):
+    # By identity, as they compare: Enum's own is computed in Python, and every step
+    # of every block looks a pair of these up.
+    __hash__ = object.__hash__
+
     WRITING = "writing"
     FILLING = "filling"
     READY = "ready"
@@ -42,6 +46,8 @@ class State(enum.Enum):
 
 
 class Event(enum.Enum):
+    __hash__ = object.__hash__
+
     COMMIT = "commit"
     ABORT = "abort"
     EXPIRE = "expire"
