@@ -16,8 +16,8 @@ class Clock(Protocol):
 class MonotonicClock:
     """CLOCK_MONOTONIC, the same for every process of the host."""
 
-    def now_ns(self) -> int:
-        return time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+    # Without a frame of its own, because every lookup asks for the time.
+    now_ns = staticmethod(time.monotonic_ns)
 
 
 class ManualClock:

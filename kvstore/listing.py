@@ -1,52 +1,42 @@
-"""Keeps the directory in step with the catalog, and makes it larger in time.
+"""Keeps the directory in step with what the store does, and makes it larger in time.
 
-A table that fills up is replaced: a larger one is filled a few entries at a time
-while the old one goes on being served, and changes meanwhile go to both. Readers
-take notice by themselves (`local.directory`).
+A table that fills up is replaced: a larger one is filled a few pages at a time while
+the old one goes on being served. Readers take notice by themselves
+(`local.directory`).
 """
 
 from __future__ import annotations
 
 import asyncio
-import secrets
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Coroutine, Sequence
 
 from kvstore.clock import Clock
-from kvstore.local.directory import (
-    BEHIND_DRAM,
-    IN_DRAM,
-    MAX_LOAD,
-    SUPERSEDED,
-    DirectoryWriter,
-)
+from kvstore.local.directory import MAX_LOAD, PAGE_WORDS, SUPERSEDED, DirectoryWriter
 
 MIN_SLOTS = 1 << 14
 MAX_FIRST_SLOTS = 1 << 22
 ASSUMED_BLOCK_BYTES = 256 << 10
 """For the first table's size. Memory of a table that is not used is not occupied."""
-ENTRIES_A_STEP = 500
-"""Copied to a larger table before other work gets its turn."""
-
-Presence = Callable[[bytes], tuple[bool, bool]]
-"""Whether a block, by its stored key, is in DRAM and behind it."""
+PAGES_A_STEP = 32
+"""Copied to a larger table before other work gets its turn: about 1,000 blocks."""
 
 
 class Listing:
-    """`presence` tells the truth of this moment; `close` ends the tables."""
+    """The tables; `close` ends them.
 
-    def __init__(self, capacity_bytes: int, epoch: bytes, clock: Clock, presence: Presence) -> None:
+    `capacity_bytes`: of all tiers together. `epoch`: 8 bytes, the server's.
+    """
+
+    def __init__(self, capacity_bytes: int, epoch: bytes, clock: Clock) -> None:
         wanted = capacity_bytes / ASSUMED_BLOCK_BYTES / MAX_LOAD
         slots = MIN_SLOTS
         while slots < min(wanted, MAX_FIRST_SLOTS):
             slots *= 2
         self._epoch = epoch
         self._clock = clock
-        self._presence = presence
-        self._table = self._new_table(slots)
+        self._table = DirectoryWriter(slots, epoch, clock.now_ns())
         self._next: DirectoryWriter | None = None
-
-    def _new_table(self, slots: int) -> DirectoryWriter:
-        return DirectoryWriter(slots, self._epoch, secrets.randbits(63), self._clock.now_ns())
+        self._copied = 0
 
     @property
     def fd(self) -> int:
@@ -55,20 +45,16 @@ class Listing:
 
     @property
     def unlisted(self) -> int:
-        """Blocks that lookups miss because the table had no room for them."""
+        """How often the current table had no room for a block; lookups miss it then."""
         return self._table.unlisted
 
-    def change(self, changes: Iterable[tuple[bytes, bool, bool]]) -> None:
-        """Blocks came to or went from a tier."""
-        for stored_key, in_dram, behind in changes:
-            info = IN_DRAM * in_dram | BEHIND_DRAM * behind
-            for table in (self._table, self._next):
-                if table is None:
-                    continue
-                if info:
-                    table.put(stored_key, info)
-                else:
-                    table.remove(stored_key)
+    def change(self, changes: Sequence[tuple[bytes, bool, bool]]) -> None:
+        """Blocks came to or went from a tier: (stored key, in DRAM, behind DRAM)."""
+        table = self._table
+        table.change(changes)
+        if self._next is not None:
+            # The rest will be copied as it is then.
+            self._next.change([each for each in changes if table.home(each[0]) < self._copied])
 
     def beat(self) -> None:
         """To be called several times a second."""
@@ -76,29 +62,29 @@ class Listing:
 
     @property
     def needs_growth(self) -> bool:
-        crowded = self._table.load > MAX_LOAD or self._table.unlisted > 0
-        return crowded and self._next is None
+        """Only for its load, which takes as many blocks: that a page is full can be
+        brought about with a few blocks made for it, as often as one likes."""
+        return self._next is None and self._table.load > MAX_LOAD
 
-    def grow(self, stored_keys: list[bytes]) -> Coroutine[None, None, None]:
+    def grow(self) -> Coroutine[None, None, None]:
         """Begin to replace the table by one of twice its size; the result, run to its
-        end, finishes it. `stored_keys`: every block's."""
-        self._next = self._new_table(self._table.slots * 2)
-        return self._fill(self._next, stored_keys)
+        end, finishes it. Raises OSError when there is no memory for it."""
+        self._next = DirectoryWriter(self._table.slots * 2, self._epoch, self._clock.now_ns())
+        self._copied = 0
+        return self._fill(self._next)
 
-    async def _fill(self, table: DirectoryWriter, stored_keys: list[bytes]) -> None:
+    async def _fill(self, table: DirectoryWriter) -> None:
+        old = self._table
         try:
-            for start in range(0, len(stored_keys), ENTRIES_A_STEP):
-                for stored_key in stored_keys[start : start + ENTRIES_A_STEP]:
-                    # As it is now, which may differ from when the list was made.
-                    in_dram, behind = self._presence(stored_key)
-                    if in_dram or behind:
-                        table.put(stored_key, IN_DRAM * in_dram | BEHIND_DRAM * behind)
+            for first in range(0, old.slots // PAGE_WORDS, PAGES_A_STEP):
+                table.take_pages(old, first, PAGES_A_STEP)
+                self._copied = (first + PAGES_A_STEP) * PAGE_WORDS
                 await asyncio.sleep(0)
         except BaseException:
             self._next = None
             table.close()
             raise
-        old, self._table, self._next = self._table, table, None
+        self._table, self._next = table, None
         self.beat()
         old.close(SUPERSEDED)
 

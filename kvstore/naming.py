@@ -8,7 +8,7 @@ them, or make one that takes another's place.
 from __future__ import annotations
 
 from collections.abc import Callable
-from hashlib import blake2b
+from hashlib import blake2b, blake2s
 
 from kvstore.types import STORED_KEY_BYTES
 
@@ -19,12 +19,16 @@ Namer = Callable[[bytes], bytes]
 def namer(secret: bytes, layout_id: bytes) -> Namer:
     """Names the blocks of a layout as their tenant's. `secret`: 1 to 64 bytes.
 
-    BLAKE2b (RFC 7693) in its keyed mode, over layout and key.
+    The layout's own secret is BLAKE2b (RFC 7693) of its id, keyed with the tenant's; a
+    name is BLAKE2s of that secret and the key, 32 bytes each. They fill a block of the
+    hash function exactly, so a name costs one compression, where BLAKE2's keyed mode
+    takes two for the same: it also puts the secret before the message, but padded.
     """
-    base = blake2b(layout_id, key=secret, digest_size=STORED_KEY_BYTES)
+    of_layout = blake2b(layout_id, key=secret, digest_size=32).digest()
+    copy = blake2s(of_layout, digest_size=STORED_KEY_BYTES).copy
 
     def name(key: bytes) -> bytes:
-        state = base.copy()
+        state = copy()
         state.update(key)
         return state.digest()
 

@@ -128,7 +128,7 @@ class Store:
             first_id=1 + secrets.randbits(48),
         )
         capacity = dram.usable_bytes + (0 if nvme is None else nvme.usable_bytes)
-        self._listing = Listing(capacity, self.epoch, clock, self._planner.presence)
+        self._listing = Listing(capacity, self.epoch, clock)
         self._waiters: dict[Ticket, asyncio.Future[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         # NVMe extents are opened and closed one after the other, so that their
@@ -459,9 +459,8 @@ class Store:
                 self._spawn(self._remember(layout))
 
     def _grow_listing(self) -> None:
-        keys = [block.stored_key for block in self._planner.catalog]
         try:
-            growing = self._listing.grow(keys)
+            growing = self._listing.grow()
         except OSError as error:
             # Lookups miss what the table has no room for; nothing else suffers.
             log.error("the directory cannot grow: %s", error.strerror)

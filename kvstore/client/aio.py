@@ -170,7 +170,9 @@ class AsyncClient:
         On the server's host this reads shared memory and costs no RPC, as long as
         the server shows signs of life.
         """
-        return (await self.lookup_many([chain_of(layouts, keys)]))[0]
+        chain = chain_of(layouts, keys)
+        found = calls.lookup_at_hand(self._core, chain.layout_ids, keys)
+        return (await self.lookup_many([chain]))[0] if found is None else found
 
     def peek(self, layout_ids: Sequence[bytes], keys: Sequence[bytes]) -> ChainPresence | None:
         """`lookup` by layout ids, for callers that must not wait: never an RPC, and

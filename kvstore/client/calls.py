@@ -59,13 +59,16 @@ def lookup_at_hand(
 ) -> ChainPresence | None:
     """What the directory says, without asking the server; None where it cannot tell."""
     link = core.link
-    # The connection shows at once that a server died, its directory only after a while.
-    if link is None or link.presence is None or core.closed or not link.alive():
+    if link is None or link.presence is None or core.closed:
         return None
     # What is not as it should be is the server's to refuse.
-    if len(keys) > link.info.max_keys or not all(i in core.layouts for i in layout_ids):
+    if len(keys) > link.info.max_keys:
         return None
-    return link.presence.lookup(layout_ids, keys)
+    for layout_id in layout_ids:
+        if layout_id not in core.layouts:
+            return None
+    # The connection shows that a server died long before its directory does.
+    return link.presence.lookup(layout_ids, keys, link.alive)
 
 
 def lookup(core: Core, chains: Sequence[ChainQuery]) -> Flow[list[ChainPresence]]:

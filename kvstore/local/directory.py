@@ -4,33 +4,50 @@ The server writes a table into a sealed memfd; clients map it read-only (the sea
 F_SEAL_FUTURE_WRITE makes the kernel refuse them anything else) and search it. What
 they find is advice: a lookup costs no RPC, and an acquire confirms it.
 
-The table. After a header page come entries of 32 bytes, a power of two of them and
-one window more:
+The table. After a header of 4096 bytes come words of 64 bits, a power of two of
+them. Let q be the first eight bytes of a block's stored key, as a little-endian
+number. Stored keys are outputs of a keyed hash, so q needs no further hashing:
 
-    stored key (16) | info (8, bit 0: in DRAM, bit 1: behind it) | check (8)
+    word = q XOR info       info: 1 in DRAM, 2 behind it, 3 both; 0: not listed
+    home = the highest bits of q, as many as tell the words of the table apart
 
-An entry lives somewhere in the window of 32 entries that begins where its stored
-key points (which is the output of a keyed hash and needs no further hashing). A
-search is one memmem over the window, so nothing marks where a removed entry was:
-linear probing (Knuth, TAOCP vol. 3, 6.4) without its tombstones.
+Every 64 words are a page, and every page is a hash table of its own: linear probing
+(Knuth, TAOCP vol. 3, 6.4) that goes on at the page's begin when it comes to its end.
+A word of 0 is free and ends a search. So whatever keys a tenant finds by trying (it
+knows its own secret), a search, a listing and a removal are over after one page; a
+block whose page is full is not listed, and lookups miss it. Of a table that is as full
+as it may get that happens to less than one block in a million by chance. With n
+blocks made for it a tenant can fill n / 64 pages, and thereby hide that share of all
+blocks from lookups; from acquires it can hide nothing.
 
-The memory model. There are no locks and no order is assumed between the writer's
-stores and a reader's loads: a reader may see any mixture of old and new bytes of an
-entry. `check` is XXH3-64 over key, info and the table's seed, so a mixture passes
-for an entry with probability 2^-64 and otherwise counts as absent; an entry that
-passes was written as it is, by this server, in this table. It may be out of date,
-in both directions, which is what advice may be. Removal zeroes the entry. So a
-reader that races the writer errs towards a miss or towards an acquire that is
-answered with less; never towards other bytes, because addresses are not in the
-table and come only from an acquire.
+The memory model. There are no locks, and no order is assumed between the writer's
+stores and a reader's loads. An aligned word is one store and one load on every
+machine this is likely to run on, but even that is not needed: suppose that a reader
+sees some bytes of an old and some of a new content of a word.
+  * Old and new speak of the same block: they differ in the two bits of info, which
+    lie in one byte, so the reader sees one of them.
+  * They speak of two blocks: what it sees agrees with a third block's q, but for
+    the two bits, with a probability of 2^-62. With one of the two blocks' own it may
+    agree, with the info of either, while that block is coming or going.
+Nothing is missed for good, either: a search passes words that are not 0, and between
+a block's home and its word there is never a 0. That is why removal closes the gap from
+behind (Knuth's algorithm R): each word that has to move is first copied to its new
+place, and the last place that was emptied is zeroed at the end. A reader that was
+past the new place and finds the old one overwritten misses that block, this once.
 
-A table is replaced by a larger one when it fills up, and dies with its server. The
-header says so: `state` is set to SUPERSEDED or CLOSED, and `beat` is the server's
-last sign of life. A reader takes notice at its next search, and treats everything
-as absent until it has mapped the successor.
+So what a reader finds may be out of date in both directions, which is what advice may
+be, and is otherwise wrong once in 2^62 / 64 searches, which costs an acquire that is
+answered with less. Other bytes than those asked for can never come of it: addresses
+are not in the table.
+
+A table is replaced by a larger one when it fills up, and dies with its server. One
+word of the header says so: `beat` is the server's last sign of life or, once the
+table is not current, SUPERSEDED or CLOSED, which look like signs of life from long
+ago. A reader looks at it before each search, and treats everything as absent until
+it has mapped the successor.
 
 Whose blocks. Stored keys are made with a tenant's secret. A client has its own
-tenant's only, so of others' entries it learns nothing but how many there are.
+tenant's only, so of others' words it learns nothing but how many there are.
 """
 
 from __future__ import annotations
@@ -39,77 +56,75 @@ import fcntl
 import mmap
 import os
 import struct
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import NamedTuple
 
-import xxhash
-
 from kvstore.naming import Namer
-from kvstore.types import STORED_KEY_BYTES, ChainPresence
+from kvstore.types import ChainPresence
 
 HEADER_BYTES = 4096
-ENTRY_BYTES = 32
-WINDOW_ENTRIES = 32
-WINDOW_BYTES = WINDOW_ENTRIES * ENTRY_BYTES
+WORD_BYTES = 8
+PAGE_WORDS = 64
 
-MAGIC = b"kvdirec1"
-LIVE, SUPERSEDED, CLOSED = 1, 2, 3
+MAGIC = b"kvdirec2"
 
 IN_DRAM = 1
 BEHIND_DRAM = 2
+MOST_INFO = 3
 
 STALE_AFTER_NS = 2_000_000_000
 """Without a beat for this long the server counts as gone."""
+SUPERSEDED = -(1 << 62)
+CLOSED = -(1 << 61)
 
-MAX_LOAD = 0.3
-"""Share of slots in use beyond which a table should be replaced. Up to it, fewer than
-one block in a million finds its window full."""
+MAX_LOAD = 0.5
+"""Share of words in use beyond which a table should be replaced."""
 
-_HEADER = struct.Struct("<8sQQ8s")
-_STATE = struct.Struct("<Q")
-_BEAT = struct.Struct("<q")
-_STATE_AT = 512
-_BEAT_AT = 1024
-_INFO = struct.Struct("<Q")
-_TAIL = struct.Struct("<QQ").unpack_from
-_CHECKSUM = xxhash.xxh3_64_intdigest
-_INT = int.from_bytes
-_CHECKED_BYTES = STORED_KEY_BYTES + 8
-_EMPTY = bytes(ENTRY_BYTES)
+_HEADER = struct.Struct("<8sQ8s")
+_BEAT_WORD = 64
+"""In a cache line of its own: it changes all the time, the rest of the header never."""
 
 F_SEAL_FUTURE_WRITE = 0x10
 """Linux 5.1; not among the constants of Python 3.11."""
 
+_q = struct.Struct("<Q8x").unpack
+_PAGE = -PAGE_WORDS
+_OFFSET = PAGE_WORDS - 1
+
+# Half the cost of calling the class, and a large part of a lookup's.
+_presence = partial(tuple.__new__, ChainPresence)
+_NOTHING = ChainPresence(0, 0)
+
 
 class DirectoryHeader(NamedTuple):
-    """`slots` is a power of two. `seed` differs from table to table."""
+    """`slots`: words of the table, a power of two."""
 
     slots: int
-    seed: int
     epoch: bytes
 
 
 def table_bytes(slots: int) -> int:
     """Size of a table's memfd."""
-    return HEADER_BYTES + (slots + WINDOW_ENTRIES) * ENTRY_BYTES
+    return HEADER_BYTES + slots * WORD_BYTES
 
 
 class DirectoryWriter:
     """The server's side of one table. Not thread-safe.
 
-    `slots` is a power of two; `epoch` is 8 bytes. The memfd is this object's until
-    `close`; give clients duplicates of `fd` only.
+    `slots` is a power of two and at least a page; `epoch` is 8 bytes. The memfd is
+    this object's until `close`; give clients duplicates of `fd` only.
     """
 
-    def __init__(self, slots: int, epoch: bytes, seed: int, now_ns: int) -> None:
-        if slots < 1 or slots & (slots - 1):
-            raise ValueError("the number of slots is a power of two")
+    def __init__(self, slots: int, epoch: bytes, now_ns: int) -> None:
+        if slots < PAGE_WORDS or slots & (slots - 1):
+            raise ValueError(f"the number of slots is a power of two, and {PAGE_WORDS} or more")
         self.slots = slots
         self.entries = 0
         self.unlisted = 0
-        """Blocks that found their window full. They are not found by lookups."""
-        self._seed = seed
-        self._mask = slots - 1
+        """How often a block found its page full. Lookups miss it then."""
+        self._shift = _shift(slots)
         self.fd = os.memfd_create("kvstore-directory", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(self.fd, table_bytes(slots))
@@ -120,52 +135,92 @@ class DirectoryWriter:
         except BaseException:
             os.close(self.fd)
             raise
-        self._map[: _HEADER.size] = _HEADER.pack(MAGIC, slots, seed, epoch)
+        self._map[: _HEADER.size] = _HEADER.pack(MAGIC, slots, epoch)
+        self._beat, self._words = _beat_and_words(self._map)
         self.beat(now_ns)
-        self.set_state(LIVE)
 
     @property
     def load(self) -> float:
-        """Share of the entries in use."""
+        """Share of the words in use."""
         return self.entries / self.slots
 
     def beat(self, now_ns: int) -> None:
         """Show that the server lives."""
-        self._map[_BEAT_AT : _BEAT_AT + 8] = _BEAT.pack(now_ns)
+        self._beat[0] = now_ns
 
-    def set_state(self, state: int) -> None:
-        self._map[_STATE_AT : _STATE_AT + 8] = _STATE.pack(state)
+    def change(self, changes: Iterable[tuple[bytes, bool, bool]]) -> None:
+        """Blocks came to or went from a tier: (stored key, in DRAM, behind DRAM)."""
+        # Written out for the usual case, in which a block's home is free or its own:
+        # this is what the server's loop pays for every block that comes and goes.
+        words, shift = self._words, self._shift
+        for stored_key, in_dram, behind in changes:
+            (q,) = _q(stored_key)
+            home = q >> shift
+            word = words[home]
+            if not (in_dram or behind):
+                if word:
+                    self._remove(q, home)
+            elif not word:
+                words[home] = q ^ (in_dram | behind << 1)
+                self.entries += 1
+            elif word ^ q <= MOST_INFO:
+                words[home] = q ^ (in_dram | behind << 1)
+            else:
+                self._put(q, in_dram | behind << 1, home)
 
-    def put(self, stored_key: bytes, info: int) -> None:
-        """List a block, or change what is said of it. `info` is not 0."""
-        start = _home(stored_key, self._mask)
-        at = _place(self._map, stored_key, start)
+    def home(self, stored_key: bytes) -> int:
+        """Where the search for a block begins."""
+        return int(_q(stored_key)[0]) >> self._shift
+
+    def _put(self, q: int, info: int, home: int) -> None:
+        at, word = _place(self._words, q, home)
         if at < 0:
-            at = self._free(start)
-            if at < 0:
-                self.unlisted += 1
-                return
+            self.unlisted += 1
+            return
+        self._words[at] = q ^ info
+        self.entries += not word
+
+    def _remove(self, q: int, home: int) -> None:
+        words, shift = self._words, self._shift
+        hole, word = _place(words, q, home)
+        if hole < 0 or not word:
+            return
+        self.entries -= 1
+        at, stay = hole, 0
+        while stay < _OFFSET:
+            at = at & _PAGE | at + 1 & _OFFSET
+            word = words[at]
+            if not word:
+                break
+            # Whether the hole is between the word's home and the word.
+            if at - (word >> shift) & _OFFSET >= at - hole & _OFFSET:
+                words[hole] = word
+                hole, stay = at, 0
+            else:
+                # A page without a free word has to be gone round until nothing moves.
+                stay += 1
+        words[hole] = 0
+
+    def take_pages(self, old: DirectoryWriter, first: int, pages: int) -> None:
+        """Copy pages of a table half as large. Their words go to as many pairs of
+        pages here, which must still be empty, and all find room there."""
+        assert old.slots * 2 == self.slots
+        begin, end = first * PAGE_WORDS, (first + pages) * PAGE_WORDS
+        fresh = [0] * (2 * (end - begin))
+        shift, base = self._shift, 2 * begin
+        for word in filter(None, old._words[begin:end].tolist()):
+            at = (word >> shift) - base
+            while fresh[at]:
+                at = at & _PAGE | at + 1 & _OFFSET
+            fresh[at] = word
             self.entries += 1
-        body = stored_key + _INFO.pack(info)
-        check = xxhash.xxh3_64_intdigest(body, self._seed)
-        self._map[at : at + ENTRY_BYTES] = body + _INFO.pack(check)
-
-    def remove(self, stored_key: bytes) -> None:
-        """A block that is not listed is ignored."""
-        at = _place(self._map, stored_key, _home(stored_key, self._mask))
-        if at >= 0:
-            self._map[at : at + ENTRY_BYTES] = _EMPTY
-            self.entries -= 1
-
-    def _free(self, start: int) -> int:
-        for at in range(start, start + WINDOW_BYTES, ENTRY_BYTES):
-            if self._map[at : at + ENTRY_BYTES] == _EMPTY:
-                return at
-        return -1
+        self._words[base : 2 * end] = memoryview(array("Q", fresh))
 
     def close(self, state: int = CLOSED) -> None:
         """Tell readers, then let go. What they have mapped stays as it is."""
-        self.set_state(state)
+        self._beat[0] = state
+        self._beat.release()
+        self._words.release()
         self._map.close()
         os.close(self.fd)
 
@@ -182,106 +237,121 @@ class DirectoryReader:
             size = os.fstat(fd).st_size
             if size < HEADER_BYTES:
                 raise ValueError("too small for a directory")
-            self._map = mmap.mmap(fd, size, prot=mmap.PROT_READ)
+            table = mmap.mmap(fd, size, prot=mmap.PROT_READ)
         finally:
             os.close(fd)
-        magic, slots, seed, epoch = _HEADER.unpack(self._map[: _HEADER.size])
-        if magic != MAGIC or slots & (slots - 1) or table_bytes(slots) != size:
-            self._map.close()
+        magic, slots, epoch = _HEADER.unpack(table[: _HEADER.size])
+        if (
+            magic != MAGIC
+            or slots < PAGE_WORDS
+            or slots & (slots - 1)
+            or table_bytes(slots) != size
+        ):
             raise ValueError("not a directory of this version")
-        self.header = DirectoryHeader(slots, seed, epoch)
-        self._find = self._map.find
-        self._seed = seed
-        self._mask = slots - 1
+        self.header = DirectoryHeader(slots, epoch)
+        # The mapping goes with the last reference to these.
+        self._beat, self._words = _beat_and_words(table)
+        self._shift = _shift(slots)
 
     def alive(self, now_ns: int) -> bool:
         """Whether the table is current: neither replaced nor left by its server."""
-        state: int = _STATE.unpack_from(self._map, _STATE_AT)[0]
-        beat_ns: int = _BEAT.unpack_from(self._map, _BEAT_AT)[0]
-        return state == LIVE and now_ns - beat_ns < STALE_AFTER_NS
+        return now_ns - self._beat[0] < STALE_AFTER_NS
 
     def superseded(self) -> bool:
         """Whether there is a successor to map."""
-        return bool(_STATE.unpack_from(self._map, _STATE_AT)[0] == SUPERSEDED)
+        return self._beat[0] == SUPERSEDED
 
     def find(self, stored_key: bytes) -> int:
         """What is said of a block: IN_DRAM, BEHIND_DRAM, both, or 0 when absent."""
-        # Written out, because this is what a lookup consists of.
-        start = HEADER_BYTES + (_INT(stored_key, "little") & self._mask) * ENTRY_BYTES
-        at = self._find(stored_key, start, start + WINDOW_BYTES)
-        if at < 0:
+        # Written out for the usual case, because this is what a lookup consists of.
+        (q,) = _q(stored_key)
+        home = q >> self._shift
+        word = self._words[home]
+        info: int = word ^ q
+        if info <= MOST_INFO:
+            return info
+        if not word:
             return 0
-        # One copy, so that what is checked is what is used.
-        entry = self._map[at : at + ENTRY_BYTES]
-        info, check = _TAIL(entry, STORED_KEY_BYTES)
-        if _CHECKSUM(entry[:_CHECKED_BYTES], self._seed) != check:
-            # Torn, or found across the fields of entries, which is not impossible.
-            return 0
-        return info if entry.startswith(stored_key) else 0
+        info = _place(self._words, q, home)[1] ^ q
+        return info if info <= MOST_INFO else 0
 
-    def prefix(self, namers: Sequence[Namer], keys: Sequence[bytes]) -> ChainPresence:
+    def prefix(self, namers: Iterable[Namer], keys: Sequence[bytes]) -> ChainPresence:
         """How much of a chain all layouts hold; `namers` has one for each.
 
         By binary search, which is exact where presence is a prefix (as the store
         keeps it); where a block was lost in the middle it may report more or less.
         `keys` are 32 bytes each.
         """
-        held = in_dram = len(keys)
-        if not held or not namers:
-            return ChainPresence(0, 0)
-        for namer in namers:
-            held, in_dram = self._prefix(namer, keys, held, in_dram)
-            if not held:
-                break
-        return ChainPresence(held, min(in_dram, held))
-
-    def _prefix(
-        self, namer: Namer, keys: Sequence[bytes], most: int, most_dram: int
-    ) -> tuple[int, int]:
-        # The two usual answers first: nothing, and everything.
-        first = self.find(namer(keys[0]))
-        if not first:
-            return 0, 0
-        last = self.find(namer(keys[most - 1])) if most > 1 else first
-        held = most
-        if not last:
-            held, last = self._search(namer, keys, first, most - 1, IN_DRAM | BEHIND_DRAM)
-        if last & IN_DRAM:
-            return held, min(held, most_dram)
-        if not first & IN_DRAM:
-            return held, 0
-        return held, self._search(namer, keys, first, min(held, most_dram), IN_DRAM)[0]
+        held = in_dram = 0
+        most = most_dram = len(keys)
+        if not most:
+            return _NOTHING
+        for name in namers:
+            # The two usual answers first: nothing, and everything.
+            first = self.find(name(keys[0]))
+            if not first:
+                return _NOTHING
+            held = most
+            last = self.find(name(keys[held - 1]))
+            if not last:
+                held, last = self._search(name, keys, first, held - 1, IN_DRAM | BEHIND_DRAM)
+            if last & IN_DRAM:
+                in_dram = held if held < most_dram else most_dram
+            elif first & IN_DRAM:
+                high = held if held < most_dram else most_dram
+                in_dram = self._search(name, keys, first, high, IN_DRAM)[0]
+            else:
+                in_dram = 0
+            most, most_dram = held, in_dram
+        return _presence((held, in_dram))
 
     def _search(
-        self, namer: Namer, keys: Sequence[bytes], first: int, high: int, wanted: int
+        self, name: Namer, keys: Sequence[bytes], first: int, high: int, wanted: int
     ) -> tuple[int, int]:
         """How many of keys[:high] are found with one of the bits `wanted`, and what is
         said of the last of those. The first is known to be, with `first`."""
+        # `find` written out: eleven of these are what a lookup of 2,000 blocks costs.
+        words, shift, q_of = self._words, self._shift, _q
         low, last = 1, first
-        find = self.find
         while low < high:
             middle = (low + high) // 2
-            info = find(namer(keys[middle]))
+            (q,) = q_of(name(keys[middle]))
+            at = home = q >> shift
+            while True:
+                word = words[at]
+                info = word ^ q
+                if info <= MOST_INFO:
+                    break
+                at = at & _PAGE | at + 1 & _OFFSET
+                if not word or at == home:
+                    info = 0
+                    break
             if info & wanted:
                 low, last = middle + 1, info
             else:
                 high = middle
         return low, last
 
-    def close(self) -> None:
-        self._map.close()
+
+def _shift(slots: int) -> int:
+    """By how much a q is shifted to the right to become a home."""
+    return 64 - slots.bit_length() + 1
 
 
-def _home(stored_key: bytes, mask: int) -> int:
-    """Offset of the window of a key."""
-    return HEADER_BYTES + (_INT(stored_key, "little") & mask) * ENTRY_BYTES
+def _beat_and_words(table: mmap.mmap) -> tuple[memoryview, memoryview]:
+    """The word of the header that changes, signed, and the table's words."""
+    raw = memoryview(table)
+    beat = raw[_BEAT_WORD * WORD_BYTES : (_BEAT_WORD + 1) * WORD_BYTES]
+    return beat.cast("q"), raw[HEADER_BYTES:].cast("Q")
 
 
-def _place(table: mmap.mmap, stored_key: bytes, start: int) -> int:
-    """Offset of the key's entry in the window at `start`; -1 where there is none."""
-    end = start + WINDOW_BYTES
-    at = table.find(stored_key, start, end)
-    while at >= 0 and (at - start) % ENTRY_BYTES:
-        # Found across the fields of entries: not impossible, only absurd.
-        at = table.find(stored_key, at + 1, end)
-    return at
+def _place(words: memoryview, q: int, home: int) -> tuple[int, int]:
+    """Where a block's word is, and the word; failing that the first free place and 0;
+    failing that -1 and a word that is not the block's."""
+    page, word = home & _PAGE, 0
+    for at in range(home, home + PAGE_WORDS):
+        place = page | at & _OFFSET
+        word = words[place]
+        if word ^ q <= MOST_INFO or not word:
+            return place, word
+    return -1, word

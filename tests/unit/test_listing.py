@@ -1,11 +1,11 @@
 from __future__ import annotations
 
-import asyncio
 import os
+import random
 
 from kvstore.clock import ManualClock
 from kvstore.listing import MIN_SLOTS, Listing
-from kvstore.local.directory import IN_DRAM, MAX_LOAD, DirectoryReader
+from kvstore.local.directory import MAX_LOAD, PAGE_WORDS, DirectoryReader
 from kvstore.naming import namer
 
 NAME = namer(b"secret", b"layout")
@@ -16,31 +16,76 @@ def names(count: int, start: int = 0) -> list[bytes]:
 
 
 def test_a_table_that_fills_up_is_replaced_and_loses_nothing() -> None:
-    """Changes made while the larger table is being filled are in it too."""
-    blocks = dict.fromkeys(names(int(MIN_SLOTS * MAX_LOAD) + 1), True)
-    listing = Listing(0, b"an epoch", ManualClock(), lambda name: (name in blocks, False))
+    """Changes made while the larger table is being filled are in it too, whether or not
+    their page was copied already; readers have the old table until the new one is whole."""
+    listing = Listing(0, b"an epoch", ManualClock())
+    truth = dict.fromkeys(names(int(MIN_SLOTS * MAX_LOAD)), 1)
+    listing.change([(name, True, False) for name in truth])
+    assert not listing.needs_growth
+    listing.change([(name, True, False) for name in names(1, start=10**7)])
+    truth[names(1, start=10**7)[0]] = 1
+    assert listing.needs_growth
+    before = DirectoryReader(os.dup(listing.fd))
+    growing = listing.grow()
+    assert not listing.needs_growth, "it is under way"
 
-    async def main() -> None:
-        listing.change([(name, True, False) for name in blocks])
-        assert listing.needs_growth
-        before = DirectoryReader(os.dup(listing.fd))
-        growing = listing.grow(list(blocks))
-        assert not listing.needs_growth, "it is under way"
-        task = asyncio.create_task(growing)
-        await asyncio.sleep(0)
-        gone, added = list(blocks)[::7], names(300, start=10**6)
-        for name in gone:
-            del blocks[name]
-        blocks.update(dict.fromkeys(added, True))
-        listing.change([(name, False, False) for name in gone])
-        listing.change([(name, True, False) for name in added])
-        await task
-        assert before.superseded()
-        after = DirectoryReader(os.dup(listing.fd))
-        assert after.header.slots == 2 * before.header.slots
-        assert all(after.find(name) == IN_DRAM for name in blocks)
-        assert not any(after.find(name) for name in gone)
-        assert listing.unlisted == 0
+    rng = random.Random(1)
+    added = iter(names(10**4, start=10**6))
+    gone: list[bytes] = []
+    steps = 0
+    while True:
+        try:
+            growing.send(None)
+        except StopIteration:
+            break
+        steps += 1
+        leaving = rng.sample(list(truth), 20)
+        changed = rng.sample([name for name in truth if name not in leaving], 20)
+        coming = [next(added) for _ in range(20)]
+        listing.change([(name, False, False) for name in leaving])
+        listing.change([(name, True, True) for name in changed])
+        listing.change([(name, False, True) for name in coming])
+        truth.update(dict.fromkeys(changed, 3) | dict.fromkeys(coming, 2))
+        for name in leaving:
+            del truth[name]
+        gone += leaving
+        assert before.alive(0)
+        assert all(before.find(name) == truth[name] for name in changed + coming)
 
-    asyncio.run(main())
+    assert steps > 5
+    assert before.superseded()
+    after = DirectoryReader(os.dup(listing.fd))
+    assert after.alive(0)
+    assert after.header.slots == 2 * before.header.slots
+    assert all(after.find(name) == info for name, info in truth.items())
+    assert not any(map(after.find, gone))
+    assert listing.unlisted == 0
+    assert not listing.needs_growth
+    listing.close()
+    assert not after.alive(0)
+    assert not after.superseded()
+
+
+def test_a_growth_that_was_stopped_leaves_the_table_as_it_is() -> None:
+    listing = Listing(0, b"an epoch", ManualClock())
+    held = names(int(MIN_SLOTS * MAX_LOAD) + 1)
+    listing.change([(name, True, False) for name in held])
+    reader = DirectoryReader(os.dup(listing.fd))
+    growing = listing.grow()
+    growing.send(None)
+    growing.close()
+    assert listing.needs_growth
+    assert reader.alive(0)
+    listing.change([(held[0], False, False)])
+    assert [bool(reader.find(name)) for name in held] == [False] + [True] * (len(held) - 1)
+    listing.close()
+
+
+def test_names_that_collide_do_not_make_the_table_grow() -> None:
+    """A tenant can make them at will, and each time the table would be twice as large."""
+    listing = Listing(0, b"an epoch", ManualClock())
+    colliding = [number.to_bytes(8, "little") + bytes(8) for number in range(4, 4000, 4)]
+    listing.change([(name, True, False) for name in colliding])
+    assert listing.unlisted == len(colliding) - PAGE_WORDS
+    assert not listing.needs_growth
     listing.close()

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import ctypes
+import fcntl
 import mmap
 import os
 import random
-import subprocess
-import sys
-import time
+import struct
+from collections.abc import Callable
 
+import numpy as np
 import pytest
 
 from kvstore.local.directory import (
     BEHIND_DRAM,
-    ENTRY_BYTES,
+    CLOSED,
     HEADER_BYTES,
     IN_DRAM,
     MAX_LOAD,
+    PAGE_WORDS,
     STALE_AFTER_NS,
     SUPERSEDED,
+    WORD_BYTES,
     DirectoryReader,
     DirectoryWriter,
     table_bytes,
@@ -34,16 +38,35 @@ def key(number: int) -> bytes:
 
 
 def pair(slots: int = 1024) -> tuple[DirectoryWriter, DirectoryReader]:
-    writer = DirectoryWriter(slots, b"an epoch", seed=7, now_ns=1)
+    writer = DirectoryWriter(slots, b"an epoch", now_ns=1)
     return writer, DirectoryReader(os.dup(writer.fd))
+
+
+def put(writer: DirectoryWriter, name: bytes, info: int = IN_DRAM) -> None:
+    writer.change([(name, bool(info & IN_DRAM), bool(info & BEHIND_DRAM))])
+
+
+def remove(writer: DirectoryWriter, name: bytes) -> None:
+    put(writer, name, 0)
+
+
+def words_of(writer: DirectoryWriter) -> list[int]:
+    return writer._words.tolist()
+
+
+def made(page: int, offset: int, number: int, slots: int = 1024) -> bytes:
+    """A name with its home at `offset` of `page`, as a tenant may find by trying."""
+    home = page * PAGE_WORDS + offset
+    q = home << 64 - slots.bit_length() + 1 | (number + 1) << 2
+    return struct.pack("<QQ", q, 0)
 
 
 def test_what_is_listed_is_found_and_nothing_else() -> None:
     writer, reader = pair()
     for number in range(200):
-        writer.put(NAME(key(number)), IN_DRAM if number % 2 else BEHIND_DRAM)
+        put(writer, NAME(key(number)), IN_DRAM if number % 2 else BEHIND_DRAM)
     for number in range(0, 200, 3):
-        writer.remove(NAME(key(number)))
+        remove(writer, NAME(key(number)))
     for number in range(400):
         expected = 0
         if number < 200 and number % 3:
@@ -59,70 +82,265 @@ def test_a_prefix_is_found_to_the_position(length: int) -> None:
     for held in sorted({0, 1, length // 3, length - 1, length}):
         for dram in sorted({0, held // 2, held}):
             for position, each in enumerate(keys):
-                name = NAME(each)
                 if position < held:
-                    writer.put(name, BEHIND_DRAM | (IN_DRAM if position < dram else 0))
+                    put(writer, NAME(each), BEHIND_DRAM | IN_DRAM * (position < dram))
                 else:
-                    writer.remove(name)
+                    remove(writer, NAME(each))
             assert reader.prefix([NAME], keys) == (held, dram)
+
+
+def test_a_prefix_is_found_in_a_crowded_table() -> None:
+    """The search of a chain goes on from a block's home as the search of a block does."""
+    writer, reader = pair(1024)
+    keys = [key(n) for n in range(960)]
+    for position, each in enumerate(keys):
+        assert reader.prefix([NAME], keys) == (position, position)
+        put(writer, NAME(each))
+        if not reader.find(NAME(each)):
+            break
+    assert writer.unlisted == 1
+    assert position > 500
 
 
 def test_all_shards_must_hold_a_position() -> None:
     writer, reader = pair()
     keys = [key(n) for n in range(10)]
     for each in keys[:7]:
-        writer.put(NAME(each), IN_DRAM)
-    for each in keys[:4]:
-        writer.put(OTHER(each), IN_DRAM)
-    assert reader.prefix([NAME, OTHER], keys) == (4, 4)
-    assert reader.prefix([OTHER, NAME], keys) == (4, 4)
+        put(writer, NAME(each))
+    for position, each in enumerate(keys[:4]):
+        put(writer, OTHER(each), IN_DRAM if position < 2 else BEHIND_DRAM)
+    assert reader.prefix([NAME, OTHER], keys) == (4, 2)
+    assert reader.prefix([OTHER, NAME], keys) == (4, 2)
+    assert reader.prefix(iter([NAME]), keys) == (7, 7)
     assert reader.prefix([], keys) == (0, 0)
     assert reader.prefix([NAME], []) == (0, 0)
 
 
-def test_an_entry_with_any_bit_flipped_counts_as_absent() -> None:
-    writer, reader = pair()
-    writer.put(NAME(key(1)), IN_DRAM)
-    raw = writer._map
-    at = raw.find(NAME(key(1)))
-    entry = raw[at : at + ENTRY_BYTES]
-    for bit in range(ENTRY_BYTES * 8):
-        damaged = bytearray(entry)
-        damaged[bit // 8] ^= 1 << bit % 8
-        raw[at : at + ENTRY_BYTES] = bytes(damaged)
-        assert reader.find(NAME(key(1))) == 0
-    raw[at : at + ENTRY_BYTES] = entry
-    assert reader.find(NAME(key(1))) == IN_DRAM
+Choice = Callable[[random.Random], bytes]
+
+CHOICES: list[Choice] = [
+    # As the store names blocks; few, so that they come and go.
+    lambda rng: NAME(key(rng.randrange(150))),
+    # All of one page, which stays about full: runs go round its end.
+    lambda rng: made(1, rng.randrange(PAGE_WORDS), rng.randrange(2), slots=128),
+    # All of one home.
+    lambda rng: made(0, 60, rng.randrange(80), slots=128),
+    # Each home twice: all words but the first are displaced, and all move up.
+    lambda rng: made(1, rng.randrange(34), rng.randrange(2), slots=128),
+]
 
 
-def test_an_entry_of_another_table_does_not_pass() -> None:
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("seed", range(4))
+def test_changes_leave_exactly_what_they_say(choice: Choice, seed: int) -> None:
+    """Against a dictionary. Nothing is lost or there twice when words move up, only
+    blocks that were refused are not there, and a page that is full stays right."""
+    rng = random.Random(seed)
+    writer, reader = pair(128)
+    listed: dict[bytes, int] = {}
+    refused = 0
+    for _ in range(3000):
+        name, info = choice(rng), rng.choice((0, 0, 1, 2, 3))
+        full = writer.unlisted
+        put(writer, name, info)
+        if writer.unlisted > full:
+            assert name not in listed
+            refused += 1
+        elif info:
+            listed[name] = info
+        else:
+            listed.pop(name, None)
+        assert writer.entries == len(listed)
+        page = writer.home(name) & -PAGE_WORDS
+        assert all(
+            reader.find(name) == info
+            for name, info in listed.items()
+            if writer.home(name) & -PAGE_WORDS == page
+        )
+        assert reader.find(name) == listed.get(name, 0)
+    assert sorted(filter(None, words_of(writer))) == sorted(
+        struct.unpack_from("<Q", name)[0] ^ info for name, info in listed.items()
+    )
+    for name in list(listed):
+        remove(writer, name)
+    assert not any(words_of(writer))
+    assert writer.entries == 0
+    assert refused == writer.unlisted
+
+
+def test_made_up_names_cost_a_page_and_no_more() -> None:
+    """A tenant that makes names collide fills a page. Others are not touched by it, and
+    of a block that found no room nothing is left."""
+    writer, reader = pair(1024)
+    colliding = [made(3, 17, number) for number in range(500)]
+    for name in colliding:
+        put(writer, name)
+    assert writer.entries == PAGE_WORDS
+    assert writer.unlisted == 500 - PAGE_WORDS
+    words = words_of(writer)
+    assert all(words[3 * PAGE_WORDS : 4 * PAGE_WORDS])
+    assert not any(words[: 3 * PAGE_WORDS])
+    assert not any(words[4 * PAGE_WORDS :])
+    assert [bool(reader.find(name)) for name in colliding] == [True] * 64 + [False] * 436
+    for name in colliding:
+        remove(writer, name)
+    assert not any(words_of(writer))
+
+
+def test_a_removal_moves_each_word_of_a_page_a_few_times_at_most() -> None:
+    """However the names were made: removals run on the server's loop."""
+
+    class Counting:
+        def __init__(self, words: memoryview) -> None:
+            self.words = words
+            self.reads = 0
+
+        def __getitem__(self, at: int) -> int:
+            self.reads += 1
+            return self.words[at]  # type: ignore[no-any-return]
+
+        def __setitem__(self, at: int, word: int) -> None:
+            self.words[at] = word
+
+    rng = random.Random(5)
+    writer, _ = pair(128)
+    counting = Counting(writer._words)
+    writer._words = counting  # type: ignore[assignment]
+    worst = 0
+    for choice in CHOICES[1:]:
+        names: list[bytes] = []
+        for _ in range(5000):
+            name = choice(rng)
+            if name not in names:
+                entries = writer.entries
+                put(writer, name)
+                if writer.entries > entries:
+                    names.append(name)
+            if writer.entries == PAGE_WORDS:
+                counting.reads = 0
+                remove(writer, names.pop(rng.randrange(len(names))))
+                worst = max(worst, counting.reads)
+        for name in names:
+            remove(writer, name)
+    assert PAGE_WORDS < worst <= 5 * PAGE_WORDS
+
+
+def test_a_torn_word_is_the_old_one_the_new_one_or_nobodys() -> None:
+    """Every mixture of the bytes of two contents of a word, as a reader that races the
+    writer might see them."""
     writer, reader = pair()
-    foreign = DirectoryWriter(1024, b"an epoch", seed=8, now_ns=1)
-    foreign.put(NAME(key(1)), IN_DRAM)
-    writer._map[HEADER_BYTES:] = foreign._map[HEADER_BYTES:]
-    assert reader.find(NAME(key(1))) == 0
+    rng = random.Random(1)
+    one, other, *strangers = (made(2, 5, rng.getrandbits(50)) for _ in range(500))
+
+    def contents(name: bytes, info: int) -> bytes:
+        put(writer, name, info)
+        at = writer.home(name)
+        word = struct.pack("<Q", writer._words[at])
+        remove(writer, name)
+        assert not any(words_of(writer))
+        return word
+
+    def mixtures(old: bytes, new: bytes) -> list[int]:
+        picks = range(1 << WORD_BYTES)
+        mixed = [bytes((old, new)[p >> i & 1][i] for i in range(WORD_BYTES)) for p in picks]
+        return [int.from_bytes(each, "little") for each in mixed]
+
+    free = bytes(WORD_BYTES)
+    home = writer.home(one)
+    # The same block: exactly the old truth or the new one.
+    for old, new in ((1, 2), (1, 3), (3, 2), (2, 1)):
+        for word in mixtures(contents(one, old), contents(one, new)):
+            writer._words[home] = word
+            assert reader.find(one) in (old, new)
+    # Coming, going, and one in the other's place: one of the two, or none.
+    for before, after in (
+        (free, contents(one, 1)),
+        (contents(one, 3), free),
+        (contents(one, 1), contents(other, 2)),
+    ):
+        for word in mixtures(before, after):
+            writer._words[home] = word
+            assert reader.find(one) in (0, 1, 2, 3)
+            assert not any(map(reader.find, strangers))
+
+
+def test_a_word_with_a_flipped_bit_is_not_the_blocks() -> None:
+    writer, reader = pair()
+    name = NAME(key(1))
+    put(writer, name)
+    home = writer.home(name)
+    word = writer._words[home]
+    for bit in range(2, 64):
+        writer._words[home] = word ^ 1 << bit
+        assert reader.find(name) == 0
+    writer._words[home] = word
+    assert reader.find(name) == IN_DRAM
 
 
 def test_random_bytes_in_the_table_find_nothing() -> None:
     writer, reader = pair()
     rng = random.Random(1)
     writer._map[HEADER_BYTES:] = rng.randbytes(table_bytes(1024) - HEADER_BYTES)
-    assert not any(reader.find(NAME(key(n))) for n in range(2000))
+    names = [NAME(key(n)) for n in range(2000)]
+    assert not any(map(reader.find, names))
+    assert reader.prefix([NAME], [key(n) for n in range(2000)]) == (0, 0)
 
 
 def test_a_client_cannot_write_into_it() -> None:
+    """Nor take memory away from under other readers, nor lift the seals."""
     writer, reader = pair()
+    put(writer, NAME(key(1)))
+    before = os.pread(writer.fd, table_bytes(1024), 0)
+    as_clients_get_it = os.dup(writer.fd)
+    nbytes = table_bytes(1024)
+    libc = ctypes.CDLL(None, use_errno=True)
+    fallocate = libc.fallocate
+    fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long]
+    punch_hole, keep_size = 2, 1
+
     with pytest.raises(PermissionError):
-        mmap.mmap(writer.fd, table_bytes(1024))
+        mmap.mmap(as_clients_get_it, nbytes)
     with pytest.raises(PermissionError):
-        os.pwrite(writer.fd, b"x", HEADER_BYTES)
+        os.pwrite(as_clients_get_it, b"x", HEADER_BYTES)
+    for size in (0, nbytes * 2):
+        with pytest.raises(PermissionError):
+            os.ftruncate(as_clients_get_it, size)
     with pytest.raises(PermissionError):
-        os.ftruncate(writer.fd, 0)
+        os.posix_fallocate(as_clients_get_it, nbytes, 1)
+    assert fallocate(as_clients_get_it, punch_hole | keep_size, 0, nbytes) == -1
+    with pytest.raises(PermissionError):
+        fcntl.fcntl(as_clients_get_it, fcntl.F_ADD_SEALS, 0)
+    # Through /proc it can be opened anew, which gives no other rights.
+    reopened = os.open(f"/proc/self/fd/{as_clients_get_it}", os.O_RDWR)
+    with pytest.raises(PermissionError):
+        mmap.mmap(reopened, nbytes)
+    # A mapping that was made for reading stays one.
+    reading = mmap.mmap(as_clients_get_it, nbytes, prot=mmap.PROT_READ)
     with pytest.raises(TypeError):
-        reader._map[0:1] = b"x"
+        reading[0:1] = b"x"
+    mprotect = libc.mprotect
+    mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    address = np.frombuffer(reading, np.uint8).ctypes.data
+    assert mprotect(address, nbytes, mmap.PROT_READ | mmap.PROT_WRITE) == -1
+
+    assert os.pread(writer.fd, nbytes, 0) == before
+    assert reader.find(NAME(key(1))) == IN_DRAM
+    put(writer, NAME(key(2)))
+    assert reader.find(NAME(key(2))) == IN_DRAM
 
 
-@pytest.mark.parametrize("content", [b"", b"x" * 5000, bytes(table_bytes(16))])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"x" * 5000,
+        bytes(table_bytes(PAGE_WORDS)),
+        struct.pack("<8sQ8s", b"kvdirec1", 64, b"an epoch").ljust(table_bytes(64), b"\0"),
+        struct.pack("<8sQ8s", b"kvdirec2", 128, b"an epoch").ljust(table_bytes(64), b"\0"),
+        struct.pack("<8sQ8s", b"kvdirec2", 96, b"an epoch").ljust(table_bytes(96), b"\0"),
+        struct.pack("<8sQ8s", b"kvdirec2", 0, b"an epoch").ljust(table_bytes(0), b"\0"),
+    ],
+)
 def test_what_is_no_directory_is_refused(content: bytes) -> None:
     fd = os.memfd_create("not-a-directory")
     os.write(fd, content)
@@ -141,82 +359,44 @@ def test_a_server_that_went_or_hangs_is_not_believed() -> None:
     writer.beat(now_ns + STALE_AFTER_NS)
     assert reader.alive(now_ns + STALE_AFTER_NS)
     assert not reader.superseded()
-    writer.close(SUPERSEDED)
-    assert not reader.alive(now_ns + STALE_AFTER_NS)
-    assert reader.superseded()
+
+
+@pytest.mark.parametrize("state", [SUPERSEDED, CLOSED])
+def test_a_table_that_was_closed_is_not_believed(state: int) -> None:
+    """Not even when the host was started less than two seconds ago."""
+    writer, reader = pair()
+    assert reader.alive(1)
+    writer.close(state)
+    assert not reader.alive(1)
+    assert not reader.alive(0)
+    assert reader.superseded() == (state == SUPERSEDED)
+    reader.find(NAME(key(1)))
 
 
 def test_at_full_load_next_to_nothing_is_lost() -> None:
-    writer, reader = pair(1 << 16)
-    total = int((1 << 16) * MAX_LOAD)
-    for number in range(total):
-        writer.put(NAME(key(number)), IN_DRAM)
-    assert writer.unlisted <= total // 10_000
-    assert writer.entries == total - writer.unlisted
-    found = sum(bool(reader.find(NAME(key(n)))) for n in range(total))
-    assert found == writer.entries
+    slots = 1 << 16
+    writer, reader = pair(slots)
+    total = int(slots * MAX_LOAD)
+    writer.change([(NAME(key(number)), True, False) for number in range(total)])
+    assert writer.unlisted == 0
+    assert writer.load == MAX_LOAD
+    assert all(reader.find(NAME(key(n))) for n in range(total))
 
 
-def test_an_overfull_table_says_so_and_stays_right() -> None:
-    writer, reader = pair(64)
-    for number in range(500):
-        writer.put(NAME(key(number)), IN_DRAM)
-    assert writer.unlisted > 0
-    assert writer.entries + writer.unlisted == 500
-    for number in range(500):
-        writer.remove(NAME(key(number)))
-    assert writer.entries == 0
-    assert not any(reader.find(NAME(key(n))) for n in range(500))
-
-
-READER = """
-import os, random, sys
-from kvstore.local.directory import DirectoryReader
-from kvstore.naming import namer
-fd, seconds, seed = int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])
-import time
-reader, name, rng = DirectoryReader(fd), namer(b"secret", b"layout"), random.Random(seed)
-end, found, absent, wrong = time.monotonic() + seconds, 0, 0, 0
-while time.monotonic() < end:
-    for _ in range(500):
-        number = rng.randrange(64)
-        info = reader.find(name(number.to_bytes(32, "little")))
-        # The writer lists a key only with infos that name it.
-        if info and info >> 8 != number:
-            wrong += 1
-        found += bool(info)
-        absent += not info
-print(found, absent, wrong)
-"""
-
-
-@pytest.mark.parametrize("seconds", [3, pytest.param(120, marks=pytest.mark.soak)])
-def test_readers_that_race_the_writer_never_see_a_wrong_entry(seconds: int) -> None:
-    """Few keys in few slots, so that entries are overwritten by others all the time."""
-    writer = DirectoryWriter(64, b"an epoch", seed=7, now_ns=1)
-    readers = [
-        subprocess.Popen(
-            [sys.executable, "-c", READER, str(writer.fd), str(seconds), str(seed)],
-            stdout=subprocess.PIPE,
-            pass_fds=[writer.fd],
-            text=True,
-        )
-        for seed in range(2)
-    ]
-    rng = random.Random(99)
-    names = [NAME(key(n)) for n in range(64)]
-    end = time.monotonic() + seconds + 2
-    while time.monotonic() < end and any(r.poll() is None for r in readers):
-        for _ in range(200):
-            number = rng.randrange(64)
-            if rng.random() < 0.5:
-                writer.put(names[number], number << 8 | rng.randrange(1, 4))
-            else:
-                writer.remove(names[number])
-    for reader in readers:
-        out, _ = reader.communicate(timeout=60)
-        assert reader.returncode == 0
-        found, absent, wrong = map(int, out.split())
-        assert wrong == 0
-        assert found > 100
-        assert absent > 100
+def test_a_larger_table_takes_everything_over() -> None:
+    """Page by page, full pages and runs that go round a page's end included."""
+    small, _ = pair(256)
+    large, reader = pair(512)
+    names = [NAME(key(n)) for n in range(80)]
+    names += [made(2, 60, number, slots=256) for number in range(80)]
+    for number, name in enumerate(names):
+        put(small, name, 1 + number % 3)
+    assert small.unlisted > 0
+    for page in range(4):
+        large.take_pages(small, page, 1)
+    assert large.entries == small.entries
+    seen = DirectoryReader(os.dup(small.fd))
+    assert [reader.find(name) for name in names] == [seen.find(name) for name in names]
+    for name in names:
+        remove(large, name)
+    assert not any(words_of(large))
