@@ -21,6 +21,7 @@ class SyncTransport:
     def __init__(self, endpoint: Endpoint) -> None:
         self._channel = grpc.insecure_channel(endpoint.target, options=CHANNEL_OPTIONS)
         self._stubs = Stubs(self._channel)
+        self._unheard: set[Any] = set()
 
     def call(self, step: Call) -> Any:
         try:
@@ -43,6 +44,12 @@ class SyncTransport:
         except ValueError as error:
             raise _closed(error) from error
         return Begun(self, step, future)
+
+    def let_run(self, future: Any) -> None:
+        """See that a call gets through of which nobody wants the answer: gRPC cancels
+        one whose future is garbage."""
+        self._unheard.add(future)
+        future.add_done_callback(self._unheard.discard)
 
     def read(self, step: ReadStream) -> None:
         try:
@@ -118,6 +125,7 @@ class Begun:
         """Give back what it grants, if it does. Does not wait where there is no undo."""
         undo = self._step.undo
         if undo is None:
+            self._transport.let_run(self._future)
             return
         try:
             back = undo(self._future.result())
