@@ -81,8 +81,9 @@ class Listing:
                 self._copied = (first + PAGES_A_STEP) * PAGE_WORDS
                 await asyncio.sleep(0)
         except BaseException:
-            self._next = None
-            table.close()
+            if self._next is table:
+                self._next = None
+                table.close()
             raise
         self._table, self._next = table, None
         self.beat()
@@ -93,3 +94,4 @@ class Listing:
         self._table.close()
         if self._next is not None:
             self._next.close()
+            self._next = None

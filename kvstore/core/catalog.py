@@ -21,8 +21,11 @@ from typing import TypeGuard
 from kvstore.core.lifecycle import Event, State, next_state
 from kvstore.core.space import SpaceClass
 from kvstore.errors import TooMany, UnknownLayout
-from kvstore.naming import Namer, namer
+from kvstore.naming import Namer, RememberedNames
 from kvstore.types import LayoutSpec, Tier
+
+MOST_NAMES = 1 << 16
+"""Remembered: 32 chains of 2,000 blocks, in 11 MB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +105,7 @@ class Catalog:
         self._orphans: dict[bytes, int] = {}
         self._layouts: dict[str, dict[bytes, Layout]] = {}
         self._secrets: dict[str, bytes] = {}
+        self._names = RememberedNames(MOST_NAMES)
         self._tenant_blocks: dict[str, int] = {}
 
     def __len__(self) -> int:
@@ -124,7 +128,7 @@ class Catalog:
         if self._nvme_slot_bytes is not None:
             nvme_class = SpaceClass("", self._nvme_slot_bytes(spec.block_bytes))
         dram_class = SpaceClass(tenant, spec.slot_bytes)
-        name = namer(self.secret(tenant), layout_id)
+        name = self._names.namer(self.secret(tenant), layout_id)
         layout = Layout(tenant, layout_id, spec, spec.block_bytes, dram_class, nvme_class, name)
         known[layout_id] = layout
         return layout, True

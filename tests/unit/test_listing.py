@@ -81,6 +81,17 @@ def test_a_growth_that_was_stopped_leaves_the_table_as_it_is() -> None:
     listing.close()
 
 
+def test_a_store_that_ends_while_its_table_grows_ends_both() -> None:
+    listing = Listing(0, b"an epoch", ManualClock())
+    reader = DirectoryReader(os.dup(listing.fd))
+    growing = listing.grow()
+    growing.send(None)
+    listing.close()
+    growing.close()
+    assert not reader.alive(0)
+    assert not reader.superseded()
+
+
 def test_names_that_collide_do_not_make_the_table_grow() -> None:
     """A tenant can make them at will, and each time the table would be twice as large."""
     listing = Listing(0, b"an epoch", ManualClock())
