@@ -151,14 +151,17 @@ class _Put:
             checksums = yield _checksums([self._sources[i] for i in asked])
             segments = self._segments(asked, [0] * len(asked), checksums)
             remote = self._link.arena is None
-            answer, self._link = yield from calls.ask(
+            answer, link = yield from calls.ask(
                 self._core,
                 Budget(self._core.timeout_s),
                 self._layout.id,
                 segments,
                 self._wanted(len(self._keys)) if remote and not start else 0,
             )
+            self._follow(link)
             self._take(asked, answer)
+            absent = CommitOutcome.ABSENT
+            self._todo.extend(i for i, o in zip(asked, answer.outcomes, strict=True) if o is absent)
         self._todo.extend(range(count, len(self._keys)))
 
     def _wanted(self, left: int) -> int:
@@ -171,13 +174,17 @@ class _Put:
         grant, link = yield from calls.reserve(
             self._core, budget, self._layout.id, self._wanted(len(self._todo)), self._wait_ms
         )
+        self._follow(link)
+        self._add(grant)
+        return bool(grant.addresses)
+
+    def _follow(self, link: Link) -> None:
+        """Go on under the link that a call went over."""
         if link is not self._link:
             # What was open went with its session.
             self._link = link
             self._free.clear()
             self._open.clear()
-        self._add(grant)
-        return bool(grant.addresses)
 
     def _add(self, grant: SlotGrant) -> None:
         for slot, address in enumerate(grant.addresses, grant.first_slot):
@@ -244,12 +251,10 @@ class _Put:
         if len(answer.outcomes) != len(blocks):
             raise InternalError("the server answered for another number of blocks")
         for index, outcome in zip(blocks, answer.outcomes, strict=True):
-            if outcome is CommitOutcome.ABSENT:
-                self._todo.append(index)
+            if outcome in _OUTCOMES:
+                self._outcomes[index] = _OUTCOMES[outcome]
             elif outcome is CommitOutcome.CONFLICT:
                 self._conflicts += 1
-            else:
-                self._outcomes[index] = _OUTCOMES[outcome]
         self._add(answer.slots)
 
     def _segments(
