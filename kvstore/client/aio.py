@@ -335,6 +335,9 @@ class AsyncClient:
         """The server may have granted what a cancelled caller no longer hears of."""
         try:
             return await asyncio.shield(begun.task)
+        except Unavailable:
+            _unheard(begun.step)
+            raise
         except asyncio.CancelledError:
             self._drop(begun)
             raise
@@ -365,14 +368,21 @@ class _Begun:
     task: asyncio.Task[Any]
 
 
+def _unheard(step: Call) -> None:
+    if step.undo is not None:
+        step.undo(None)
+
+
 async def _undo(begun: _Begun) -> None:
+    undo = begun.step.undo
     try:
         response = await begun.task
-        undo = begun.step.undo
         if undo is not None and (back := undo(response)) is not None:
             await begun.transport.call(back)
+    except Unavailable:
+        _unheard(begun.step)
     except KVStoreError:
-        # Nothing was granted, or it ends with its time.
+        # Nothing was granted.
         return
 
 

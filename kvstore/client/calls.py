@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from kvstore.client import wire
@@ -17,7 +18,6 @@ from kvstore.errors import (
     LeaseExpired,
     NoSession,
     ReservationExpired,
-    Unavailable,
 )
 from kvstore.types import (
     ChainPresence,
@@ -91,9 +91,7 @@ def acquire(
     def request() -> Message:
         return _acquire_message(budget, chains, wait_ms)
 
-    def undo(link: Link, response: pb.AcquireResponse) -> Call | None:
-        return _undo_leases(core, link, response)
-
+    undo = partial(_undo_leases, core)
     response, link = yield from call(core, budget, "Acquire", request, undo)
     return wire.grants(cast(pb.AcquireResponse, response), link.tag), link
 
@@ -102,11 +100,8 @@ def begin_acquire(
     core: Core, link: Link, budget: Budget, chains: Sequence[ChainQuery], wait_ms: int
 ) -> Flow[Any]:
     """What `end_acquire` wants; with `Drop` the leases are given back."""
-
-    def undo(response: pb.AcquireResponse) -> Call | None:
-        return _undo_leases(core, link, response)
-
     request = _acquire_message(budget, chains, wait_ms)
+    undo = partial(_undo_leases, core, link)
     return (yield Begin(Call("Acquire", request, link.session, budget.left(), undo=undo)))
 
 
@@ -124,11 +119,13 @@ def _acquire_message(budget: Budget, chains: Sequence[ChainQuery], wait_ms: int)
     return pb.AcquireRequest(chains=wire.chain_messages(chains), wait_ms=_clamp(wait_ms, budget))
 
 
-def _undo_leases(core: Core, link: Link, response: pb.AcquireResponse) -> Call | None:
-    ids = [lease.lease_id for lease in response.leases if lease.lease_id]
-    if not ids:
+def _undo_leases(core: Core, link: Link, response: pb.AcquireResponse | None) -> Call | None:
+    # Those nobody heard of end with their time.
+    ids = [] if response is None else [lease.lease_id for lease in response.leases]
+    if not any(ids):
         return None
-    return Call("Release", pb.ReleaseRequest(lease_ids=ids), link.session, core.timeout_s)
+    request = pb.ReleaseRequest(lease_ids=filter(None, ids))
+    return Call("Release", request, link.session, core.timeout_s)
 
 
 def renew(core: Core, lease_ids: Sequence[int]) -> Flow[int]:
@@ -173,24 +170,23 @@ def reserve(
     """Slots, and the link they were granted under."""
     link = yield from current_link(core, budget)
     if link.owed_aborts:
-        owed = list(link.owed_aborts)
-        yield Call("Abort", pb.AbortRequest(slots=owed), link.session, budget.left())
-        link.owed_aborts.difference_update(owed)
+        yield from _pay_aborts(link, budget)
 
     def request() -> Message:
         return pb.ReserveRequest(layout_id=layout_id, count=count, wait_ms=_clamp(wait_ms, budget))
 
-    def undo(link: Link, response: pb.ReserveResponse) -> Call | None:
-        return _undo_slots(core, link, response.slots)
-
-    try:
-        response, link = yield from call(core, budget, "Reserve", request, undo)
-    except Unavailable:
-        # What was granted without our hearing of it could never be given back, but
-        # with the session.
-        link.retire()
-        raise
+    undo = partial(_undo_slots, core)
+    response, link = yield from call(core, budget, "Reserve", request, undo)
     return wire.slot_grant(cast(pb.ReserveResponse, response).slots, link.tag), link
+
+
+def _pay_aborts(link: Link, budget: Budget) -> Flow[None]:
+    owed = list(link.owed_aborts)
+    try:
+        yield Call("Abort", pb.AbortRequest(slots=owed), link.session, budget.left())
+    except NoSession:
+        link.retire()
+    link.owed_aborts.difference_update(owed)
 
 
 def ask(
@@ -204,9 +200,7 @@ def ask(
             layout_id=layout_id, segments=wire.segment_messages(segments, 0), reserve=ahead
         )
 
-    def undo(link: Link, response: pb.CommitResponse) -> Call | None:
-        return _undo_slots(core, link, response.slots)
-
+    undo = partial(_undo_slots, core)
     response, link = yield from call(core, budget, "Commit", request, undo)
     return wire.commit_answer(cast(pb.CommitResponse, response), link.tag), link
 
@@ -241,10 +235,7 @@ def begin_commit(
     request = pb.CommitRequest(
         layout_id=layout_id, segments=wire.segment_messages(segments, link.tag), reserve=ahead
     )
-
-    def undo(response: pb.CommitResponse) -> Call | None:
-        return _undo_slots(core, link, response.slots)
-
+    undo = partial(_undo_slots, core, link)
     return (yield Begin(Call("Commit", request, link.session, budget.left(), undo=undo)))
 
 
@@ -254,14 +245,17 @@ def end_commit(link: Link, begun: Any) -> Flow[CommitAnswer]:
     except NoSession as error:
         link.retire()
         raise ReservationExpired("the slots' session with the server has ended") from error
-    except Unavailable:
-        # As for a reserve: slots may have been granted.
-        link.retire()
-        raise
     return wire.commit_answer(response, link.tag)
 
 
-def _undo_slots(core: Core, link: Link, slots: pb.Slots) -> Call | None:
+def _undo_slots(
+    core: Core, link: Link, response: pb.ReserveResponse | pb.CommitResponse | None
+) -> Call | None:
+    if response is None:
+        # Slots nobody heard of can only be given back with their session.
+        link.retire()
+        return None
+    slots = response.slots
     if not slots.addresses:
         return None
     ids = range(slots.first_slot, slots.first_slot + len(slots.addresses))

@@ -28,7 +28,10 @@ class Call(NamedTuple):
     waits, within its time, for the server to be reachable.
 
     A call that grants something has an `undo`: from its response, the call that
-    gives the grant back. A driver that abandons such a call performs it.
+    gives the grant back; from None, where the response was not heard, whatever else
+    gives it back. A driver uses it whenever the flow gets no response although the
+    server may have granted something: the call was abandoned, or it raises
+    `Unavailable`.
     """
 
     method: str
@@ -36,7 +39,7 @@ class Call(NamedTuple):
     session: bytes
     timeout_s: float
     wait_for_ready: bool = False
-    undo: Callable[[Any], Call | None] | None = None
+    undo: Callable[[Any | None], Call | None] | None = None
 
 
 class Begin(NamedTuple):

@@ -21,7 +21,7 @@ class SyncTransport:
     def __init__(self, endpoint: Endpoint) -> None:
         self._channel = grpc.insecure_channel(endpoint.target, options=CHANNEL_OPTIONS)
         self._stubs = Stubs(self._channel)
-        self._unheard: set[Any] = set()
+        self._left_running: set[Any] = set()
 
     def call(self, step: Call) -> Any:
         try:
@@ -32,9 +32,16 @@ class SyncTransport:
                 wait_for_ready=step.wait_for_ready,
             )
         except grpc.RpcError as error:
-            raise _typed(step.method, error) from error
+            typed = _typed(step.method, error)
+            if isinstance(typed, Unavailable):
+                _unheard(step)
+            raise typed from error
         except ValueError as error:
             raise _closed(error) from error
+        except BaseException:
+            # Interrupted: nobody will hear of what was granted.
+            _unheard(step)
+            raise
 
     def begin(self, step: Call) -> Begun:
         try:
@@ -48,8 +55,8 @@ class SyncTransport:
     def let_run(self, future: Any) -> None:
         """See that a call gets through of which nobody wants the answer: gRPC cancels
         one whose future is garbage."""
-        self._unheard.add(future)
-        future.add_done_callback(self._unheard.discard)
+        self._left_running.add(future)
+        future.add_done_callback(self._left_running.discard)
 
     def read(self, step: ReadStream) -> None:
         try:
@@ -111,11 +118,12 @@ class Begun:
     def end(self) -> Any:
         """Its response. Bounded by the call's own time."""
         try:
-            return self._future.result()
-        except grpc.RpcError as error:
-            raise _typed(self._step.method, error) from error
-        except grpc.FutureCancelledError:
-            raise Unavailable(f"{self._step.method}: the client was closed") from None
+            return self._response()
+        except Unavailable:
+            _unheard(self._step)
+            raise
+        except KVStoreError:
+            raise
         except BaseException:
             # Interrupted: nobody else will hear of what was granted.
             self.drop()
@@ -128,12 +136,25 @@ class Begun:
             self._transport.let_run(self._future)
             return
         try:
-            back = undo(self._future.result())
+            back = undo(self._response())
             if back is not None:
                 self._transport.call(back)
-        except (grpc.RpcError, grpc.FutureCancelledError, KVStoreError):
-            # Nothing was granted, or it ends with its time or its session.
+        except Unavailable:
+            _unheard(self._step)
+        except KVStoreError:
+            # Nothing was granted.
             return
+        except BaseException:
+            _unheard(self._step)
+            raise
+
+    def _response(self) -> Any:
+        try:
+            return self._future.result()
+        except grpc.RpcError as error:
+            raise _typed(self._step.method, error) from error
+        except grpc.FutureCancelledError:
+            raise Unavailable(f"{self._step.method}: the client was closed") from None
 
 
 class _Stream:
@@ -145,6 +166,11 @@ class _Stream:
 
     def cancel(self) -> None:
         self._call.cancel()
+
+
+def _unheard(step: Call) -> None:
+    if step.undo is not None:
+        step.undo(None)
 
 
 def _typed(method: str, error: grpc.RpcError) -> KVStoreError:
