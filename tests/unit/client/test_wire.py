@@ -13,21 +13,18 @@ from kvstore.client import wire
 from kvstore.client.failures import typed_error
 from kvstore.client.rpc import METHODS, parse_endpoint
 from kvstore.client.steps import WritePiece
-from kvstore.types import LayoutSpec, ReserveOutcome
+from kvstore.types import CommitOutcome, LayoutSpec, Segment, SlotGrant
 from kvstore.wire.v1 import kvstore_pb2 as pb
 
 SIZES = [0, 1, 127, 128, 16_383, 16_384, 1 << 20]
 
 
 @pytest.mark.parametrize("nbytes", SIZES)
-@pytest.mark.parametrize("reservation", [0, 1, 127, 128, (1 << 64) - 1])
-@pytest.mark.parametrize("entry", [0, 1, 300, (1 << 32) - 1])
-def test_a_written_piece_is_what_protobuf_reads(nbytes: int, reservation: int, entry: int) -> None:
+@pytest.mark.parametrize("slot", [0, 1, 127, 128, 300, (1 << 32) - 1, (1 << 64) - 1])
+def test_a_written_piece_is_what_protobuf_reads(nbytes: int, slot: int) -> None:
     data = os.urandom(nbytes)
-    encoded = wire.encode_write(WritePiece(reservation, entry, memoryview(data)))
-    assert pb.WriteRequest.FromString(encoded) == pb.WriteRequest(
-        reservation_id=reservation, index=entry, data=data
-    )
+    encoded = wire.encode_write(WritePiece(slot, memoryview(data)))
+    assert pb.WriteRequest.FromString(encoded) == pb.WriteRequest(slot=slot, data=data)
 
 
 @pytest.mark.parametrize("nbytes", SIZES)
@@ -57,15 +54,35 @@ def test_every_field_of_a_layout_reaches_the_wire() -> None:
     )
 
 
-def test_an_outcome_of_a_later_version_grants_nothing() -> None:
-    response = pb.ReserveResponse()
-    response.results.add(outcome=pb.ReserveResult.GRANTED, address=4096)
-    response.results.add().MergeFromString(b"\x08\x63")
-    grant = wire.reservation(response, 0)
-    assert [result.outcome for result in grant.results] == [
-        ReserveOutcome.GRANTED,
-        ReserveOutcome.DENIED,
+def test_an_outcome_of_a_later_version_is_not_taken_for_a_block_that_is_there() -> None:
+    response = pb.CommitResponse()
+    response.MergeFromString(b"\x0a\x05\x01\x63\x02\x03\x04")
+    assert wire.commit_answer(response, 0).outcomes == [
+        CommitOutcome.STORED,
+        CommitOutcome.ABSENT,
+        CommitOutcome.PRESENT,
+        CommitOutcome.CONFLICT,
+        CommitOutcome.ABSENT,
     ]
+
+
+def test_every_outcome_has_its_number_on_the_wire() -> None:
+    named = {outcome.name: int(outcome) for outcome in CommitOutcome}
+    on_the_wire = dict(pb.CommitResponse.Outcome.items())
+    assert on_the_wire == named | {"OUTCOME_UNSPECIFIED": 0}
+
+
+def test_a_links_tag_is_added_to_slots_and_taken_away_again() -> None:
+    tag = 3 << 64
+    grant = wire.slot_grant(pb.Slots(first_slot=7, addresses=[0, 4096], expires_ns=9), tag)
+    assert grant == SlotGrant(tag + 7, [0, 4096], 9)
+    none = wire.slot_grant(pb.Slots(), tag)
+    assert none == SlotGrant(0, [], 0), "no slot has the number of none"
+    segment = Segment(b"p" * 32, [b"k" * 32, b"l" * 32], [tag + 7, 0], [1, (1 << 64) - 1])
+    (message,) = wire.segment_messages([segment], tag)
+    assert message == pb.Segment(
+        parent=segment.parent, keys=segment.keys, slots=[7, 0], checksums=segment.checksums
+    )
 
 
 def test_every_error_on_the_wire_has_its_class() -> None:

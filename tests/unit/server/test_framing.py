@@ -20,19 +20,18 @@ def test_a_framed_read_is_what_protobuf_would_send(size: int) -> None:
     assert framed == pb.ReadResponse(data=data[:size]).SerializeToString()
 
 
-@given(st.integers(0, 2**64 - 1), st.integers(0, 2**32 - 1), st.binary(max_size=300))
-def test_any_write_reads_back_as_what_was_sent(rid: int, index: int, data: bytes) -> None:
-    message = pb.WriteRequest(reservation_id=rid, index=index, data=data).SerializeToString()
-    chunk = parse_write(message)
-    assert (chunk.reservation_id, chunk.index, bytes(chunk.data)) == (rid, index, data)
+@given(st.integers(0, 2**64 - 1), st.binary(max_size=300))
+def test_any_write_reads_back_as_what_was_sent(slot: int, data: bytes) -> None:
+    chunk = parse_write(pb.WriteRequest(slot=slot, data=data).SerializeToString())
+    assert (chunk.slot, bytes(chunk.data)) == (slot, data)
 
 
 def test_fields_of_a_later_version_are_ignored() -> None:
-    known = pb.WriteRequest(reservation_id=3, index=2, data=b"abc").SerializeToString()
+    known = pb.WriteRequest(slot=3, data=b"abc").SerializeToString()
     for stranger in (b"\x38\x05", b"\x42\x02hi", b"\x4d\x00\x00\x00\x00"):
         for message in (stranger + known, known + stranger):
             chunk = parse_write(message)
-            assert (chunk.reservation_id, chunk.index, bytes(chunk.data)) == (3, 2, b"abc")
+            assert (chunk.slot, bytes(chunk.data)) == (3, b"abc")
 
 
 @example(message=b"\r\x80\x80\x80\x80")
@@ -45,9 +44,9 @@ def test_nonsense_is_refused_or_read_as_protobuf_would(message: bytes) -> None:
             parse_write(message)
         return
     chunk = parse_write(message)
-    assert chunk == WriteChunk(expected.reservation_id, expected.index, memoryview(expected.data))
+    assert chunk == WriteChunk(expected.slot, memoryview(expected.data))
 
 
 def test_a_write_does_not_copy_its_data() -> None:
-    message = pb.WriteRequest(reservation_id=1, data=bytes(1000)).SerializeToString()
+    message = pb.WriteRequest(slot=1, data=bytes(1000)).SerializeToString()
     assert parse_write(message).data.obj is message
