@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -161,36 +161,50 @@ def payload(number: int, nbytes: int = BLOCK_BYTES) -> bytes:
 
 
 async def reserve(
-    stub: Any, session: Metadata, layout_id: bytes, *numbers: int, wait_ms: int = 0
+    stub: Any, session: Metadata, layout_id: bytes, count: int, wait_ms: int = 0
 ) -> Any:
-    entries = [pb.ReserveEntry(key=key(number)) for number in numbers]
-    return await stub.Reserve(
-        pb.ReserveRequest(layout_id=layout_id, entries=entries, wait_ms=wait_ms), metadata=session
+    """The slots granted."""
+    request = pb.ReserveRequest(layout_id=layout_id, count=count, wait_ms=wait_ms)
+    return (await stub.Reserve(request, metadata=session)).slots
+
+
+def slot_ids(slots: Any) -> range:
+    return range(slots.first_slot, slots.first_slot + len(slots.addresses))
+
+
+def write_messages(slots: Iterable[int], *numbers: int) -> Iterator[pb.WriteRequest]:
+    """The messages that write `payload(number)` into each slot, in uneven pieces."""
+    step = 40_000
+    for slot, number in zip(slots, numbers, strict=True):
+        data = payload(number)
+        for offset in range(0, len(data), step):
+            yield pb.WriteRequest(slot=slot, data=data[offset : offset + step])
+
+
+def segment(
+    slots: Iterable[int], *numbers: int, checksums: Sequence[int] | None = None
+) -> pb.Segment:
+    """The blocks `numbers` as one chain. Without `checksums` those of their payloads."""
+    sums = [xxhash.xxh3_64_intdigest(payload(number)) for number in numbers]
+    return pb.Segment(
+        keys=[key(number) for number in numbers],
+        slots=slots,
+        checksums=sums if checksums is None else checksums,
     )
 
 
-def write_messages(reservation_id: int, *numbers: int) -> Iterator[pb.WriteRequest]:
-    """The messages that write `payload(number)` into each entry, in uneven pieces."""
-    step = 40_000
-    for index, number in enumerate(numbers):
-        data = payload(number)
-        for offset in range(0, len(data), step):
-            yield pb.WriteRequest(
-                reservation_id=reservation_id, index=index, data=data[offset : offset + step]
-            )
+async def commit(
+    stub: Any, session: Metadata, layout_id: bytes, *segments: pb.Segment, reserve: int = 0
+) -> Any:
+    request = pb.CommitRequest(layout_id=layout_id, segments=segments, reserve=reserve)
+    return await stub.Commit(request, metadata=session)
 
 
 async def put(stub: Any, session: Metadata, layout_id: bytes, *numbers: int) -> None:
-    grant = await reserve(stub, session, layout_id, *numbers, wait_ms=10_000)
-    await stub.Write(write_messages(grant.reservation_id, *numbers), metadata=session)
-    await stub.Commit(
-        pb.CommitRequest(
-            reservation_id=grant.reservation_id,
-            indices=range(len(numbers)),
-            checksums=[xxhash.xxh3_64_intdigest(payload(number)) for number in numbers],
-        ),
-        metadata=session,
-    )
+    """Store blocks for which there must be room."""
+    slots = slot_ids(await reserve(stub, session, layout_id, len(numbers), wait_ms=10_000))
+    await stub.Write(write_messages(slots, *numbers), metadata=session)
+    await commit(stub, session, layout_id, segment(slots, *numbers))
 
 
 async def acquire(stub: Any, session: Metadata, layout_id: bytes, *numbers: int) -> Any:

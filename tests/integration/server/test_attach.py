@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 import kvstore_server.attach
-from kvstore.wire.v1 import kvstore_pb2 as pb
 from tests.integration.server.harness import (
     BLOCK_BYTES,
     MIB,
     RawAttachment,
     acquire,
     attached,
+    commit,
     eventually,
     in_loop,
     in_thread,
@@ -26,7 +26,9 @@ from tests.integration.server.harness import (
     register,
     remote_session,
     reserve,
+    segment,
     serving,
+    slot_ids,
     stub_for,
     tcp_target,
     unix_target,
@@ -46,16 +48,13 @@ async def test_an_attached_client_reads_and_writes_the_blocks_themselves(tmp_pat
         assert answer["extent_bytes"] == MIB
         assert bytes.fromhex(answer["epoch"]) == app.store.epoch
         layout_id = await register(stub, metadata=session)
-        grant = await reserve(stub, session, layout_id, 1)
-        extent, offset = divmod(grant.results[0].address, MIB)
+        slots = await reserve(stub, session, layout_id, 1)
+        extent, offset = divmod(slots.addresses[0], MIB)
         mapped = await in_thread(raw.ask, {"op": "map", "extent": extent})
         assert mapped == {"op": "extent", "extent": extent, "bytes": MIB}
         with mmap.mmap(raw.fds[0], MIB) as memory:
             memory[offset : offset + BLOCK_BYTES] = payload(1)
-            commit = pb.CommitRequest(
-                reservation_id=grant.reservation_id, indices=[0], checksums=[1]
-            )
-            await stub.Commit(commit, metadata=session)
+            await commit(stub, session, layout_id, segment(slot_ids(slots), 1))
             lease = await acquire(stub, session, layout_id, 1)
             at = lease.addresses[0] % MIB
             assert memory[at : at + BLOCK_BYTES] == payload(1)
@@ -79,7 +78,7 @@ async def test_the_end_of_the_connection_ends_the_session(tmp_path: Path) -> Non
             layout_id = await register(stub)
             await put(stub, session, layout_id, 1)
             await acquire(stub, session, layout_id, 1)
-            await reserve(stub, session, layout_id, 2)
+            await reserve(stub, session, layout_id, 1)
             stats = app.store.stats()
             assert (stats.sessions, stats.leases, stats.reservations) == (1, 1, 1)
         await eventually(lambda: app.store.stats().sessions == 0, within_s=2)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable
 from pathlib import Path
 from typing import Any
 
 import grpc
 import grpc.aio
 import pytest
+import xxhash
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
@@ -21,6 +23,7 @@ from tests.integration.server.harness import (
     MIB,
     acquire,
     attached,
+    commit,
     eventually,
     in_loop,
     key,
@@ -31,7 +34,9 @@ from tests.integration.server.harness import (
     register,
     remote_session,
     reserve,
+    segment,
     serving,
+    slot_ids,
     stub_for,
     tcp_target,
     unix_target,
@@ -39,6 +44,17 @@ from tests.integration.server.harness import (
 )
 
 Status = grpc.StatusCode
+EXPIRED = ("RESERVATION_EXPIRED", Status.FAILED_PRECONDITION)
+STORED, PRESENT = pb.CommitResponse.STORED, pb.CommitResponse.PRESENT
+CONFLICT, ABSENT = pb.CommitResponse.CONFLICT, pb.CommitResponse.ABSENT
+
+
+async def outcomes(commit: Awaitable[Any]) -> list[int]:
+    return list((await commit).outcomes)
+
+
+def checksum(number: int) -> int:
+    return xxhash.xxh3_64_intdigest(payload(number))
 
 
 @in_loop
@@ -67,15 +83,13 @@ async def test_a_block_larger_than_a_message_piece_comes_in_pieces(tmp_path: Pat
         size = 2 * MIB + 5
         layout = pb.Layout(model="big", dtype="u8", block_tokens=1, block_bytes=size)
         layout_id = await register(stub, layout)
-        grant = await reserve(stub, session, layout_id, 1)
+        (slot,) = slot_ids(await reserve(stub, session, layout_id, 1))
         data = payload(7, size)
         messages = [
-            pb.WriteRequest(reservation_id=grant.reservation_id, data=data[at : at + MIB])
-            for at in range(0, size, MIB)
+            pb.WriteRequest(slot=slot, data=data[at : at + MIB]) for at in range(0, size, MIB)
         ]
         await stub.Write(iter(messages), metadata=session)
-        commit = pb.CommitRequest(reservation_id=grant.reservation_id, indices=[0], checksums=[1])
-        await stub.Commit(commit, metadata=session)
+        await commit(stub, session, layout_id, segment([slot], 1, checksums=[1]))
         lease = await acquire(stub, session, layout_id, 1)
         stream = stub.Read(pb.ReadRequest(lease_id=lease.lease_id), metadata=session)
         pieces = [message.data async for message in stream]
@@ -108,14 +122,8 @@ async def test_bad_requests_have_their_documented_errors(tmp_path: Path) -> None
         assert await refused(lookup(none)) == ("BAD_REQUEST", Status.INVALID_ARGUMENT)
         strange = pb.Chain(layout_ids=[b"x" * 16], keys=[key(1)])
         assert await refused(lookup(strange)) == ("UNKNOWN_LAYOUT", Status.NOT_FOUND)
-        entry = pb.ReserveEntry(key=key(1), parent=b"short")
-        request = pb.ReserveRequest(layout_id=layout_id, entries=[entry])
-        assert (await refused(stub.Reserve(request, metadata=session)))[0] == "BAD_KEY"
         impatient = pb.AcquireRequest(chains=[chain], wait_ms=60_001)
         assert (await refused(stub.Acquire(impatient, metadata=session)))[0] == "BAD_REQUEST"
-        unknown = pb.CommitRequest(reservation_id=99)
-        answer = await refused(stub.Commit(unknown, metadata=session))
-        assert answer == ("UNKNOWN_RESERVATION", Status.NOT_FOUND)
         huge = pb.Layout(model="m", dtype="x", block_tokens=1, block_bytes=MIB + 1)
         assert (await refused(register(stub, huge)))[0] == "BAD_REQUEST"
         empty = pb.Layout()
@@ -124,6 +132,45 @@ async def test_bad_requests_have_their_documented_errors(tmp_path: Path) -> None
             "NO_LOWER_TIER",
             Status.FAILED_PRECONDITION,
         )
+
+
+@in_loop
+async def test_bad_requests_to_write_have_their_documented_errors(tmp_path: Path) -> None:
+    async with (
+        serving(tmp_path) as app,
+        stub_for(tcp_target(app)) as stub,
+        remote_session(stub) as session,
+    ):
+        layout_id = await register(stub)
+        stranger = b"x" * 16
+        unknown = ("UNKNOWN_LAYOUT", Status.NOT_FOUND)
+        assert await refused(reserve(stub, session, stranger, 1)) == unknown
+        assert await refused(commit(stub, session, stranger)) == unknown
+        too_large = ("TOO_LARGE", Status.INVALID_ARGUMENT)
+        assert await refused(reserve(stub, session, layout_id, MAX_KEYS + 1)) == too_large
+        assert (await refused(reserve(stub, session, layout_id, 1, wait_ms=60_001)))[0] == (
+            "BAD_REQUEST"
+        )
+        bad_key = ("BAD_KEY", Status.INVALID_ARGUMENT)
+        for bad in (
+            pb.Segment(keys=[b"short"], slots=[0], checksums=[1]),
+            pb.Segment(parent=b"short", keys=[key(1)], slots=[0], checksums=[1]),
+            pb.Segment(parent=b"short"),
+        ):
+            assert await refused(commit(stub, session, layout_id, bad)) == bad_key
+        many = pb.Segment(
+            keys=[key(1)] * (MAX_KEYS + 1),
+            slots=[0] * (MAX_KEYS + 1),
+            checksums=range(MAX_KEYS + 1),
+        )
+        assert await refused(commit(stub, session, layout_id, many)) == too_large
+        segments = [pb.Segment()] * (MAX_CHAINS + 1)
+        assert await refused(commit(stub, session, layout_id, *segments)) == too_large
+        ahead = commit(stub, session, layout_id, reserve=MAX_KEYS + 1)
+        assert await refused(ahead) == too_large
+        abort = stub.Abort(pb.AbortRequest(slots=range(MAX_KEYS + 1)), metadata=session)
+        assert await refused(abort) == too_large
+        assert app.store.stats().reservations == 0
 
 
 @in_loop
@@ -151,7 +198,13 @@ async def test_calls_that_need_a_session_are_refused_without_one(tmp_path: Path)
         ended = await refused(acquire(stub, (("kvstore-session-bin", b"x" * 16),), layout_id, 1))
         assert missing == ended == ("NO_SESSION", Status.UNAUTHENTICATED)
         assert (await refused(read(stub, (), 1)))[0] == "NO_SESSION"
-        assert (await refused(stub.Write(write_messages(1, 1))))[0] == "NO_SESSION"
+        for call in (
+            stub.Write(write_messages([1], 1)),
+            reserve(stub, (), layout_id, 1),
+            commit(stub, (), layout_id),
+            stub.Abort(pb.AbortRequest(slots=[1])),
+        ):
+            assert (await refused(call))[0] == "NO_SESSION"
 
 
 @in_loop
@@ -165,7 +218,7 @@ async def test_an_attached_session_cannot_be_used_over_tcp(tmp_path: Path) -> No
 
 
 @in_loop
-async def test_leases_and_reservations_of_others_are_refused(tmp_path: Path) -> None:
+async def test_leases_of_others_are_refused(tmp_path: Path) -> None:
     async with (
         serving(tmp_path) as app,
         stub_for(tcp_target(app)) as stub,
@@ -175,19 +228,37 @@ async def test_leases_and_reservations_of_others_are_refused(tmp_path: Path) -> 
         layout_id = await register(stub)
         await put(stub, mine, layout_id, 1)
         lease = await acquire(stub, mine, layout_id, 1)
-        grant = await reserve(stub, mine, layout_id, 2)
         foreign_lease = ("FOREIGN_LEASE", Status.PERMISSION_DENIED)
         assert await refused(read(stub, other, lease.lease_id)) == foreign_lease
         release = pb.ReleaseRequest(lease_ids=[lease.lease_id])
         assert await refused(stub.Release(release, metadata=other)) == foreign_lease
         renew = pb.RenewRequest(lease_ids=[lease.lease_id])
         assert await refused(stub.Renew(renew, metadata=other)) == foreign_lease
-        foreign = ("FOREIGN_RESERVATION", Status.PERMISSION_DENIED)
-        write = stub.Write(write_messages(grant.reservation_id, 2), metadata=other)
-        assert await refused(write) == foreign
-        commit = pb.CommitRequest(reservation_id=grant.reservation_id)
-        assert await refused(stub.Commit(commit, metadata=other)) == foreign
         assert await read(stub, mine, lease.lease_id) == payload(1)
+
+
+@in_loop
+async def test_slots_of_others_are_as_good_as_none(tmp_path: Path) -> None:
+    async with (
+        serving(tmp_path) as app,
+        stub_for(tcp_target(app)) as stub,
+        remote_session(stub) as mine,
+        remote_session(stub) as other,
+    ):
+        layout_id = await register(stub)
+        slots = slot_ids(await reserve(stub, mine, layout_id, 2))
+        await stub.Write(write_messages(slots, 1, 2), metadata=mine)
+        write = stub.Write(write_messages(slots, 3, 4), metadata=other)
+        assert await refused(write) == EXPIRED
+        theirs = slot_ids(await reserve(stub, other, layout_id, 1))
+        for stolen in (segment(slots, 1, 2), segment([*theirs, slots[0]], 3, 4)):
+            assert await refused(commit(stub, other, layout_id, stolen)) == EXPIRED
+        await stub.Abort(pb.AbortRequest(slots=[*slots, 0, 2**64 - 1]), metadata=other)
+        assert await outcomes(commit(stub, mine, layout_id, segment(slots, 1, 2))) == [STORED] * 2
+        lease = await acquire(stub, other, layout_id, 1, 2)
+        assert await read(stub, other, lease.lease_id) == payload(1) + payload(2)
+        assert await outcomes(commit(stub, other, layout_id, segment(theirs, 1))) == [PRESENT]
+        assert app.store.stats().reservations == 0
 
 
 @in_loop
@@ -201,7 +272,7 @@ async def test_expired_leases_and_reservations_are_refused_and_free(tmp_path: Pa
         stub_for(unix_target(app)) as unix,
     ):
         layout_id = await register(stub)
-        grant = await reserve(unix, local, layout_id, 9)
+        slots = slot_ids(await reserve(unix, local, layout_id, 1))
         async with remote_session(stub) as session:
             await put(stub, session, layout_id, 1)
             lease = await acquire(stub, session, layout_id, 1)
@@ -217,34 +288,175 @@ async def test_expired_leases_and_reservations_are_refused_and_free(tmp_path: Pa
             assert await refused(stub.Renew(renew, metadata=session)) == expired
         clock.advance_ms(40)
         await eventually(lambda: app.store.counters().expired_reservations == 1, within_s=2)
-        commit = pb.CommitRequest(reservation_id=grant.reservation_id, indices=[0], checksums=[1])
-        assert await refused(unix.Commit(commit, metadata=local)) == (
-            "RESERVATION_EXPIRED",
-            Status.FAILED_PRECONDITION,
-        )
+        assert await refused(commit(unix, local, layout_id, segment(slots, 9))) == EXPIRED
+        write = unix.Write(write_messages(slots, 9), metadata=local)
+        assert await refused(write) == EXPIRED
+        # Its client may be writing into it for as long as it says nothing.
+        assert app.store.stats().reservations == 1
+        await unix.Abort(pb.AbortRequest(slots=slots), metadata=local)
+        assert app.store.stats().reservations == 0
 
 
 @in_loop
-async def test_a_second_commit_with_other_bytes_conflicts(tmp_path: Path) -> None:
+async def test_a_commit_that_is_refused_publishes_nothing_and_closes_no_slot(
+    tmp_path: Path,
+) -> None:
+    clock = ManualClock()
+    async with (
+        serving(tmp_path, clock=clock, server__reservation_ms="80") as app,
+        stub_for(tcp_target(app)) as stub,
+        remote_session(stub) as session,
+    ):
+        layout_id = await register(stub)
+        another = await register(
+            stub, pb.Layout(model="n", dtype="x", block_tokens=1, block_bytes=BLOCK_BYTES)
+        )
+        (late,) = slot_ids(await reserve(stub, session, layout_id, 1))
+        clock.advance_ms(60)
+        a, b = slot_ids(await reserve(stub, session, layout_id, 2))
+        (foreign,) = slot_ids(await reserve(stub, session, another, 1))
+        clock.advance_ms(30)
+        await eventually(lambda: app.store.counters().expired_reservations == 1, within_s=2)
+        await stub.Write(write_messages([a, b], 1, 2), metadata=session)
+        bad_request = ("BAD_REQUEST", Status.INVALID_ARGUMENT)
+        short = segment([a, b], 1, 2)
+        del short.checksums[1]
+        unpaired = segment([a], 1)
+        unpaired.slots.append(b)
+        for name, segments, answer in (
+            ("named twice", [segment([a, b, a], 1, 2, 3)], bad_request),
+            ("named twice, far apart", [segment([a], 1), segment([b, a], 2, 3)], bad_request),
+            ("another layout's", [segment([a, b], 1, 2), segment([foreign], 3)], bad_request),
+            ("fewer checksums", [short], bad_request),
+            ("more slots", [unpaired], bad_request),
+            ("expired", [segment([a, late, b], 1, 3, 2)], EXPIRED),
+            ("never there", [segment([a, 12345, b], 1, 3, 2)], EXPIRED),
+            ("a key cut short", [segment([a], 1), pb.Segment(keys=[b"x"], slots=[b])],
+                ("BAD_KEY", Status.INVALID_ARGUMENT)),
+        ):  # fmt: skip
+            call = commit(stub, session, layout_id, *segments, reserve=5)
+            assert await refused(call) == answer, name
+            assert (await acquire(stub, session, layout_id, 1)).held == 0, name
+            assert app.store.stats().reservations == 2, name
+        done = commit(stub, session, layout_id, segment([a, b], 1, 2))
+        assert await outcomes(done) == [STORED, STORED]
+        lease = await acquire(stub, session, layout_id, 1, 2)
+        assert await read(stub, session, lease.lease_id) == payload(1) + payload(2)
+        await stub.Abort(pb.AbortRequest(slots=[foreign]), metadata=session)
+        assert app.store.stats().reservations == 0
+
+
+@in_loop
+async def test_a_commit_whose_answer_was_lost_can_be_repeated(tmp_path: Path) -> None:
+    async with (
+        serving(tmp_path) as app,
+        stub_for(tcp_target(app)) as stub,
+        remote_session(stub) as session,
+        remote_session(stub) as other,
+    ):
+        layout_id = await register(stub)
+        slots = slot_ids(await reserve(stub, session, layout_id, 3))
+        await stub.Write(write_messages(slots, 1, 2, 3), metadata=session)
+        whole = segment(slots, 1, 2, 3)
+        assert await outcomes(commit(stub, session, layout_id, whole)) == [STORED] * 3
+        for again in (session, other):
+            assert await outcomes(commit(stub, again, layout_id, whole)) == [PRESENT] * 3
+        stats = app.store.stats()
+        assert (stats.committed_blocks, stats.reservations) == (3, 0)
+        # Among them one that is not there: then it is no repetition.
+        more = segment([*slots, slots[-1] + 1000], 1, 2, 3, 4)
+        assert await refused(commit(stub, session, layout_id, more)) == EXPIRED
+        lease = await acquire(stub, session, layout_id, 1, 2, 3)
+        assert await read(stub, session, lease.lease_id) == b"".join(map(payload, (1, 2, 3)))
+
+
+@in_loop
+async def test_each_block_of_a_commit_has_its_own_outcome(tmp_path: Path) -> None:
     async with (
         serving(tmp_path) as app,
         stub_for(tcp_target(app)) as stub,
         remote_session(stub) as session,
     ):
-        grant = await reserve(stub, session, await register(stub), 1)
-        await stub.Write(write_messages(grant.reservation_id, 1), metadata=session)
+        layout_id = await register(stub)
+        await put(stub, session, layout_id, 1, 2)
+        free = app.store.stats().tiers[0].used_bytes
+        a, b, c, d = slot_ids(await reserve(stub, session, layout_id, 4))
+        await stub.Write(write_messages([a, b, c, d], 1, 2, 3, 4), metadata=session)
+        mixed = pb.Segment(
+            keys=[key(n) for n in (1, 2, 3, 1, 2, 9, 4)],
+            slots=[a, b, c, 0, 0, 0, d],
+            checksums=[checksum(1), checksum(9), checksum(3), checksum(1), 5, 5, checksum(4)],
+        )
+        assert await outcomes(commit(stub, session, layout_id, mixed)) == [
+            PRESENT, CONFLICT, STORED, PRESENT, CONFLICT, ABSENT, STORED
+        ]  # fmt: skip
+        stats = app.store.stats()
+        assert stats.reservations == 0, "slots of blocks that were there are free again"
+        assert stats.tiers[0].used_bytes == 2 * free, "a slot for each block"
+        lease = await acquire(stub, session, layout_id, 1, 2, 3, 4)
+        assert await read(stub, session, lease.lease_id) == b"".join(map(payload, (1, 2, 3, 4)))
 
-        def commit(checksum: int) -> Any:
-            return stub.Commit(
-                pb.CommitRequest(
-                    reservation_id=grant.reservation_id, indices=[0], checksums=[checksum]
-                ),
-                metadata=session,
+
+@in_loop
+async def test_slots_come_ahead_with_a_commit_and_their_ids_are_never_used_again(
+    tmp_path: Path,
+) -> None:
+    async with (
+        serving(tmp_path) as app,
+        stub_for(tcp_target(app)) as stub,
+        remote_session(stub) as session,
+        remote_session(stub) as other,
+    ):
+        layout_id = await register(stub)
+        seen: set[int] = set()
+
+        def new(slots: Any) -> range:
+            ids = slot_ids(slots)
+            assert ids and 0 not in ids and not seen.intersection(ids)
+            seen.update(ids)
+            return ids
+
+        ours = new(await reserve(stub, session, layout_id, 3))
+        for number in range(0, 30, 3):
+            await stub.Write(write_messages(ours, *range(number, number + 3)), metadata=session)
+            done = await commit(
+                stub, session, layout_id, segment(ours, *range(number, number + 3)), reserve=3
             )
+            assert list(done.outcomes) == [STORED] * 3
+            ours = new(done.slots)
+            theirs = new(await reserve(stub, other, layout_id, 2))
+            await stub.Abort(pb.AbortRequest(slots=theirs), metadata=other)
+        for old in seen.difference(ours):
+            assert await refused(commit(stub, session, layout_id, segment([old], 99))) == EXPIRED
+        # Slots can also be asked for alone, and need not be used.
+        more = new((await commit(stub, session, layout_id, reserve=2)).slots)
+        await stub.Abort(pb.AbortRequest(slots=[*ours, *more, *more]), metadata=session)
+        assert app.store.stats().reservations == 0
 
-        await commit(1)
-        await commit(1)
-        assert await refused(commit(2)) == ("CONFLICT", Status.ALREADY_EXISTS)
+
+@in_loop
+async def test_two_sessions_that_store_a_block_at_once_both_succeed(tmp_path: Path) -> None:
+    async with (
+        serving(tmp_path) as app,
+        stub_for(tcp_target(app)) as stub,
+        remote_session(stub) as one,
+        remote_session(stub) as two,
+    ):
+        layout_id = await register(stub)
+        slots = {}
+        for session in (one, two):
+            slots[session] = slot_ids(await reserve(stub, session, layout_id, 2))
+            await stub.Write(write_messages(slots[session], 1, 2), metadata=session)
+        commits = [
+            outcomes(commit(stub, session, layout_id, segment(slots[session], 1, 2)))
+            for session in (one, two)
+        ]
+        answers = await asyncio.gather(*commits)
+        assert sorted(answers) == [[STORED, STORED], [PRESENT, PRESENT]]
+        lease = await acquire(stub, one, layout_id, 1, 2)
+        assert await read(stub, one, lease.lease_id) == payload(1) + payload(2)
+        stats = app.store.stats()
+        assert (stats.committed_blocks, stats.reservations, stats.tiers[0].blocks) == (2, 0, 2)
 
 
 @in_loop
@@ -257,16 +469,12 @@ async def test_a_write_of_the_wrong_size_is_refused(tmp_path: Path, sizes: list[
         stub_for(tcp_target(app)) as stub,
         remote_session(stub) as session,
     ):
-        grant = await reserve(stub, session, await register(stub), 1, 2)
-        messages = [
-            pb.WriteRequest(reservation_id=grant.reservation_id, data=bytes(size)) for size in sizes
-        ]
+        first, second = slot_ids(await reserve(stub, session, await register(stub), 2))
+        messages = [pb.WriteRequest(slot=first, data=bytes(size)) for size in sizes]
         answer = await refused(stub.Write(iter(messages), metadata=session))
         assert answer == ("BAD_SIZE", Status.INVALID_ARGUMENT)
-        # An entry left half written does not let the next one begin.
-        messages = [
-            pb.WriteRequest(reservation_id=grant.reservation_id, index=i, data=b"x") for i in (0, 1)
-        ]
+        # A slot left half written does not let the next one begin.
+        messages = [pb.WriteRequest(slot=slot, data=b"x") for slot in (first, second)]
         assert (await refused(stub.Write(iter(messages), metadata=session)))[0] == "BAD_SIZE"
 
 
@@ -279,11 +487,11 @@ async def test_a_client_gone_in_mid_stream_leaks_nothing(tmp_path: Path) -> None
             layout_id = await register(stub)
             await put(stub, session, layout_id, *range(20))
             lease = await acquire(stub, session, layout_id, *range(20))
-            grant = await reserve(stub, session, layout_id, 50)
+            slots = await reserve(stub, session, layout_id, 1)
             reading = stub.Read(pb.ReadRequest(lease_id=lease.lease_id), metadata=session)
             await reading.read()
             writing = stub.Write(metadata=session)
-            await writing.write(pb.WriteRequest(reservation_id=grant.reservation_id, data=b"half"))
+            await writing.write(pb.WriteRequest(slot=slots.first_slot, data=b"half"))
             waiting = asyncio.ensure_future(acquire(stub, session, layout_id, 99))
             await asyncio.sleep(0.05)
             assert app.store.stats().leases == 1

@@ -14,18 +14,21 @@ from kvstore_server.app import App
 from tests.integration.server.harness import (
     RawAttachment,
     acquire,
+    commit,
     http_get,
     in_loop,
     in_thread,
-    key,
     read,
     refused,
     register,
     remote_session,
     reserve,
+    segment,
+    slot_ids,
     small_config,
     stub_for,
     tcp_target,
+    write_messages,
 )
 
 DRAINING = ("DRAINING", grpc.StatusCode.UNAVAILABLE)
@@ -38,10 +41,8 @@ async def test_a_draining_server_refuses_new_work_and_finishes_what_runs(tmp_pat
     assert app.admin_port is not None
     async with stub_for(tcp_target(app)) as stub, remote_session(stub) as session:
         layout_id = await register(stub)
-        full = await reserve(stub, session, layout_id, *range(200))
-        entries = [pb.ReserveEntry(key=key(1000))]
-        request = pb.ReserveRequest(layout_id=layout_id, entries=entries, wait_ms=20_000)
-        running = asyncio.ensure_future(stub.Reserve(request, metadata=session))
+        full = await reserve(stub, session, layout_id, 200)
+        running = asyncio.ensure_future(reserve(stub, session, layout_id, 1, wait_ms=20_000))
         await asyncio.sleep(0.1)
         stopping = asyncio.ensure_future(app.stop())
         await asyncio.sleep(0.2)
@@ -54,6 +55,7 @@ async def test_a_draining_server_refuses_new_work_and_finishes_what_runs(tmp_pat
         assert await http_get(app.admin_port, "/readyz") == (503, "draining\n")
         assert (await http_get(app.admin_port, "/livez"))[0] == 200
         assert await refused(acquire(stub, session, layout_id, 1)) == DRAINING
+        assert await refused(reserve(stub, session, layout_id, 1)) == DRAINING
         assert await refused(stub.OpenSession(pb.OpenSessionRequest()).read()) == DRAINING
         raw = await in_thread(RawAttachment, app.config.attach_path)
         answer = await in_thread(raw.ask, {"op": "attach", "protocol": 1})
@@ -62,9 +64,13 @@ async def test_a_draining_server_refuses_new_work_and_finishes_what_runs(tmp_pat
 
         assert not running.done()
         assert not stopping.done()
-        abort = pb.AbortRequest(reservation_id=full.reservation_id)
-        await stub.Abort(abort, metadata=session)
-        assert (await running).results[0].outcome == pb.ReserveResult.GRANTED
+        # What was written before is still published, but nothing more is promised.
+        first, *others = slot_ids(full)
+        await stub.Write(write_messages([first], 1), metadata=session)
+        done = await commit(stub, session, layout_id, segment([first], 1), reserve=4)
+        assert (done.outcomes, list(done.slots.addresses)) == ([pb.CommitResponse.STORED], [])
+        await stub.Abort(pb.AbortRequest(slots=others), metadata=session)
+        assert len((await running).addresses) == 1
         await stopping
 
 
@@ -74,10 +80,8 @@ async def test_a_drain_ends_in_time_with_calls_still_running(tmp_path: Path) -> 
     await app.start()
     async with stub_for(tcp_target(app)) as stub, remote_session(stub) as session:
         layout_id = await register(stub)
-        await reserve(stub, session, layout_id, *range(200))
-        entries = [pb.ReserveEntry(key=key(1000))]
-        request = pb.ReserveRequest(layout_id=layout_id, entries=entries, wait_ms=50_000)
-        running = asyncio.ensure_future(stub.Reserve(request, metadata=session))
+        await reserve(stub, session, layout_id, 200)
+        running = asyncio.ensure_future(reserve(stub, session, layout_id, 1, wait_ms=50_000))
         await asyncio.sleep(0.1)
         began = asyncio.get_running_loop().time()
         await app.stop()

@@ -38,7 +38,7 @@ async def hold(socket_path, local):
         layout_id = await register(stub)
         await put(stub, session, layout_id, 1, 2)
         await acquire(stub, session, layout_id, 1, 2)
-        await reserve(stub, session, layout_id, 3, 4)
+        await reserve(stub, session, layout_id, 2)
         print("holding", flush=True)
         await asyncio.sleep(60)
 
@@ -105,15 +105,12 @@ def test_a_second_signal_cuts_the_drain_short(tmp_path: Path) -> None:
             layout = pb.Layout(model="m", dtype="x", block_tokens=1, block_bytes=1 << 20)
             layout_id = stub.RegisterLayout(pb.RegisterLayoutRequest(layout=layout)).layout_id
 
-            def reserve(first: int, count: int, wait_ms: int) -> Any:
-                entries = [
-                    pb.ReserveEntry(key=n.to_bytes(32, "big")) for n in range(first, first + count)
-                ]
-                request = pb.ReserveRequest(layout_id=layout_id, entries=entries, wait_ms=wait_ms)
+            def reserve(count: int, wait_ms: int) -> Any:
+                request = pb.ReserveRequest(layout_id=layout_id, count=count, wait_ms=wait_ms)
                 return stub.Reserve.future(request, metadata=metadata)
 
-            reserve(0, 8, 0).result()
-            waiting = reserve(100, 1, 60_000)  # DRAM is full: this call runs on.
+            reserve(8, 0).result()
+            waiting = reserve(1, 60_000)  # DRAM is full: this call runs on.
             time.sleep(0.3)
             server.process.send_signal(signal.SIGTERM)
             with pytest.raises(subprocess.TimeoutExpired):
