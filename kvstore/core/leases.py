@@ -60,9 +60,10 @@ class Leases:
         ]
         ticket = AcquireTicket(session, claims, wait=wait)
         for claim in claims:
-            self._claimis_ready(claim)
+            self._claim_ready(claim)
         self._extend(ticket)
         if self._may_get_on(ticket):
+            ticket.waited = True
             session.tickets.add(ticket)
             if any(claim.cramped for claim in claims):
                 self._cramped.append(ticket)
@@ -70,7 +71,7 @@ class Leases:
             self.settle(ticket, now_ns)
         return ticket
 
-    def _claimis_ready(self, claim: ChainClaim) -> None:
+    def _claim_ready(self, claim: ChainClaim) -> None:
         """Pin the prefix that is in DRAM: the usual case, all of it in a few loops."""
         most = len(claim.keys)
         for number, layout in enumerate(claim.layouts):
@@ -147,16 +148,18 @@ class Leases:
             self._cramped.remove(ticket)
         ticket.session.tickets.discard(ticket)
         expires_ns = now_ns + self._limits.lease_ms * 1_000_000
-        ticket.answer = [self._grant(ticket.session, claim, expires_ns) for claim in ticket.claims]
+        ticket.answer = [self._grant(ticket, claim, expires_ns) for claim in ticket.claims]
         for replica in late:
             # Nobody waits for it any more: it must not go before what is waited for.
             if replica.state is State.FILLING and not replica.pins:
                 self._residency.call_off(replica)
 
-    def _grant(self, session: Session, claim: ChainClaim, expires_ns: int) -> LeaseGrant:
-        held = 0
+    def _grant(self, ticket: AcquireTicket, claim: ChainClaim, expires_ns: int) -> LeaseGrant:
+        session, held = ticket.session, 0
         if not session.closed:
-            held = min((_leadingis_ready(column) for column in claim.columns), default=0)
+            held = claim.from_dram
+            if ticket.waited or held < claim.claimed:
+                held = min((_leading_ready(column) for column in claim.columns), default=0)
         for column in claim.columns:
             for replica in column[held:]:
                 if replica.state is not State.GONE:
@@ -266,5 +269,5 @@ class Leases:
             yield from lease.replicas
 
 
-def _leadingis_ready(column: list[Replica]) -> int:
+def _leading_ready(column: list[Replica]) -> int:
     return sum(1 for _ in takewhile(is_ready, column))

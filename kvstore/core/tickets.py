@@ -43,6 +43,8 @@ class AcquireTicket:
     missing: set[Replica] = field(default_factory=set)
     """Replicas still being filled."""
     wait: bool = False
+    waited: bool = False
+    """Something may have happened to what is pinned since it was."""
     answer: list[LeaseGrant] | None = None
 
 
