@@ -79,7 +79,7 @@ STALE_AFTER_NS = 2_000_000_000
 SUPERSEDED = -(1 << 62)
 CLOSED = -(1 << 61)
 
-MAX_LOAD = 0.5
+MAX_LOAD = 0.3
 """Share of words in use beyond which a table should be replaced."""
 
 _HEADER = struct.Struct("<8sQ8s")
@@ -263,17 +263,18 @@ class DirectoryReader:
 
     def find(self, stored_key: bytes) -> int:
         """What is said of a block: IN_DRAM, BEHIND_DRAM, both, or 0 when absent."""
-        # Written out for the usual case, because this is what a lookup consists of.
+        words = self._words
         (q,) = _q(stored_key)
-        home = q >> self._shift
-        word = self._words[home]
-        info: int = word ^ q
-        if info <= MOST_INFO:
-            return info
-        if not word:
-            return 0
-        info = _place(self._words, q, home)[1] ^ q
-        return info if info <= MOST_INFO else 0
+        at = home = q >> self._shift
+        info: int = words[at] ^ q
+        while info > MOST_INFO:
+            if info == q:  # The word is 0.
+                return 0
+            at = at & _PAGE | at + 1 & _OFFSET
+            if at == home:
+                return 0
+            info = words[at] ^ q
+        return info
 
     def prefix(self, namers: Iterable[Namer], keys: Sequence[bytes]) -> ChainPresence:
         """How much of a chain all layouts hold; `namers` has one for each.
@@ -317,15 +318,13 @@ class DirectoryReader:
             middle = (low + high) // 2
             (q,) = q_of(name(keys[middle]))
             at = home = q >> shift
-            while True:
-                word = words[at]
-                info = word ^ q
-                if info <= MOST_INFO:
-                    break
-                at = at & _PAGE | at + 1 & _OFFSET
-                if not word or at == home:
+            info = words[at] ^ q
+            while info > MOST_INFO:
+                if info == q:
                     info = 0
                     break
+                at = at & _PAGE | at + 1 & _OFFSET
+                info = 0 if at == home else words[at] ^ q
             if info & wanted:
                 low, last = middle + 1, info
             else:
@@ -348,10 +347,11 @@ def _beat_and_words(table: mmap.mmap) -> tuple[memoryview, memoryview]:
 def _place(words: memoryview, q: int, home: int) -> tuple[int, int]:
     """Where a block's word is, and the word; failing that the first free place and 0;
     failing that -1 and a word that is not the block's."""
-    page, word = home & _PAGE, 0
-    for at in range(home, home + PAGE_WORDS):
-        place = page | at & _OFFSET
-        word = words[place]
+    at = home
+    while True:
+        word = words[at]
         if word ^ q <= MOST_INFO or not word:
-            return place, word
-    return -1, word
+            return at, word
+        at = at & _PAGE | at + 1 & _OFFSET
+        if at == home:
+            return -1, word
