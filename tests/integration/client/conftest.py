@@ -220,3 +220,11 @@ def eventually(action: Callable[[], Any], seconds: float = 15.0) -> Any:
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.05)
+
+
+def until_nothing_is_held(client: Any, seconds: float = 5.0) -> None:
+    """A lease that a call needed is given back without waiting for it to be gone."""
+    deadline = time.monotonic() + seconds
+    while (held := client.stats()[3:5]) != (0, 0):
+        assert time.monotonic() < deadline, f"(leases, reservations) are {held}"
+        time.sleep(0.01)

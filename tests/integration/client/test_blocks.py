@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
 import kvstore
-from kvstore import PutOutcome
+from kvstore import CommitOutcome, PutOutcome, Segment
 from kvstore.errors import (
     BadKey,
     BadRequest,
@@ -17,7 +19,15 @@ from kvstore.errors import (
     TooLarge,
     UnknownLayout,
 )
-from tests.integration.client.conftest import MIB, Server, block, eventually, key, layout_of
+from kvstore.local.copy import checksum, copy_checked
+from tests.integration.client.conftest import (
+    MIB,
+    Server,
+    block,
+    key,
+    layout_of,
+    until_nothing_is_held,
+)
 
 
 @pytest.mark.parametrize("nbytes", [1, 4095, 4096, 4097, 100_000, MIB - 1, MIB, MIB + 1, 4 * MIB])
@@ -80,34 +90,73 @@ def test_the_same_bytes_again_are_present_and_other_bytes_a_conflict(
         client.put_many(layout, [key(0), key(1)], [block(0, n), block(2, n)])
     assert client.get(layout, key(1)) == block(1, n)
     assert client.get(layout, key(0)) == block(0, n), "the others of the call are stored"
-    assert client.stats().reservations == 0, "the failed put keeps its reservation"
+    assert client.stats().reservations == 0, "the failed put keeps its slots"
 
 
-def test_a_block_another_client_is_writing_is_pending_until_it_is_committed(
+def test_a_block_that_another_client_stores_meanwhile_is_present(
     client: Any, layout: kvstore.Layout, server: Server
 ) -> None:
-    data = block(1, layout.block_bytes)
+    n = layout.block_bytes
     with kvstore.Client(server.socket) as writer:
-        grant = writer.reserve(layout, [(key(1), b"")], 0)
-        assert client.put(layout, key(1), data) is PutOutcome.PENDING
-        assert client.get(layout, key(1)) is None
-        writer.abort(grant.reservation_id)
-        assert client.put(layout, key(1), data) is PutOutcome.STORED
+        grant = writer.reserve(layout, 1, 0)
+        copy_checked(writer.slot(grant.addresses[0], n, True), memoryview(block(1, n)))
+        assert client.get(layout, key(1)) is None, "nothing is there before the commit"
+        assert client.put(layout, key(1), block(1, n)) is PutOutcome.STORED
+        segment = Segment(b"", [key(1)], [grant.first_slot], [checksum(block(1, n))])
+        assert writer.commit(layout, [segment]).outcomes == [CommitOutcome.PRESENT]
+        assert client.get(layout, key(1)) == block(1, n)
+        stats = client.stats()
+        assert (stats.reservations, stats.tenant_blocks, stats.tiers[0].blocks) == (0, 1, 1)
 
 
-def test_the_reservation_of_a_client_that_is_gone_is_free_again(
-    client: Any, layout: kvstore.Layout, server: Server
+def test_of_clients_that_put_a_block_at_once_one_stores_it(
+    server: Server, connect: Callable[..., Any]
 ) -> None:
+    clients = [connect(server) for _ in range(3)]
+    layouts = [layout_of(client, 300_000) for client in clients]
+    barrier = threading.Barrier(len(clients))
+
+    def put(index: int, number: int) -> list[PutOutcome]:
+        barrier.wait(10)
+        keys = [key(number), key(number + 1)]
+        datas = [block(number, 300_000), block(number + 1, 300_000)]
+        outcomes: list[PutOutcome] = clients[index].put_many(layouts[index], keys, datas)
+        return outcomes
+
+    with ThreadPoolExecutor(len(clients)) as pool:
+        for number in range(0, 40, 2):
+            putting = [pool.submit(put, index, number) for index in range(len(clients))]
+            for outcomes in zip(*(each.result(30) for each in putting), strict=True):
+                assert sorted(o.value for o in outcomes) == ["present", "present", "stored"]
+    assert clients[0].stats().reservations == 0
+    for number in range(40):
+        assert clients[1].get(layouts[1], key(number)) == block(number, 300_000)
+
+
+def test_a_put_costs_a_call_a_piece_and_one_more(client: Any, place: str) -> None:
+    """From afar two a piece, since the bytes are sent as well."""
+    layout = layout_of(client, 4096)
+    for pieces, first in ((1, 0), (3, 1000)):
+        keys = [key(number) for number in range(first, first + 256 * pieces)]
+        datas = [block(number, 4096) for number in range(first, first + 256 * pieces)]
+        before = client.counters.rpcs
+        assert client.put_many(layout, keys, datas) == [PutOutcome.STORED] * len(keys)
+        assert client.counters.rpcs - before == 1 + pieces * (1 if place == "local" else 2)
+        # And where all is there, one for all.
+        before = client.counters.rpcs
+        assert client.put_many(layout, keys, datas) == [PutOutcome.PRESENT] * len(keys)
+        assert client.counters.rpcs - before == (1 if place == "local" else 2)
+        assert client.stats().reservations == 0
+
+
+def test_the_slots_of_a_client_that_is_gone_are_free_again(client: Any, server: Server) -> None:
+    layout = layout_of(client, 4 * MIB)
     writer = kvstore.Client(server.socket)
-    writer.reserve(layout, [(key(1), b"")], 0)
+    grant = writer.reserve(layout, 1000, 0)
+    assert 8 <= len(grant.addresses) <= 16
+    assert client.put(layout, key(1), block(1, 4 * MIB), wait_ms=0) is PutOutcome.DENIED
     writer.close()
-
-    def put() -> None:
-        outcome = client.put(layout, key(1), block(1, layout.block_bytes))
-        if outcome is not PutOutcome.STORED:
-            raise kvstore.errors.Unavailable(str(outcome))
-
-    eventually(put)
+    assert client.put(layout, key(1), block(1, 4 * MIB), wait_ms=5000) is PutOutcome.STORED
 
 
 @pytest.mark.parametrize("wrong", [b"", b"x" * 31, b"x" * 33])
@@ -169,6 +218,15 @@ def test_what_does_not_fit_is_denied_and_nothing_is_leaked(client: Any) -> None:
         stored += 1
         leases.append(client.acquire(layout, [keys[number]], wait_ms=0))
     assert 0 < stored < 40
+    # Of many at once the first ones are stored, as many as there is room for.
+    leases.pop().release()
+    leases.pop().release()
+    client.flush()
+    more = [key(number) for number in range(100, 140)]
+    outcomes = client.put_many(layout, more, [block(7, 4 * MIB)] * 40, wait_ms=0)
+    room = outcomes.count(PutOutcome.STORED)
+    assert outcomes == [PutOutcome.STORED] * room + [PutOutcome.DENIED] * (40 - room)
+    assert 2 <= room < 40
     for lease in leases:
         lease.release()
     stats = client.stats()
@@ -217,4 +275,13 @@ def test_threads_share_one_client(server: Server) -> None:
         for thread in threads:
             thread.join()
         assert not failures
-        assert client.stats().leases == 0
+        until_nothing_is_held(client)
+
+
+def test_a_get_leaves_no_lease_behind(client: Any, layout: kvstore.Layout) -> None:
+    """Its release is sent and not waited for, but it is sent."""
+    data = block(1, layout.block_bytes)
+    client.put(layout, key(1), data)
+    for _ in range(200):
+        assert client.get(layout, key(1)) == data
+    until_nothing_is_held(client)

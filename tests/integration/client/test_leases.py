@@ -9,14 +9,12 @@ import pytest
 import xxhash
 
 import kvstore
-from kvstore import ChainQuery, ReserveOutcome
+from kvstore import ChainQuery, CommitOutcome, Segment
 from kvstore.errors import (
     BadRequest,
     ForeignLease,
-    ForeignReservation,
     LeaseExpired,
     ReservationExpired,
-    UnknownReservation,
 )
 from tests.integration.client.conftest import Server, block, key, layout_of
 
@@ -98,29 +96,46 @@ def test_an_expired_lease_gives_no_bytes(fresh_server: Server, connect: Any) -> 
     with pytest.raises(LeaseExpired):
         client.renew([lease.lease_id])
     lease.release()
-    grant = client.reserve(layout, [(key(2), b"")], 0)
-    time.sleep(1.3)
-    # That of a remote client is forgotten at once: nobody else writes its slots.
-    with pytest.raises((ReservationExpired, UnknownReservation)):
-        client.commit(grant.reservation_id, [0], [0])
-    client.abort(grant.reservation_id)
-    assert client.get(layout, key(2)) is None
 
 
-def test_leases_and_reservations_of_another_session_are_foreign(
+def test_slots_that_were_not_committed_in_time_are_not_open_any_more(
+    fresh_server: Server, connect: Any, place: str
+) -> None:
+    fresh_server.kill()
+    fresh_server.start("--reservation-ms", "700")
+    client = connect(fresh_server)
+    layout = layout_of(client, 5000)
+    late = client.reserve(layout, 2, 0)
+    time.sleep(1.0)
+    good = client.reserve(layout, 2, 0)
+    # A local client may be writing still: its slots stay as they are until it aborts.
+    assert client.stats().reservations == (2 if place == "local" else 1)
+    slots = [good.first_slot, late.first_slot, good.first_slot + 1]
+    with pytest.raises(ReservationExpired):
+        client.commit(layout, [Segment(b"", [key(2), key(3), key(4)], slots, [7, 7, 7])])
+    assert client.lookup(layout, [key(2)]).held == 0, "nothing of the commit is published"
+    client.abort([late.first_slot, late.first_slot + 1])
+    segment = Segment(b"", [key(2), key(4)], slots[::2], [7, 7])
+    assert client.commit(layout, [segment]).outcomes == [CommitOutcome.STORED] * 2
+    assert client.stats().reservations == 0
+
+
+def test_leases_and_slots_of_another_session_are_not_ones_own(
     client: Any, layout: kvstore.Layout, chain: list[bytes], server: Server
 ) -> None:
     with kvstore.Client(server.socket) as other:
         lease = other.acquire(layout, chain)
-        grant = other.reserve(layout, [(key(50), b"")], 0)
+        grant = other.reserve(layout, 1, 0)
         with pytest.raises(ForeignLease):
             client.renew([lease.lease_id])
         with pytest.raises(ForeignLease):
             client.release([lease.lease_id])
-        with pytest.raises(ForeignReservation):
-            client.commit(grant.reservation_id, [0], [0])
-        with pytest.raises(ForeignReservation):
-            client.abort(grant.reservation_id)
+        segment = Segment(b"", [key(50)], [grant.first_slot], [7])
+        with pytest.raises(ReservationExpired):
+            client.commit(layout, [segment])
+        client.abort([grant.first_slot])
+        assert client.stats().reservations == 1
+        assert other.commit(layout, [segment]).outcomes == [CommitOutcome.STORED]
         assert lease.read(0) == block(0, layout.block_bytes)
 
 
@@ -132,21 +147,31 @@ def test_a_connector_writes_slots_itself_and_other_processes_read_them(
             client.slot(0, 10, False)
         return
     n = layout.block_bytes
-    entries = [(key(1), b""), (key(2), key(1)), (key(1), b"")]
-    grant = client.reserve(layout, entries, 0)
-    outcomes = [result.outcome for result in grant.results]
-    assert outcomes[:2] == [ReserveOutcome.GRANTED] * 2
-    assert outcomes[2] is ReserveOutcome.PENDING
-    sums = []
-    for number in range(2):
-        view = client.slot(grant.results[number].address, n, True, epoch=client.epoch)
-        view[:] = block(number, n)
-        sums.append(xxhash.xxh3_64_intdigest(view))
-    client.commit(grant.reservation_id, [0, 1], sums)
-    client.commit(grant.reservation_id, [0, 1], sums)
-    (lease,) = client.acquire_many([ChainQuery([layout.id], [key(1), key(2)])], 0)
-    assert lease.checksums == sums
-    assert bytes(client.slot(lease.addresses[1], n, False)) == block(1, n)
+    slots = client.reserve(layout, 2, 0)
+    for pair in range(0, 6, 2):
+        assert len(slots.addresses) == 2
+        sums = []
+        for number in range(2):
+            view = client.slot(slots.addresses[number], n, True, epoch=client.epoch)
+            view[:] = block(pair + number, n)
+            sums.append(xxhash.xxh3_64_intdigest(view))
+        parent = key(pair - 1) if pair else b""
+        ids = [slots.first_slot, slots.first_slot + 1]
+        segment = Segment(parent, [key(pair), key(pair + 1)], ids, sums)
+        # The slots for the next two come with the answer.
+        answer = client.commit(layout, [segment], ahead=2)
+        assert answer.outcomes == [CommitOutcome.STORED] * 2
+        assert client.commit(layout, [segment]).outcomes == [CommitOutcome.PRESENT] * 2
+        slots = answer.slots
+    client.abort([slots.first_slot, slots.first_slot + 1])
+    assert client.stats().reservations == 0
+    missing = Segment(key(5), [key(6)], [0], [7])
+    assert client.commit(layout, [missing]).outcomes == [CommitOutcome.ABSENT]
+    keys = [key(number) for number in range(7)]
+    (lease,) = client.acquire_many([ChainQuery([layout.id], keys)], 0)
+    assert lease.held == 6
+    for number, address in enumerate(lease.addresses):
+        assert bytes(client.slot(address, n, False)) == block(number, n)
     client.release([lease.lease_id])
     with pytest.raises(LeaseExpired):
         client.slot(lease.addresses[1], n, False, epoch=b"another")
@@ -157,8 +182,8 @@ def test_a_block_damaged_in_memory_is_a_miss_and_counted(
 ) -> None:
     """Whoever damages it: here a client that committed a checksum of other bytes."""
     with kvstore.Client(server.socket) as writer:
-        grant = writer.reserve(layout, [(key(1), b"")], 0)
-        writer.commit(grant.reservation_id, [0], [12345])
+        grant = writer.reserve(layout, 1, 0)
+        writer.commit(layout, [Segment(b"", [key(1)], [grant.first_slot], [12345])])
         assert client.get(layout, key(1)) is None
         assert client.get(layout, key(1), into=bytearray(layout.block_bytes)) is None
         with client.acquire(layout, [key(1)]) as lease:

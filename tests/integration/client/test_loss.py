@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import kvstore
-from kvstore import PutOutcome
+from kvstore import PutOutcome, Segment
 from kvstore.errors import (
     BadRequest,
     LeaseExpired,
@@ -44,7 +44,7 @@ def test_a_killed_and_restarted_server_is_found_again(
     client.put(layout, key(1), block(1, 5000))
     epoch = client.epoch
     lease = client.acquire(layout, [key(1)])
-    grant = client.reserve(layout, [(key(2), b"")], 0)
+    grant = client.reserve(layout, 1, 0)
 
     fresh_server.kill()
     started = time.monotonic()
@@ -60,22 +60,22 @@ def test_a_killed_and_restarted_server_is_found_again(
     assert client.put(layout, key(1), block(3, 5000)) is PutOutcome.STORED
     # The new server hands out the old numbers again; they must not be taken for them.
     current = client.acquire(layout, [key(1)])
-    current_grant = client.reserve(layout, [(key(3), b"")], 0)
+    current_grant = client.reserve(layout, 1, 0)
     assert lease.expired
     with pytest.raises(LeaseExpired):
         lease.read(0)
     with pytest.raises(LeaseExpired):
         client.renew([lease.lease_id])
     with pytest.raises(ReservationExpired):
-        client.commit(grant.reservation_id, [0], [0])
+        client.commit(layout, [Segment(b"", [key(2)], [grant.first_slot], [0])])
     lease.release()
-    client.abort(grant.reservation_id)
+    client.abort([grant.first_slot])
     assert current.read(0) == block(3, 5000)
     assert client.stats().reservations == 1
-    client.abort(current_grant.reservation_id)
+    client.abort([current_grant.first_slot])
     if place == "local":
         with pytest.raises(LeaseExpired):
-            client.slot(grant.results[0].address, 5000, True, epoch=epoch)
+            client.slot(grant.addresses[0], 5000, True, epoch=epoch)
 
 
 def test_a_hung_server_costs_the_timeout_and_is_used_again_when_it_goes_on(
@@ -139,7 +139,7 @@ def _hold_and_die(socket: str, ready: Any) -> None:
     client = kvstore.Client(socket)
     layout = layout_of(client, 5000)
     client.acquire(layout, [key(1)])
-    client.reserve(layout, [(key(2), b"")], 0)
+    client.reserve(layout, 3, 0)
     ready.set()
     time.sleep(60)
 
