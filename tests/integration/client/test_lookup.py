@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+import signal
 import time
 
 import pytest
 
 import kvstore
-from kvstore.errors import BadKey, UnknownLayout
+from kvstore.client.presence import OPEN_FOR_NS
+from kvstore.errors import BadKey, BadRequest, UnknownLayout
 from kvstore.types import LayoutSpec
 from tests.integration.client.conftest import Server, block, key, layout_of
 
@@ -22,11 +26,91 @@ def test_a_lookup_makes_no_rpc_whether_it_hits_or_misses(server: Server) -> None
         held = keys_of(40, 1000)
         client.put_many(layout, held, [block(1, 4096)] * 40)
         before = client.counters.rpcs
-        for _ in range(100):
-            assert client.lookup(layout, held) == (40, 40)
-            assert client.lookup(layout, held + keys_of(5, 5000)) == (40, 40)
-            assert client.lookup(layout, keys_of(256, 6000)) == (0, 0)
+        for ask in (client.lookup, lambda layout, keys: client.peek([layout.id], keys)):
+            for _ in range(100):
+                assert ask(layout, held) == (40, 40)
+                assert ask(layout, held + keys_of(216, 5000)) == (40, 40)
+                assert ask(layout, held[:1]) == (1, 1)
+                assert ask(layout, keys_of(256, 6000)) == (0, 0)
+                assert ask(layout, []) == (0, 0)
         assert client.counters.rpcs == before
+        client.stats()
+        assert client.counters.rpcs == before + 1, "it does count"
+
+
+def test_an_async_lookup_makes_no_rpc_either(server: Server) -> None:
+    async def run() -> None:
+        async with kvstore.AsyncClient(server.socket) as client:
+            spec = LayoutSpec(model="m", dtype="f", block_tokens=1, block_bytes=4096)
+            layout = await client.register_layout(spec)
+            held = keys_of(40, 1000)
+            await client.put_many(layout, held, [block(1, 4096)] * 40)
+            before = client.counters.rpcs
+            for _ in range(100):
+                assert await client.lookup(layout, held + keys_of(5, 5000)) == (40, 40)
+                assert await client.lookup(layout, keys_of(256, 6000)) == (0, 0)
+                assert client.peek([layout.id], held) == (40, 40)
+            assert client.counters.rpcs == before
+
+    asyncio.run(run())
+
+
+def test_a_lookup_takes_nothing_of_the_server_and_outlives_its_pauses(
+    fresh_server: Server,
+) -> None:
+    """Answered while the server is stopped, but not for longer than it may be trusted."""
+    with kvstore.Client(fresh_server.socket) as client:
+        layout = layout_of(client, 4096)
+        client.put(layout, key(1), block(1, 4096))
+        fresh_server.send(signal.SIGSTOP)
+        stopped = time.monotonic()
+        assert client.lookup(layout, [key(1), key(2)]) == (1, 1)
+        assert client.lookup(layout, [key(2)]) == (0, 0)
+        while (found := client.peek([layout.id], [key(1)])) is not None:
+            assert found == (1, 1)
+            assert time.monotonic() - stopped < 2.5
+            time.sleep(0.01)
+        fresh_server.send(signal.SIGCONT)
+        assert client.lookup(layout, [key(1)]) == (1, 1)
+
+
+def test_a_server_that_was_killed_is_not_believed_for_long(fresh_server: Server) -> None:
+    """Its directory looks alive for two seconds more."""
+    with kvstore.Client(fresh_server.socket) as client:
+        layout = layout_of(client, 4096)
+        client.put(layout, key(1), block(1, 4096))
+        for _ in range(3):
+            assert client.peek([layout.id], [key(1)]) == (1, 1)
+        fresh_server.kill()
+        time.sleep(OPEN_FOR_NS / 1e9)
+        assert client.peek([layout.id], [key(1)]) is None
+
+
+def test_a_closed_client_does_not_look_up(server: Server) -> None:
+    with kvstore.Client(server.socket) as client:
+        layout = layout_of(client, 4096)
+        assert client.peek([layout.id], [key(1)]) == (0, 0)
+    assert client.peek([layout.id], [key(1)]) is None
+    with pytest.raises(BadRequest, match="closed"):
+        client.lookup(layout, [key(1)])
+
+
+@pytest.mark.filterwarnings("ignore:This process.*multi-threaded:DeprecationWarning")
+def test_a_forked_child_does_not_look_up_with_its_parents_client(server: Server) -> None:
+    """Not even right after its parent did, when the connection counts as open."""
+    with kvstore.Client(server.socket) as client:
+        layout = layout_of(client, 4096)
+        client.lookup(layout, [key(1)])
+        child = os.fork()
+        if child == 0:
+            try:
+                client.lookup(layout, [key(1)])
+            except BadRequest:
+                os._exit(client.peek([layout.id], [key(1)]) is not None)
+            finally:
+                os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert client.peek([layout.id], [key(1)]) == (0, 0)
 
 
 def test_a_lookup_follows_what_the_store_does(fresh_server: Server) -> None:
