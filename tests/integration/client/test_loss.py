@@ -8,21 +8,32 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Generator
+from functools import partial
 from typing import Any
 
 import pytest
 
 import kvstore
 from kvstore import PutOutcome, Segment
+from kvstore.client import transfers, wire
+from kvstore.client.steps import WritePiece
 from kvstore.errors import (
     BadRequest,
     LeaseExpired,
     ReservationExpired,
     Unavailable,
 )
+from kvstore.local import copy
 from kvstore.local.directory import STALE_AFTER_NS
-from tests.integration.client.conftest import Server, block, eventually, key, layout_of
+from tests.integration.client.conftest import (
+    Server,
+    block,
+    eventually,
+    key,
+    layout_of,
+    until_nothing_is_held,
+)
 
 
 def test_nobody_there_is_unavailable_at_once(driver: Callable[..., Any], tmp_path: Any) -> None:
@@ -163,6 +174,68 @@ def test_what_a_killed_client_held_is_given_back(fresh_server: Server) -> None:
             time.sleep(0.02)
 
 
+def _put_and_hang(endpoint: str, count: int, ready: Any) -> None:
+    """Put blocks 0 to 11, in pieces of 4; hang in the copy of the one after `count`."""
+    copied = 0
+
+    def count_down() -> None:
+        nonlocal copied
+        if copied == count:
+            ready.set()
+            time.sleep(60)
+        copied += 1
+
+    def copying(destination: memoryview, source: memoryview) -> int:
+        half = source.nbytes // 2
+        copy.copy_bytes(destination[:half], source[:half])
+        count_down()
+        return copy_checked(destination, source)
+
+    def sending(piece: WritePiece) -> bytes:
+        count_down()
+        return encode_write(piece)
+
+    copy_checked, encode_write = copy.copy_checked, wire.encode_write
+    copy.copy_checked, wire.encode_write = copying, sending
+    transfers.PIECE_BLOCKS = 4
+    client = kvstore.Client(endpoint)
+    keys, datas = [key(n) for n in range(12)], [block(n, 50_000) for n in range(12)]
+    client.put_many(layout_of(client, 50_000), keys, datas)
+
+
+@pytest.mark.parametrize("copied", [0, 2, 3, 6, 11])
+def test_a_client_killed_in_the_middle_of_a_copy_publishes_none_of_it(
+    server: Server, place: str, copied: int
+) -> None:
+    endpoint = server.socket if place == "local" else server.remote
+    with kvstore.Client(server.socket) as client:
+        layout = layout_of(client, 50_000)
+        before = client.stats()
+        context = multiprocessing.get_context("spawn")
+        ready = context.Event()
+        process = context.Process(target=_put_and_hang, args=(endpoint, copied, ready))
+        process.start()
+        assert ready.wait(30)
+        # The commit of the piece before the one in hand may still be on its way.
+        done = copied - copied % 4
+        deadline = time.monotonic() + 5
+        while (stats := client.stats()).committed_blocks - before.committed_blocks < done:
+            assert time.monotonic() < deadline
+        assert stats.reservations > 0
+        process.kill()
+        process.join()
+        until_nothing_is_held(client)
+        stats = client.stats()
+        assert stats.tenant_blocks == stats.tiers[0].blocks == done
+        slot_bytes = layout.spec.slot_bytes
+        assert stats.tiers[0].used_bytes - before.tiers[0].used_bytes == done * slot_bytes
+        keys, datas = [key(n) for n in range(12)], [block(n, 50_000) for n in range(12)]
+        assert client.get_many(layout, keys) == datas[:done] + [None] * (12 - done)
+        outcomes = [PutOutcome.PRESENT] * done + [PutOutcome.STORED] * (12 - done)
+        assert client.put_many(layout, keys, datas) == outcomes
+        assert client.get_many(layout, keys) == datas
+
+
 def test_a_closed_client_says_so_and_gives_its_session_back(server: Server, connect: Any) -> None:
     with kvstore.Client(server.socket) as watcher:
         before = watcher.stats().sessions
@@ -219,5 +292,89 @@ def test_a_cancelled_call_gives_back_what_it_holds(server: Server) -> None:
             outcomes = await client.put_many(layout, keys, datas)
             assert set(outcomes) <= {PutOutcome.STORED, PutOutcome.PRESENT}
             assert await client.get_many(layout, keys) == datas
+
+    asyncio.run(run())
+
+
+class CancelledAt:
+    """A coroutine whose task is cancelled at one of the points where it waits.
+
+    `settled`: just as what it waits for there is done, but before it hears of it.
+    """
+
+    def __init__(self, coroutine: Coroutine[Any, Any, Any], point: int, settled: bool) -> None:
+        self._steps = coroutine.__await__()
+        self._point = point
+        self._settled = settled
+        self.reached = False
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        task = asyncio.current_task()
+        assert task is not None
+        step: Callable[[], Any] = partial(self._steps.send, None)
+        while True:
+            try:
+                waiting = step()
+            except StopIteration as stop:
+                return stop.value
+            if not self._point:
+                self.reached = True
+                if self._settled and waiting is not None:
+                    waiting.add_done_callback(lambda _: task.cancel())
+                else:
+                    task.cancel()
+            self._point -= 1
+            try:
+                result = yield waiting
+                step = partial(self._steps.send, result)
+            except BaseException as error:  # noqa: BLE001 - it goes on into the coroutine
+                step = partial(self._steps.throw, error)
+
+
+@pytest.mark.parametrize("settled", [False, True], ids=["waiting", "settled"])
+@pytest.mark.parametrize("operation", ["put", "get"])
+def test_a_call_cancelled_at_any_point_gives_back_what_it_holds(
+    server: Server, place: str, operation: str, settled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transfers, "PIECE_BLOCKS", 2)
+
+    async def cancel(client: kvstore.AsyncClient, layout: kvstore.Layout, point: int) -> bool:
+        """Whether there was such a point."""
+        numbers = range(10 * point, 10 * point + 5)
+        keys, datas = [key(n) for n in numbers], [block(n, 5000) for n in numbers]
+        if operation == "put":
+            await client.put_many(layout, keys[:1], datas[:1])
+            call = CancelledAt(client.put_many(layout, keys, datas), point, settled)
+        else:
+            # With holes, so that it asks for more than one prefix.
+            for index in (0, 1, 3, 4):
+                await client.put(layout, keys[index], datas[index])
+            call = CancelledAt(client.get_many(layout, keys), point, settled)
+
+        async def run() -> None:
+            await call
+
+        task = asyncio.create_task(run())
+        (result,) = await asyncio.gather(task, return_exceptions=True)
+        assert isinstance(result, asyncio.CancelledError) or not call.reached or result is None
+        deadline = time.monotonic() + 5
+        while (held := (await client.stats())[3:5]) != (0, 0):
+            assert time.monotonic() < deadline, (point, held)
+            await asyncio.sleep(0.005)
+        outcomes = await client.put_many(layout, keys, datas)
+        assert set(outcomes) <= {PutOutcome.STORED, PutOutcome.PRESENT}
+        assert await client.get_many(layout, keys) == datas
+        return call.reached
+
+    async def run() -> None:
+        endpoint = server.socket if place == "local" else server.remote
+        async with kvstore.AsyncClient(endpoint) as client:
+            spec = kvstore.LayoutSpec(model="m", dtype="f", block_tokens=1, block_bytes=5000)
+            layout = await client.register_layout(spec)
+            point = 0
+            while await cancel(client, layout, point):
+                point += 1
+            assert point > 5
+            assert client.counters.connects == 1, "a cancelled call costs nobody the session"
 
     asyncio.run(run())
