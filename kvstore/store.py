@@ -21,6 +21,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Executor
 from dataclasses import asdict
 from functools import partial
+from itertools import islice
 from typing import Any, Protocol, TypeVar
 
 import xxhash
@@ -52,7 +53,7 @@ from kvstore.errors import (
     TierFull,
 )
 from kvstore.listing import Listing
-from kvstore.tiers.base import BlockHeader, MemoryTier, StorageTier
+from kvstore.tiers.base import BlockHeader, MemoryTier, Recovered, StorageTier
 from kvstore.types import (
     SESSION_ID_BYTES,
     ChainPresence,
@@ -77,6 +78,8 @@ SYNC_S = 2.0
 MAX_RUNNING = 4
 """Copies between tiers at a time; the executor should have as many threads and
 a few more for the tier's other work."""
+LISTED_A_STEP = 1000
+"""Blocks found at the start that go into the directory before others get their turn."""
 
 __all__ = ["MAX_RUNNING", "Session", "Store", "StoreObserver"]
 
@@ -160,18 +163,34 @@ class Store:
                 layouts.append((tenant, LayoutSpec(**fields)))  # type: ignore[arg-type]
             except (TypeError, BadRequest):
                 log.warning("a layout found on NVMe is not one; its blocks are dropped")
-        blocks = await self._in_thread(lambda: list(nvme.recovered_blocks()))
         # In a thread: nobody else uses the planner yet, and probes want answers.
-        found = [(block.header, block.address) for block in blocks]
-        extents, refused = await self._in_thread(
-            lambda: self._planner.restore(layouts, nvme.recovered_extents(), found)
+        await self._in_thread(lambda: self._take_over(nvme, layouts))
+        await self._list_all()
+        log.info("found %d blocks on NVMe", len(self._planner.catalog))
+
+    def _take_over(self, nvme: StorageTier, layouts: list[tuple[str, LayoutSpec]]) -> None:
+        extents, refused = self._planner.restore(
+            layouts, nvme.recovered_extents(), nvme.recovered_blocks()
         )
-        for header, address in refused:
-            assert isinstance(header, BlockHeader)
-            nvme.forget(address, header)
+        for block in refused:
+            assert isinstance(block, Recovered)
+            nvme.forget(block.address, block.header)
         for extent in extents:
             nvme.close_extent(extent)
-        log.info("found %d blocks on NVMe, of which %d do not fit", len(blocks), len(refused))
+        if refused or extents:
+            log.warning(
+                "%d extents and %d other blocks found on NVMe do not fit; they are dropped",
+                len(extents), len(refused),
+            )  # fmt: skip
+
+    async def _list_all(self) -> None:
+        """List what was found, a part at a time: probes still want answers."""
+        found = ((block.stored_key, False, True) for block in self._planner.catalog)
+        while part := list(islice(found, LISTED_A_STEP)):
+            self._listing.change(part)
+            if self._listing.needs_growth and (growing := self._grow_listing()):
+                await growing
+            await asyncio.sleep(0)
 
     async def drain(self, timeout_s: float) -> None:
         """Refuse new work; write what is in DRAM only to NVMe, as far as time allows."""
@@ -458,14 +477,14 @@ class Store:
             case RememberLayout(layout):
                 self._spawn(self._remember(layout))
 
-    def _grow_listing(self) -> None:
+    def _grow_listing(self) -> asyncio.Task[None] | None:
         try:
             growing = self._listing.grow()
         except OSError as error:
             # Lookups miss what the table has no room for; nothing else suffers.
             log.error("the directory cannot grow: %s", error.strerror)
-            return
-        self._spawn(growing)
+            return None
+        return self._spawn(growing)
 
     def _count_evictions(self) -> None:
         residency = self._planner.residency

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import TypeGuard
+from typing import ClassVar, TypeGuard
 
 from kvstore.core.lifecycle import Event, State, next_state
 from kvstore.core.space import SpaceClass
@@ -26,6 +26,12 @@ from kvstore.types import LayoutSpec, Tier
 
 MOST_NAMES = 1 << 16
 """Remembered: 32 chains of 2,000 blocks, in 11 MB."""
+
+
+SHARDS = 256
+"""Tables that blocks are spread over by the first byte of their name, so that none is
+large: a dict of millions stalls everybody while it is made larger, for most of a
+second, and cannot be gone through a part at a time while it changes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,20 +50,38 @@ class Layout:
 
 
 class Replica:
-    """A block in one tier. `pins` counts leases and transfers that use it."""
+    """A block in one tier. `pins` counts leases and transfers that use it.
 
-    __slots__ = ("address", "block", "pins", "state", "tier")
+    `before` and `after` are its eviction policy's, which lists it while it is READY;
+    None otherwise.
+    """
 
-    def __init__(self, block: Block, tier: Tier, address: int, state: State) -> None:
+    __slots__ = ("address", "after", "before", "block", "pins", "state")
+
+    tier: ClassVar[Tier]
+    before: Replica
+    after: Replica
+
+    def __init__(self, block: Block, address: int, state: State) -> None:
         self.block = block
-        self.tier = tier
         self.address = address
         self.state = state
         self.pins = 0
+        self.before = self.after = None  # type: ignore[assignment]
 
     def apply(self, event: Event) -> None:
         """Move to the next state; raises `IllegalTransition`, changing nothing."""
         self.state = next_state(self.state, event)
+
+
+class DramReplica(Replica):
+    __slots__ = ()
+    tier = Tier.DRAM
+
+
+class NvmeReplica(Replica):
+    __slots__ = ()
+    tier = Tier.NVME
 
 
 class Block:
@@ -101,7 +125,7 @@ class Catalog:
         self._tenant_key = tenant_key
         self._nvme_slot_bytes = nvme_slot_bytes
         self._max_layouts = max_layouts
-        self._blocks: dict[bytes, Block] = {}
+        self._shards: list[dict[bytes, Block]] = [{} for _ in range(SHARDS)]
         self._orphans: dict[bytes, int] = {}
         self._layouts: dict[str, dict[bytes, Layout]] = {}
         self._secrets: dict[str, bytes] = {}
@@ -109,10 +133,12 @@ class Catalog:
         self._tenant_blocks: dict[str, int] = {}
 
     def __len__(self) -> int:
-        return len(self._blocks)
+        return sum(map(len, self._shards))
 
     def __iter__(self) -> Iterator[Block]:
-        return iter(self._blocks.values())
+        """The catalog may change meanwhile: what comes or goes is then met or not."""
+        for shard in self._shards:
+            yield from list(shard.values())
 
     # Layouts
 
@@ -149,17 +175,19 @@ class Catalog:
         return secret
 
     def find(self, layout: Layout, key: bytes) -> Block | None:
-        return self._blocks.get(layout.name(key))
+        return self.get(layout.name(key))
 
     def get(self, stored_key: bytes) -> Block | None:
-        return self._blocks.get(stored_key)
+        """`stored_key` may be b"", which is no block's."""
+        return self._shards[stored_key[0]].get(stored_key) if stored_key else None
 
     def run_in_dram(self, layout: Layout, keys: Sequence[bytes], most: int) -> list[Replica]:
         """The DRAM replicas of keys[:most], up to the first that is not READY there."""
-        name, blocks, ready = layout.name, self._blocks, State.READY
+        name, shards, ready = layout.name, self._shards, State.READY
         run: list[Replica] = []
         for key in islice(keys, most):
-            block = blocks.get(name(key))
+            stored_key = name(key)
+            block = shards[stored_key[0]].get(stored_key)
             if block is None:
                 break
             replica = block.dram
@@ -176,55 +204,76 @@ class Catalog:
 
     def enter(self, block: Block) -> None:
         """Catalogue a block. The caller guarantees that its name is free."""
-        assert block.stored_key not in self._blocks
+        self.file(block)
         block.children = self._orphans.pop(block.stored_key, 0)
-        self._blocks[block.stored_key] = block
+        self.adopt(block)
+
+    def file(self, block: Block) -> None:
+        """The first half of `enter`, for many: once all are filed, each is adopted."""
+        shard = self._shards[block.stored_key[0]]
+        assert block.stored_key not in shard
+        shard[block.stored_key] = block
         tenant = block.layout.tenant
         self._tenant_blocks[tenant] = self._tenant_blocks.get(tenant, 0) + 1
-        if block.parent:
-            self._adopt(block.parent, 1)
+
+    def adopt(self, block: Block) -> Block | None:
+        """Count a block that is filed as its parent's child. The parent, if it is here."""
+        if not block.parent:
+            return None
+        parent = self.get(block.parent)
+        if parent is None:
+            self._orphans[block.parent] = self._orphans.get(block.parent, 0) + 1
+            return None
+        parent.children += 1
+        # One object for both, which saves its memory for every block of a chain.
+        block.parent = parent.stored_key
+        return parent
 
     def remove(self, block: Block) -> None:
         """Forget a block; its name is free at once. Replicas that are still pinned
         live on without it until they are let go."""
-        removed = self._blocks.pop(block.stored_key)
+        removed = self._shards[block.stored_key[0]].pop(block.stored_key)
         assert removed is block
         self._tenant_blocks[block.layout.tenant] -= 1
         if block.children:
             self._orphans[block.stored_key] = block.children
         if block.parent:
-            self._adopt(block.parent, -1)
+            self._disown(block.parent)
 
-    def contains(self, block: Block) -> bool:
-        """Whether this very block is catalogued, not a successor of its name."""
-        return self._blocks.get(block.stored_key) is block
-
-    def tenant_blocks(self, tenant: str) -> int:
-        return self._tenant_blocks.get(tenant, 0)
-
-    def _adopt(self, parent: bytes, change: int) -> None:
-        block = self._blocks.get(parent)
+    def _disown(self, parent: bytes) -> None:
+        block = self.get(parent)
         if block is not None:
-            block.children += change
+            block.children -= 1
             return
-        count = self._orphans.get(parent, 0) + change
+        count = self._orphans[parent] - 1
         if count:
             self._orphans[parent] = count
         else:
             del self._orphans[parent]
 
+    def contains(self, block: Block) -> bool:
+        """Whether this very block is catalogued, not a successor of its name."""
+        return self.get(block.stored_key) is block
+
+    def tenant_blocks(self, tenant: str) -> int:
+        return self._tenant_blocks.get(tenant, 0)
+
     def check_integrity(self) -> None:
         """Recount everything that is kept as a count; raises AssertionError."""
         children: dict[bytes, int] = {}
         tenants: dict[str, int] = {}
-        for stored_key, block in self._blocks.items():
-            _check(block.stored_key == stored_key, "a block is filed under another name")
+        for number, shard in enumerate(self._shards):
+            for stored_key, block in shard.items():
+                filed = block.stored_key == stored_key and stored_key[0] == number
+                _check(filed, "a block is filed under another name")
+        for block in self:
             _check(block.dram is not None or block.nvme is not None, "a block without any replica")
             if block.parent:
                 children[block.parent] = children.get(block.parent, 0) + 1
             tenants[block.layout.tenant] = tenants.get(block.layout.tenant, 0) + 1
-        for stored_key, block in self._blocks.items():
-            _check(block.children == children.pop(stored_key, 0), "a wrong count of children")
+        for block in self:
+            children_here = children.pop(block.stored_key, 0)
+            _check(block.children == children_here, "a wrong count of children")
         _check(children == self._orphans, "a wrong count of orphans")
         _check(
             tenants == {name: n for name, n in self._tenant_blocks.items() if n},

@@ -85,8 +85,7 @@ TRANSITIONS: dict[tuple[State, Event], State] = {
     (State.DOOMED, Event.DAMAGE): State.DAMAGED,
 }
 
-INITIAL_STATES = frozenset({State.WRITING, State.FILLING, State.READY})
-"""READY only for what is found at a start."""
+INITIAL_STATES = frozenset({State.WRITING, State.FILLING})
 
 
 def next_state(state: State, event: Event) -> State:

@@ -296,27 +296,30 @@ class Planner:
     ) -> tuple[list[int], list[tuple[StoredBlock, int]]]:
         """Take over what an NVMe tier holds: layouts as (tenant, spec), extents as
         (number, slot bytes), blocks with their addresses. To be called before
-        anything else. Returns the extents and the blocks that do not fit (the
-        capacity is smaller now, the layout is not known), for the tier to drop."""
+        anything else. Returns the extents that do not fit (the capacity is smaller
+        now) and, in others, the blocks that do not (the layout is not known), for the
+        tier to drop. O(blocks); what was found is in the catalog, and is not published.
+        """
         nvme = self.residency.nvme
         assert nvme is not None
         for tenant, spec in layouts:
             self.catalog.register_layout(tenant, spec)
-        refused_extents: list[int] = []
+        refused_extents: set[int] = set()
         for number, slot_bytes in extents:
             try:
                 nvme.space.restore_extent(number, SpaceClass("", slot_bytes))
             except ValueError:
-                refused_extents.append(number)
+                refused_extents.add(number)
         refused_blocks = []
-        for stored, address in _deepest_first(list(blocks)):
+        for stored, address in blocks:
             try:
                 layout = self.catalog.layout(stored.tenant, stored.layout_id)
                 self.residency.restore(layout, stored, address)
             except (UnknownLayout, ValueError):
-                refused_blocks.append((stored, address))
-        nvme.space.finish_restore()
-        return refused_extents, refused_blocks
+                if nvme.space.extent_of(address) not in refused_extents:
+                    refused_blocks.append((stored, address))
+        self.residency.finish_restore()
+        return sorted(refused_extents), refused_blocks
 
     # Time
 
@@ -371,20 +374,3 @@ class Planner:
                             yield from column
         for copy in self.residency.transfers.copies():
             yield copy.source
-
-
-def _deepest_first(blocks: list[tuple[StoredBlock, int]]) -> list[tuple[StoredBlock, int]]:
-    """Children before parents: the order in which they should be evicted."""
-    parents = {stored.stored_key: stored.parent for stored, _ in blocks}
-    depths: dict[bytes, int] = {b"": 0}
-    for key in parents:
-        path = []
-        while key not in depths and key in parents:
-            path.append(key)
-            # Guards against a ring: a block on the path has a depth already.
-            depths[key] = 0
-            key = parents[key]
-        base = depths.get(key, 0)
-        for above, below in enumerate(reversed(path), start=1):
-            depths[below] = base + above
-    return sorted(blocks, key=lambda item: -depths[item[0].stored_key])

@@ -1,9 +1,8 @@
 """One tier as the planner sees it: slots, who is in them, and who goes first.
 
-A pool binds three things that must never disagree: the space (which slots are
-used), the replicas (who is in each), and the policies (in which order they would
-leave, one order a space class). Every replica of the tier is entered here from
-the moment its slot is allocated to the moment it is free again.
+A pool binds two things that must never disagree: the space (who is in which slot)
+and the policies (in which order they would leave, one order a space class). A replica
+has its slot from the moment it is made to the moment it is GONE.
 """
 
 from __future__ import annotations
@@ -12,11 +11,13 @@ import enum
 from collections.abc import Callable, Iterator
 from itertools import islice
 
-from kvstore.core.catalog import Block, Replica
+from kvstore.core.catalog import Block, DramReplica, NvmeReplica, Replica
 from kvstore.core.lifecycle import State
 from kvstore.core.policies import EvictionPolicy
 from kvstore.core.space import Space, SpaceClass
 from kvstore.types import Tier
+
+REPLICAS: dict[Tier, type[Replica]] = {Tier.DRAM: DramReplica, Tier.NVME: NvmeReplica}
 
 SCANNED = 1024
 """Replicas looked at for one to evict."""
@@ -37,28 +38,30 @@ class Pool:
         self.tier = tier
         self.space = space
         self.evictions = 0
+        self._replica = REPLICAS[tier]
+        self._replicas = 0
         self._make_policy = make_policy
         self._policies: dict[SpaceClass, EvictionPolicy] = {}
-        self._replicas: dict[int, Replica] = {}
 
     def __len__(self) -> int:
-        return len(self._replicas)
+        return self._replicas
 
     def place(self, block: Block, space_class: SpaceClass, state: State) -> Replica | None:
         """A new replica in a free slot; None when there is no free slot."""
-        address = self.space.allocate(space_class)
+        replica = self._replica(block, 0, state)
+        address = self.space.allocate(space_class, replica)
         if address is None:
             return None
-        return self._enter(block, address, state)
+        replica.address = address
+        self._replicas += 1
+        return replica
 
-    def restore(self, block: Block, address: int) -> Replica:
-        """A replica found at a start. Raises ValueError when its slot is taken."""
-        self.space.restore_slot(address)
-        return self._enter(block, address, State.READY)
-
-    def _enter(self, block: Block, address: int, state: State) -> Replica:
-        replica = Replica(block, self.tier, address, state)
-        self._replicas[address] = replica
+    def restore(self, block: Block, address: int, space_class: SpaceClass | None) -> Replica:
+        """A replica found at a start, FILLING until all is found. Raises ValueError
+        when its slot is taken, or is none of the class."""
+        replica = self._replica(block, address, State.FILLING)
+        self.space.restore_slot(address, space_class, replica)
+        self._replicas += 1
         return replica
 
     def insert(self, replica: Replica, space_class: SpaceClass) -> None:
@@ -83,14 +86,12 @@ class Pool:
     def vacate(self, replica: Replica) -> None:
         """The replica is GONE: its slot is free."""
         assert replica.state is State.GONE
-        del self._replicas[replica.address]
         self.space.free(replica.address)
-
-    def at(self, address: int) -> Replica:
-        return self._replicas[address]
+        self._replicas -= 1
 
     def replicas(self) -> Iterator[Replica]:
-        return iter(self._replicas.values())
+        """See `Space.residents`."""
+        return self.space.residents()
 
     def coldest(
         self, space_class: SpaceClass, may_go: Callable[[Replica], Verdict]
@@ -124,21 +125,24 @@ class Pool:
     def check_integrity(self, space_class_of: Callable[[Replica], SpaceClass]) -> None:
         """Slots, replicas and policies agree; raises AssertionError."""
         self.space.check_integrity()
+        order = {c: set(policy.candidates()) for c, policy in self._policies.items()}
         ready = 0
         used = 0
-        for address, replica in self._replicas.items():
+        replicas = list(self.replicas())
+        for replica in replicas:
             space_class = space_class_of(replica)
             used += space_class.slot_bytes
-            policy = self._policies.get(space_class)
-            listed = policy is not None and replica in policy
-            if replica.address != address or replica.tier is not self.tier:
+            listed = replica in order.get(space_class, ())
+            if self.space.at(replica.address) is not replica or replica.tier is not self.tier:
                 raise AssertionError("a replica is entered at another address")
             if replica.state is State.GONE:
                 raise AssertionError("a replica that is gone holds a slot")
             if listed != (replica.state is State.READY):
                 raise AssertionError(f"a {replica.state.value} replica is wrongly listed")
             ready += listed
-        if used != self.space.used_bytes:
+        if used != self.space.used_bytes or len(replicas) != len(self):
             raise AssertionError("used slots and replicas differ")
-        if ready != sum(len(policy) for policy in self._policies.values()):
+        if ready != sum(map(len, order.values())):
             raise AssertionError("a policy holds a replica that is not entered")
+        if any(len(order[c]) != len(policy) for c, policy in self._policies.items()):
+            raise AssertionError("a policy has lost count")

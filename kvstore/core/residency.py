@@ -21,6 +21,7 @@ when transfers end, so the planner asks again then.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import Protocol
@@ -28,7 +29,7 @@ from typing import Protocol
 from kvstore.core.actions import Action, CloseExtent, Copy, Forget, OpenExtent
 from kvstore.core.catalog import Block, Catalog, Layout, Replica
 from kvstore.core.lifecycle import Event, State
-from kvstore.core.policies import LRU, EvictionPolicy
+from kvstore.core.policies import EvictionPolicy
 from kvstore.core.pool import Pool, Verdict
 from kvstore.core.space import Space, SpaceClass
 from kvstore.core.transfers import TransferClass, TransferQueue
@@ -84,7 +85,7 @@ class Residency:
         self._nvme_full = False
         self._emptying: int | None = None
         # Coldest first, per class; what write-back takes from.
-        self._dirty: dict[SpaceClass, LRU] = {}
+        self._dirty: dict[SpaceClass, OrderedDict[Replica, None]] = {}
         # Copies to NVMe that have not ended, per DRAM class of their block.
         self._saving: dict[SpaceClass, int] = {}
 
@@ -104,7 +105,7 @@ class Residency:
             self.dram.touch(block.dram, block.layout.dram_class)
             dirty = self._dirty.get(block.layout.dram_class)
             if dirty is not None and block.dram in dirty:
-                dirty.touch(block.dram)
+                dirty.move_to_end(block.dram)
         if block.nvme is not None and block.nvme.state is State.READY:
             assert self.nvme is not None and block.layout.nvme_class is not None
             self.nvme.touch(block.nvme, block.layout.nvme_class)
@@ -114,11 +115,13 @@ class Residency:
         self.dram.touch_run(replicas, layout.dram_class)
         dirty = self._dirty.get(layout.dram_class)
         if dirty:
-            dirty.touch_run([replica for replica in replicas if replica in dirty])
+            for replica in replicas:
+                if replica in dirty:
+                    dirty.move_to_end(replica)
         if self.nvme is not None and layout.nvme_class is not None:
-            saved = [r.block.nvme for r in replicas if r.block.nvme is not None]
-            ready = [r for r in saved if r.state is State.READY]
-            self.nvme.touch_run(ready, layout.nvme_class)
+            ready = State.READY
+            saved = [n for r in replicas if (n := r.block.nvme) is not None and n.state is ready]
+            self.nvme.touch_run(saved, layout.nvme_class)
 
     def pin(self, replica: Replica) -> None:
         replica.pins += 1
@@ -190,18 +193,43 @@ class Residency:
 
     def restore(self, layout: Layout, stored: StoredBlock, address: int) -> None:
         """A block found on NVMe at the start. Raises ValueError when it cannot be
-        there: a name or slot taken twice, another length than its layout's."""
+        there: a name or slot taken twice, another length than its layout's, a slot
+        of another size. Found by nobody until `finish_restore`."""
         assert self.nvme is not None
         if self.catalog.get(stored.stored_key) is not None:
             raise ValueError("a block is stored twice")
         if stored.length != layout.block_bytes:
             raise ValueError("a block has not its layout's length")
-        block = Block(stored.stored_key, stored.parent, layout)
-        replica = self.nvme.restore(block, address)
-        self.catalog.enter(block)
+        parent = self.catalog.get(stored.parent)
+        # Its parent's own name where that is known: see `Catalog.adopt`. A copy that is
+        # let go of later leaves a hole, which costs as much as the copy.
+        named = stored.parent if parent is None else parent.stored_key
+        block = Block(stored.stored_key, named, layout)
         block.checksum = stored.checksum
-        block.nvme = replica
-        self._listed(replica)
+        block.nvme = self.nvme.restore(block, address, layout.nvme_class)
+        self.catalog.file(block)
+
+    def finish_restore(self) -> None:
+        """All that was found is here: put it in the order in which it should leave,
+        children before parents, and otherwise by age as far as addresses tell it.
+
+        Tells nobody what came (`changed`): it may be millions, and is everything."""
+        assert self.nvme is not None
+        self.nvme.space.finish_restore()
+        parents_first: list[Replica] = []
+        for replica in self.nvme.space.residents(backwards=True):
+            path: list[Replica] = []
+            # Ends at a block that has its place already, which also ends a ring.
+            following: Replica | None = replica
+            while following is not None and following.state is State.FILLING:
+                following.apply(Event.FILLED)
+                path.append(following)
+                parent = self.catalog.adopt(following.block)
+                following = None if parent is None else parent.nvme
+            path.reverse()
+            parents_first += path
+        for replica in reversed(parents_first):
+            self.nvme.insert(replica, self._class(replica))
 
     def filled(self, copy: Copy) -> None:
         """A copy has ended well."""
@@ -235,7 +263,7 @@ class Residency:
             listed = self.dram.listed(space_class)
             lacking = goal - space.free_slots(space_class) - (listed - len(dirty))
             room = WRITE_BACK_DEPTH - self.transfers.depth(TransferClass.WRITE_BACK)
-            for replica in list(islice(dirty.candidates(), max(0, min(lacking, room)))):
+            for replica in list(islice(dirty, max(0, min(lacking, room)))):
                 if self.save(replica.block) is None:
                     return
 
@@ -261,7 +289,7 @@ class Residency:
         return [
             replica.block
             for dirty in self._dirty.values()
-            for replica in dirty.candidates()
+            for replica in dirty
             if tenant in (None, replica.block.layout.tenant)
         ]
 
@@ -291,6 +319,8 @@ class Residency:
         out of time (EXPIRE). The slot is free at once, unless it may still be written."""
         replica.apply(event)
         if replica.state is State.GONE:
+            # Apart, so that they are freed at once and not by a garbage collection.
+            replica.block.dram = None
             self.dram.vacate(replica)
 
     def forgotten(self, replica: Replica) -> None:
@@ -425,7 +455,7 @@ class Residency:
     def _empty(self, pool: Pool, number: int) -> bool:
         """Drop all that is in an extent, or begin to. Nothing is done to one whose
         blocks are in use."""
-        residents = [pool.at(address) for address in pool.space.addresses_in(number)]
+        residents = pool.space.residents_of(number)
         saving = [r for r in residents if pool is self.dram and self._being_saved(r)]
         if any(r.state is not State.READY or r.pins > (r in saving) for r in residents):
             return False
@@ -483,18 +513,18 @@ class Residency:
         if replica.tier is Tier.DRAM:
             dirty = self._dirty.get(replica.block.layout.dram_class)
             if dirty is not None and replica in dirty:
-                dirty.remove(replica)
+                del dirty[replica]
 
     def _note_dirty(self, block: Block) -> None:
         """Bring the block's place in the dirty list up to date."""
         replica = block.dram
         if not self.nvme_on or replica is None or replica.state is not State.READY:
             return
-        dirty = self._dirty.setdefault(block.layout.dram_class, LRU())
+        dirty = self._dirty.setdefault(block.layout.dram_class, OrderedDict())
         if block.nvme is None and replica not in dirty:
-            dirty.insert(replica)
+            dirty[replica] = None
         elif block.nvme is not None and replica in dirty:
-            dirty.remove(replica)
+            del dirty[replica]
 
     def _drop_from_dram(self, replica: Replica) -> None:
         self._unlisted(replica)
@@ -617,7 +647,7 @@ class Residency:
             for replica in (block.dram, block.nvme):
                 if replica is not None and (
                     replica.block is not block
-                    or self._pool(replica).at(replica.address) is not replica
+                    or self._pool(replica).space.at(replica.address) is not replica
                 ):
                     raise AssertionError("a block names a replica that is not its own")
         if self.nvme_on:
@@ -626,6 +656,6 @@ class Residency:
                 for block in self.catalog
                 if block.dram is not None and block.dram.state is State.READY and block.nvme is None
             }
-            listed = {r for dirty in self._dirty.values() for r in dirty.candidates()}
+            listed = {r for dirty in self._dirty.values() for r in dirty}
             if should != listed:
                 raise AssertionError("the dirty list is not what is dirty")

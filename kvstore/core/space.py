@@ -1,4 +1,4 @@
-"""Space in one tier: slots inside extents.
+"""Space in one tier: slots inside extents, and who is in each.
 
 A tier is a number of *extents* of equal size. An extent in use belongs to one
 *class*, an (owner, slot size) pair, and is cut into slots of that size, so there
@@ -13,9 +13,13 @@ so an address never means two things in the life of a server.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
 
 from kvstore.types import ALIGNMENT
+
+if TYPE_CHECKING:
+    from kvstore.core.catalog import Replica
 
 
 class SpaceClass(NamedTuple):
@@ -26,20 +30,32 @@ class SpaceClass(NamedTuple):
 
 
 class Extent:
-    __slots__ = ("broken", "free", "number", "slots", "space_class", "used")
+    __slots__ = ("broken", "free", "number", "residents", "space_class")
 
     def __init__(self, number: int, space_class: SpaceClass, slots: int) -> None:
         self.number = number
         self.broken = False
         self.space_class = space_class
-        self.slots = slots
-        self.used: set[int] = set()
-        # Lowest index on top, so that consecutive allocations are adjacent.
-        self.free = list(range(slots - 1, -1, -1))
+        self.residents: list[Replica | None] = [None] * slots
+        self.free: list[int] = []
+
+    def find_free(self) -> None:
+        """Note down the slots nobody is in. The lowest index is on top, so that
+        consecutive allocations are adjacent."""
+        last = self.slots - 1
+        self.free = [i for i in range(last, -1, -1) if self.residents[i] is None]
+
+    @property
+    def slots(self) -> int:
+        return len(self.residents)
+
+    @property
+    def empty(self) -> bool:
+        return len(self.free) == len(self.residents)
 
 
 class Space:
-    """Reserves and frees slots. Counts only; the bytes are elsewhere."""
+    """Reserves and frees slots. Knows who is in each; the bytes are elsewhere."""
 
     def __init__(self, capacity_bytes: int, extent_bytes: int, first_extent: int = 1) -> None:
         """`first_extent`: the number of the first extent to be opened. One that differs
@@ -87,14 +103,15 @@ class Space:
         extents = self.extents_of(space_class) + self.spare_extents
         return extents * self.slots_per_extent(space_class.slot_bytes)
 
-    def allocate(self, space_class: SpaceClass) -> int | None:
-        """The address of a free slot in the extents the class has, or None."""
+    def allocate(self, space_class: SpaceClass, resident: Replica) -> int | None:
+        """Put somebody into a free slot of the extents the class has: the slot's
+        address, or None when there is none."""
         partial = self._partial.get(space_class)
         if not partial:
             return None
         extent = next(iter(partial.values()))
         index = extent.free.pop()
-        extent.used.add(index)
+        extent.residents[index] = resident
         if not extent.free:
             del partial[extent.number]
         self._used_bytes += space_class.slot_bytes
@@ -103,31 +120,51 @@ class Space:
     def free(self, address: int) -> None:
         """Give a slot back. The caller guarantees that it was allocated."""
         extent, index = self._locate(address)
-        extent.used.remove(index)
+        assert extent.residents[index] is not None
+        extent.residents[index] = None
         extent.free.append(index)
         if not extent.broken:
             self._partial[extent.space_class][extent.number] = extent
         self._used_bytes -= extent.space_class.slot_bytes
 
+    def at(self, address: int) -> Replica | None:
+        """Who is in a slot. Raises ValueError when it is no slot."""
+        extent, index = self._locate(address)
+        return extent.residents[index]
+
+    def residents_of(self, number: int) -> list[Replica]:
+        """Who is in an extent, by address; nobody in one that is not open."""
+        extent = self._extents.get(number)
+        return [] if extent is None else [r for r in extent.residents if r is not None]
+
+    def residents(self, *, backwards: bool = False) -> Iterator[Replica]:
+        """Everybody, by address. The space may change meanwhile: who comes or goes is
+        then met or not."""
+        for number in sorted(self._extents, reverse=backwards):
+            residents = self.residents_of(number)
+            yield from reversed(residents) if backwards else residents
+
     def open_extent(self, space_class: SpaceClass) -> int | None:
         """Give the class one more extent: its number, or None when none is spare."""
         if not self.spare_extents or not self.slots_per_extent(space_class.slot_bytes):
             return None
-        return self._add(self._next_number, space_class).number
+        extent = self._add(self._next_number, space_class)
+        extent.find_free()
+        return extent.number
 
     def empty_extent(self, but: SpaceClass) -> int | None:
         """An extent without a used slot that belongs to another class than `but`."""
         for space_class, partial in self._partial.items():
             if space_class != but:
                 for extent in partial.values():
-                    if not extent.used:
+                    if extent.empty:
                         return extent.number
         return None
 
     def close_extent(self, number: int) -> None:
         """Take an empty extent from its class; its number is not used again."""
         extent = self._extents[number]
-        if extent.used:
+        if not extent.empty:
             raise ValueError("an extent in use cannot be closed")
         del self._extents[number]
         del self._partial[extent.space_class][number]
@@ -152,31 +189,28 @@ class Space:
     def extent_of(self, address: int) -> int:
         return address // self.extent_bytes
 
-    def addresses_in(self, number: int) -> list[int]:
-        """Addresses of the used slots of an extent."""
-        extent = self._extents[number]
-        base, size = number * self.extent_bytes, extent.space_class.slot_bytes
-        return [base + index * size for index in extent.used]
-
     def restore_extent(self, number: int, space_class: SpaceClass) -> None:
-        """Take over an extent found at a start. Raises ValueError beyond capacity."""
+        """Take over an extent found at a start; `finish_restore` must follow. Raises
+        ValueError beyond capacity."""
         if not self.spare_extents or number in self._extents:
             raise ValueError(f"extent {number} does not fit")
         self._add(number, space_class)
 
-    def restore_slot(self, address: int) -> None:
-        """Mark a slot of a restored extent as used; `finish_restore` must follow. Raises
-        ValueError when it is used already or is no slot."""
+    def restore_slot(self, address: int, space_class: SpaceClass | None, resident: Replica) -> None:
+        """Put somebody into a slot of a restored extent; `finish_restore` must follow.
+        Raises ValueError when it is taken already, or is no slot of the class."""
         extent, index = self._locate(address)
-        if index in extent.used or index >= extent.slots:
+        if extent.space_class != space_class:
+            raise ValueError(f"extent {extent.number} is of another class")
+        if index >= extent.slots or extent.residents[index] is not None:
             raise ValueError(f"slot {index} of extent {extent.number} is not free")
-        extent.used.add(index)
+        extent.residents[index] = resident
         self._used_bytes += extent.space_class.slot_bytes
 
     def finish_restore(self) -> None:
-        """All that was found is marked: the rest is free."""
+        """All that was found is in its slot: the rest is free."""
         for extent in self._extents.values():
-            extent.free = [i for i in range(extent.slots - 1, -1, -1) if i not in extent.used]
+            extent.find_free()
             if not extent.free:
                 self._partial[extent.space_class].pop(extent.number, None)
 
@@ -199,16 +233,11 @@ class Space:
         """Recount; raises AssertionError."""
         used = 0
         for extent in self._extents.values():
-            free = set(extent.free)
+            empty = [i for i, resident in enumerate(extent.residents) if resident is None]
             listed = extent.number in self._partial[extent.space_class]
-            if (
-                len(free) != len(extent.free)
-                or free & extent.used
-                or len(free) + len(extent.used) != extent.slots
-                or listed != (bool(extent.free) and not extent.broken)
-            ):
+            if sorted(extent.free) != empty or listed != (bool(empty) and not extent.broken):
                 raise AssertionError(f"extent {extent.number} has lost count of its slots")
-            used += len(extent.used) * extent.space_class.slot_bytes
+            used += (extent.slots - len(empty)) * extent.space_class.slot_bytes
         if used != self._used_bytes or len(self._extents) > self.max_extents:
             raise AssertionError("space has lost count of its bytes")
         if sum(self._count.values()) != len(self._extents):

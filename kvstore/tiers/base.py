@@ -16,12 +16,10 @@ otherwise, and may be called from several threads at once for different slots.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 
-@dataclass(frozen=True, slots=True)
-class BlockHeader:
+class BlockHeader(NamedTuple):
     """What a stored block says about itself, checked on every read.
 
     `stored_key`: 16 bytes, the tenant's keyed hash of layout and key.
@@ -133,7 +131,7 @@ class StorageTier(Protocol):
         ...
 
     def recovered_blocks(self) -> Iterable[Recovered]:
-        """Every block held at start, parents in any order."""
+        """Every block held at start, in any order. A crash may leave one at two addresses."""
         ...
 
     def close(self) -> None:

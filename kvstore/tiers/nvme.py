@@ -276,19 +276,15 @@ class NvmeTier:
 
     def recovered_blocks(self) -> Iterable[Recovered]:
         """As the contract says; entries that cannot be right are forgotten instead."""
-        seen: set[bytes] = set()
         for address, header in self._index.records():
             file = self._files.get(address // self.extent_bytes)
             offset = address % self.extent_bytes
-            fits = (
+            if (
                 file is not None
                 and offset % ALIGNMENT == 0
                 and nvme_slot.slot_bytes(header.length) <= file.slot_bytes
                 and offset + file.slot_bytes <= self.extent_bytes
-            )
-            # A crash may leave a block's old place beside its new one.
-            if fits and header.stored_key not in seen:
-                seen.add(header.stored_key)
+            ):
                 yield Recovered(header, address)
             else:
                 self.forget(address, header)

@@ -25,6 +25,7 @@ import shutil
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import lmdb
@@ -208,20 +209,22 @@ class Index:
     def records(self) -> Iterator[tuple[int, BlockHeader]]:
         """(address, header) of every block, in chunks: a reader that takes its time
         must not keep old pages of the index from being used again."""
-        names: dict[bytes, str] = {}
-        layout_ids: dict[bytes, bytes] = {}
+        tenants: dict[bytes, str] = {}
+        layouts: dict[bytes, bytes] = {}
         start = 0
         while True:
             with self._env.begin() as txn, txn.cursor(self._blocks) as cursor:
                 found = cursor.set_range(_ADDRESS.pack(start))
-                chunk = _take(cursor, _CHUNK) if found else []
+                chunk = list(islice(cursor, _CHUNK)) if found else []
             for key, value in chunk:
                 parent_bytes, stored_key, parent, layout_id, length, checksum, _ = (
                     _RECORD.unpack_from(value)
                 )
-                name = value[_RECORD.size :]
-                tenant = names.get(name) or names.setdefault(name, name.decode())
-                layout_id = layout_ids.setdefault(layout_id, layout_id)
+                tenant = tenants.get(name := value[_RECORD.size :])
+                if tenant is None:
+                    tenant = tenants[name] = name.decode()
+                # One object for all: millions name the same few.
+                layout_id = layouts.setdefault(layout_id, layout_id)
                 yield (
                     _ADDRESS.unpack(key)[0],
                     BlockHeader(
@@ -245,15 +248,6 @@ def _empty(directory: Path, why: str) -> None:
     _log.warning("%s: starting empty", why)
     shutil.rmtree(directory)
     directory.mkdir(mode=0o700)
-
-
-def _take(cursor: lmdb.Cursor[bytes], count: int) -> list[tuple[bytes, bytes]]:
-    taken: list[tuple[bytes, bytes]] = []
-    for item in cursor:
-        taken.append(item)
-        if len(taken) == count:
-            break
-    return taken
 
 
 def encode_layout(tenant: str, layout_id: bytes, spec: dict[str, object]) -> tuple[bytes, bytes]:

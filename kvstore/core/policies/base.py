@@ -5,7 +5,8 @@ else: whether a replica may go now (pins, children, not yet saved) is the pool's
 to judge, which walks `candidates` until one may.
 
 The caller guarantees: `insert` for a replica that is READY and not yet held,
-`touch` and `remove` only for one that is held. Within a chain it touches the
+`touch` and `remove` only for one that is held. A replica is held by one policy at
+a time, to which its `before` and `after` belong. Within a chain it touches the
 block nearest the root last, so that an order by recency puts children first.
 """
 
@@ -38,7 +39,5 @@ class EvictionPolicy(Protocol):
         """Every replica held, the one to evict first coming first. The policy is
         not changed while the iterator is in use."""
         ...
-
-    def __contains__(self, replica: object) -> bool: ...
 
     def __len__(self) -> int: ...

@@ -4,16 +4,16 @@ import itertools
 
 import pytest
 
-from kvstore.core.catalog import Block, Catalog, Replica
+from kvstore.core.catalog import Block, Catalog, DramReplica, Replica
 from kvstore.core.lifecycle import INITIAL_STATES, TRANSITIONS, Event, State
 from kvstore.errors import IllegalTransition
-from kvstore.types import LayoutSpec, Tier
+from kvstore.types import LayoutSpec
 
 
 def a_replica(state: State) -> Replica:
     catalog = Catalog(lambda tenant: b"k", max_layouts=1)
     layout, _ = catalog.register_layout("t", LayoutSpec("m", "bf16", 16, 4096))
-    return Replica(Block(b"s" * 16, b"", layout), Tier.DRAM, 0, state)
+    return DramReplica(Block(b"s" * 16, b"", layout), 0, state)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,6 @@ from kvstore.errors import (
     TooMany,
     UnknownLayout,
 )
-from kvstore.tiers.base import BlockHeader
 from kvstore.types import ChainQuery, CommitOutcome, LayoutSpec, PutOutcome, Segment, Tier
 from tests.simulation.model import (
     LEASE_MS,
@@ -536,47 +535,6 @@ def test_nvme_that_is_full_of_others_does_not_block_dram() -> None:
         first = ticket.answer.first_slot
         shell.commit(client, lid, chain(base, granted), list(range(first, first + granted)))
         shell.planner.check_integrity()
-
-
-def test_what_is_found_at_a_start_is_served(shell: Shell) -> None:
-    _, lid, keys = on_nvme_only(shell)
-    nvme = shell.planner.residency.nvme
-    assert nvme is not None
-    found = [
-        (BlockHeader(r.block.stored_key, r.block.parent, lid, "t", SLOT, r.block.checksum or 0),
-         r.address)
-        for r in nvme.replicas()
-    ]  # fmt: skip
-    extents = [(n, SLOT) for n in shell.extents[Tier.NVME]]
-    again = Shell(make_planner(dram_slots=8, nvme_slots=32))
-    again.memory[Tier.NVME] = shell.memory[Tier.NVME]
-    refused = again.planner.restore([("t", layout())], extents, found)
-    assert refused == ([], [])
-    again.planner.check_integrity()
-    session = again.session(5)
-    ticket = again.acquire(session, [lid], keys, wait=True)
-    again.settle()
-    assert ticket.answer is not None
-    assert [again.memory[Tier.DRAM][a] for a in ticket.answer[0].addresses] == [
-        ("t", lid, k) for k in keys
-    ]
-
-
-def test_a_smaller_capacity_at_a_start_drops_what_does_not_fit(shell: Shell) -> None:
-    _, lid, _ = on_nvme_only(shell, length=8)
-    nvme = shell.planner.residency.nvme
-    assert nvme is not None
-    found = [
-        (BlockHeader(r.block.stored_key, r.block.parent, lid, "t", SLOT, 0), r.address)
-        for r in nvme.replicas()
-    ]
-    again = Shell(make_planner(dram_slots=8, nvme_slots=4))
-    extents, blocks = again.planner.restore(
-        [("t", layout())], [(n, SLOT) for n in sorted(shell.extents[Tier.NVME])], found
-    )
-    assert len(extents) == 1
-    assert len(blocks) == 4
-    again.planner.check_integrity()
 
 
 def test_memory_that_the_machine_refuses_shrinks_the_tier_and_nothing_else(shell: Shell) -> None:

@@ -477,21 +477,6 @@ def test_an_index_older_than_the_slots_only_misses(tmp_path: Path) -> None:
     again.close()
 
 
-def test_a_block_found_in_two_places_is_recovered_once(tmp_path: Path) -> None:
-    tier = open_tier(tmp_path)
-    size = tier.slot_bytes(BLOCK_BYTES)
-    tier.open_extent(0, size)
-    put(tier, 0, 1)
-    put(tier, size, 1)
-    tier.close()
-    again = open_tier(tmp_path)
-    assert len(recovered(again)) == 1
-    again.close()
-    third = open_tier(tmp_path)
-    assert len(recovered(third)) == 1
-    third.close()
-
-
 def test_a_closed_extent_takes_its_own_blocks_out_of_the_index_and_no_others(
     tmp_path: Path,
 ) -> None:

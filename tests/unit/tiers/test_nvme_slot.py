@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 
 from kvstore.errors import BadRequest, CorruptBlock
@@ -30,7 +28,7 @@ def page_of(header: BlockHeader, sequence: int = 7) -> bytes:
 @pytest.mark.parametrize("parent", [b"", b"p" * 16])
 @pytest.mark.parametrize("tenant", ["", "bøb", "x" * MAX_TENANT_BYTES])
 def test_a_header_comes_back_whole(parent: bytes, tenant: str) -> None:
-    header = dataclasses.replace(HEADER, parent=parent, tenant=tenant)
+    header = HEADER._replace(parent=parent, tenant=tenant)
     assert decode_header(memoryview(bytearray(page_of(header, 9)))) == (header, 9)
 
 
@@ -54,7 +52,7 @@ def test_a_used_page_leaves_nothing_in_the_next_header() -> None:
 
 def test_a_name_too_long_for_the_header_is_refused() -> None:
     with pytest.raises(BadRequest):
-        page_of(dataclasses.replace(HEADER, tenant="x" * (MAX_TENANT_BYTES + 1)))
+        page_of(HEADER._replace(tenant="x" * (MAX_TENANT_BYTES + 1)))
 
 
 @pytest.mark.parametrize("length", [1, 4095, 4096, 4097, 3 * 4096 + 5])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -84,7 +83,7 @@ def test_bytes_around_the_block_are_neither_stored_nor_touched(tier: StorageTier
 def test_a_block_is_not_given_out_as_another(tier: StorageTier, change: dict[str, object]) -> None:
     tier.open_extent(0, tier.slot_bytes(BLOCK_BYTES))
     header = put(tier, 0, 1)
-    other: BlockHeader = dataclasses.replace(header, **change)  # type: ignore[arg-type]
+    other: BlockHeader = header._replace(**change)  # type: ignore[arg-type]
     with pytest.raises(CorruptBlock):
         get(tier, 0, other)
 
