@@ -158,9 +158,11 @@ def release(core: Core, lease_ids: Sequence[int], timeout_s: float) -> Flow[None
 
 
 def release_soon(core: Core, link: Link, lease_ids: Sequence[int]) -> Flow[None]:
-    """Send the release and hear no answer: a lease that is not released ends by time."""
-    if lease_ids and link.alive():
-        request = pb.ReleaseRequest(lease_ids=map(link.bare, lease_ids))
+    """Send the release and hear no answer: a lease that is not released ends by time,
+    or with its link."""
+    current = [link.bare(number) for number in lease_ids if link.owns(number)]
+    if current and link.alive():
+        request = pb.ReleaseRequest(lease_ids=current)
         yield Drop((yield Begin(Call("Release", request, link.session, core.timeout_s))))
 
 
@@ -270,8 +272,10 @@ def abort(core: Core, slots: Sequence[int], timeout_s: float) -> Flow[None]:
     current = [link.bare(slot) for slot in slots if link.owns(slot)]
     if not current:
         return
+    request = pb.AbortRequest(slots=current)
     try:
-        yield Call("Abort", pb.AbortRequest(slots=current), link.session, timeout_s)
+        # Begun, so that it gets through even where its caller is interrupted.
+        yield End((yield Begin(Call("Abort", request, link.session, timeout_s))))
     except NoSession:
         link.retire()
     except ClientError:
@@ -281,14 +285,6 @@ def abort(core: Core, slots: Sequence[int], timeout_s: float) -> Flow[None]:
         if len(link.owed_aborts) + len(current) <= MAX_OWED_ABORTS:
             link.owed_aborts.update(current)
         raise
-
-
-def give_back(core: Core, budget: Budget, *, lease_ids: Sequence[int]) -> Flow[None]:
-    """Release on the way out of a flow: late is no reason to fail, the lease times out."""
-    try:
-        yield from release(core, lease_ids, budget.left_to_clean_up())
-    except KVStoreError:
-        return
 
 
 def give_up(core: Core, slots: Sequence[int]) -> Flow[None]:

@@ -444,10 +444,8 @@ class _Get:
     def close(self) -> Flow[None]:
         if self._begun is not None:
             yield Drop(self._begun)
-        if self._held:
-            yield from calls.give_back(
-                self._core, Budget(self._core.timeout_s), lease_ids=self._held
-            )
+        if self._core.link is not None:
+            yield from calls.release_soon(self._core, self._core.link, self._held)
 
 
 def read_lease(core: Core, lease: LeaseBase, index: int) -> Flow[bytes | None]:

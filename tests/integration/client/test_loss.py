@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Callable, Coroutine, Generator
 from functools import partial
+from itertools import count
 from typing import Any
 
 import pytest
@@ -299,31 +300,31 @@ def test_a_cancelled_call_gives_back_what_it_holds(server: Server) -> None:
 class CancelledAt:
     """A coroutine whose task is cancelled at one of the points where it waits.
 
-    `settled`: just as what it waits for there is done, but before it hears of it.
+    How: "waiting" at once; "settled" just as what it waits for there is done, but
+    before it hears of it; "twice" at once, and again where it waits next.
     """
 
-    def __init__(self, coroutine: Coroutine[Any, Any, Any], point: int, settled: bool) -> None:
+    def __init__(self, coroutine: Coroutine[Any, Any, Any], point: int, how: str) -> None:
         self._steps = coroutine.__await__()
-        self._point = point
-        self._settled = settled
+        self._points = {point, point + 1} if how == "twice" else {point}
+        self._settled = how == "settled"
         self.reached = False
 
     def __await__(self) -> Generator[Any, Any, Any]:
         task = asyncio.current_task()
         assert task is not None
         step: Callable[[], Any] = partial(self._steps.send, None)
-        while True:
+        for point in count():
             try:
                 waiting = step()
             except StopIteration as stop:
                 return stop.value
-            if not self._point:
+            if point in self._points:
                 self.reached = True
                 if self._settled and waiting is not None:
                     waiting.add_done_callback(lambda _: task.cancel())
                 else:
                     task.cancel()
-            self._point -= 1
             try:
                 result = yield waiting
                 step = partial(self._steps.send, result)
@@ -331,10 +332,10 @@ class CancelledAt:
                 step = partial(self._steps.throw, error)
 
 
-@pytest.mark.parametrize("settled", [False, True], ids=["waiting", "settled"])
+@pytest.mark.parametrize("how", ["waiting", "settled", "twice"])
 @pytest.mark.parametrize("operation", ["put", "get"])
 def test_a_call_cancelled_at_any_point_gives_back_what_it_holds(
-    server: Server, place: str, operation: str, settled: bool, monkeypatch: pytest.MonkeyPatch
+    server: Server, place: str, operation: str, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(transfers, "PIECE_BLOCKS", 2)
 
@@ -344,12 +345,12 @@ def test_a_call_cancelled_at_any_point_gives_back_what_it_holds(
         keys, datas = [key(n) for n in numbers], [block(n, 5000) for n in numbers]
         if operation == "put":
             await client.put_many(layout, keys[:1], datas[:1])
-            call = CancelledAt(client.put_many(layout, keys, datas), point, settled)
+            call = CancelledAt(client.put_many(layout, keys, datas), point, how)
         else:
             # With holes, so that it asks for more than one prefix.
             for index in (0, 1, 3, 4):
                 await client.put(layout, keys[index], datas[index])
-            call = CancelledAt(client.get_many(layout, keys), point, settled)
+            call = CancelledAt(client.get_many(layout, keys), point, how)
 
         async def run() -> None:
             await call
