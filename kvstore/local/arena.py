@@ -24,7 +24,7 @@ import mmap
 import os
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from kvstore.errors import BadRequest, InternalError, Unavailable
 
@@ -99,6 +99,19 @@ class Arena:
             views = self._map(address >> self._shift)
             view = views[writable][offset : offset + nbytes]
         return view
+
+    def views(self, addresses: Iterable[int], nbytes: int, *, writable: bool) -> list[memoryview]:
+        """Like `view` for each of many addresses."""
+        mapped, shift, mask = self._mapped, self._shift, self._mask
+        last = self.extent_bytes - nbytes
+        views = []
+        for address in addresses:
+            offset = address & mask
+            if address < 0 or nbytes < 0 or offset > last:
+                raise BadRequest(f"{nbytes} bytes at offset {offset} pass the extent's end")
+            pair = mapped.get(address >> shift) or self._map(address >> shift)
+            views.append(pair[writable][offset : offset + nbytes])
+        return views
 
     def view_mapped(self, address: int, nbytes: int, *, writable: bool) -> memoryview | None:
         """Like `view`, but None where the extent is not mapped yet. Never waits."""

@@ -16,11 +16,18 @@ just put into the cache; it adds 15 % at 1 MiB.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import xxhash
 
+from kvstore.local import crew
+
 GIL_FREE_BYTES = 64 << 10
 """Copies larger than this let other threads run."""
+
+PART_BYTES = 1 << 20
+"""What a thread takes at a time of many blocks."""
 
 
 def checksum(data: memoryview | bytes | bytearray) -> int:
@@ -40,3 +47,40 @@ def copy_checked(destination: memoryview, source: memoryview) -> int:
     """Copy like `copy_bytes` and return the XXH3-64 of what arrived."""
     copy_bytes(destination, source)
     return xxhash.xxh3_64_intdigest(destination)
+
+
+def copy_many(destinations: Sequence[memoryview], sources: Sequence[memoryview]) -> list[int]:
+    """Copy each source into the destination of its index, all flat bytes and equally
+    long, on several cores. The XXH3-64 of what arrived, one each.
+
+    Raises `ValueError` where lengths differ; then any of the copies may not be made.
+    """
+    if len(destinations) != len(sources):
+        raise ValueError(f"{len(destinations)} destinations for {len(sources)} sources")
+    arrived = [0] * len(sources)
+
+    def work(start: int, stop: int) -> None:
+        for index in range(start, stop):
+            arrived[index] = copy_checked(destinations[index], sources[index])
+
+    _share(work, sources)
+    return arrived
+
+
+def checksum_many(datas: Sequence[memoryview]) -> list[int]:
+    """The XXH3-64 of each of many buffers of one length, on several cores."""
+    sums = [0] * len(datas)
+
+    def work(start: int, stop: int) -> None:
+        sums[start:stop] = map(xxhash.xxh3_64_intdigest, datas[start:stop])
+
+    _share(work, datas)
+    return sums
+
+
+def _share(work: crew.Work, blocks: Sequence[memoryview]) -> None:
+    count = len(blocks)
+    if count and blocks[0].nbytes > GIL_FREE_BYTES:
+        crew.share(work, count, max(1, PART_BYTES // blocks[0].nbytes))
+    else:
+        work(0, count)

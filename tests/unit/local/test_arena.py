@@ -95,8 +95,22 @@ def test_a_range_that_leaves_its_extent_is_refused(files: Files, offset: int, nb
     with pytest.raises(BadRequest):
         arena.view(offset, nbytes, writable=False)
     with pytest.raises(BadRequest):
-        arena.view(-4096, 16, writable=False)
+        arena.views([offset], nbytes, writable=False)
+    for view in (arena.view, lambda address, *_, **kind: arena.views([address], 16, **kind)):
+        with pytest.raises(BadRequest):
+            view(-4096, 16, writable=False)
     assert files.asked == []
+
+
+def test_views_of_many_addresses_are_those_of_each(files: Files) -> None:
+    arena = Arena(EXTENT_BYTES, files.fetch)
+    addresses = [3 * EXTENT_BYTES + 4096, 0, EXTENT_BYTES - 8, 3 * EXTENT_BYTES]
+    for index, view in enumerate(arena.views(addresses, 8, writable=True)):
+        view[:] = bytes([index]) * 8
+    for index, address in enumerate(addresses):
+        assert files.bytes_at(address, 8) == bytes([index]) * 8
+    assert all(view.readonly for view in arena.views(addresses, 8, writable=False))
+    assert files.asked == [3, 0]
 
 
 def test_addresses_of_the_largest_extent_number_are_told_apart(files: Files) -> None:

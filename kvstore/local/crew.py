@@ -1,0 +1,149 @@
+"""Work shared between the calling thread and a few helpers.
+
+One core does not use all of the memory's bandwidth: two copy and hash 1 MiB blocks
+1.5 to 1.9 times as fast as one (`copy`). The caller works too, so a call without
+helpers, on one core or where no thread can be started, is the plain loop.
+
+When `share` returns or raises, no helper is inside its work, nor ever will be: that
+is what makes it safe to hand buffers to. Helpers are daemon threads, started when
+they are first of use, never at import; a forked child starts its own.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from queue import SimpleQueue
+
+MOST_THREADS = 4
+"""At most so many at one piece of work, the caller among them. Memory is full by then."""
+
+Work = Callable[[int, int], None]
+"""(start, stop) -> None: items start to stop - 1. Called from several threads."""
+
+
+class _Job:
+    """One piece of work: `count` items, handed out in parts."""
+
+    def __init__(self, work: Work, count: int, part: int) -> None:
+        self._work = work
+        self._count = count
+        self._part = part
+        self._next = 0
+        self._helping = 0
+        self._changed = threading.Condition()
+        self.error: BaseException | None = None
+
+    def work(self) -> None:
+        """The caller's share."""
+        while self._next < self._count:
+            with self._changed:
+                start, self._next = self._next, self._next + self._part
+            if start < self._count:
+                self._work(start, min(start + self._part, self._count))
+
+    def help(self) -> None:
+        """A helper's share. Errors are the caller's to raise."""
+        while self._next < self._count:
+            with self._changed:
+                start, self._next = self._next, self._next + self._part
+                if start >= self._count:
+                    return
+                self._helping += 1
+            error = None
+            try:
+                self._work(start, min(start + self._part, self._count))
+            except BaseException as raised:  # noqa: BLE001 - the caller raises it
+                error = raised
+            with self._changed:
+                self._helping -= 1
+                if error is not None:
+                    self._next = self._count
+                    self.error = self.error or error
+                self._changed.notify()
+
+    def end(self) -> None:
+        """Hand out no more and wait for what is under way, whatever signals arrive."""
+        interrupt: BaseException | None = None
+        while True:
+            try:
+                with self._changed:
+                    self._next = self._count
+                    self._changed.wait_for(lambda: not self._helping)
+                break
+            except BaseException as raised:  # noqa: BLE001 - raised below
+                interrupt = raised
+        if interrupt is not None:
+            raise interrupt
+
+
+class Crew:
+    """Helpers for whoever has work. Safe to use from several threads at once."""
+
+    def __init__(self, threads: int) -> None:
+        """`threads`: at most so many at one piece of work, the caller among them."""
+        self._wanted = max(0, threads - 1)
+        self._started = 0
+        self._starting = threading.Lock()
+        self._jobs: SimpleQueue[_Job] = SimpleQueue()
+
+    def share(self, work: Work, count: int, part: int) -> None:
+        """Call `work(start, stop)` for all of `range(count)`, `part` items at a time.
+
+        Raises what `work` raises; then some parts have not been begun.
+        """
+        helpers = min(self._wanted, -(-count // part) - 1)
+        if helpers > self._started:
+            self._start(helpers)
+        helpers = min(helpers, self._started)
+        if helpers <= 0:
+            if count:
+                work(0, count)
+            return
+        job = _Job(work, count, part)
+        try:
+            for _ in range(helpers):
+                self._jobs.put(job)
+            job.work()
+        finally:
+            job.end()
+        if job.error is not None:
+            raise job.error
+
+    def _start(self, helpers: int) -> None:
+        with self._starting:
+            while self._started < helpers:
+                name = f"kvstore-copy-{self._started}"
+                thread = threading.Thread(target=self._help, name=name, daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError:
+                    # The system has no thread to give. Make do for good.
+                    self._wanted = self._started
+                    return
+                self._started += 1
+
+    def _help(self) -> None:
+        while True:
+            self._jobs.get().help()
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+_shared = Crew(min(MOST_THREADS, _cores()))
+
+
+def share(work: Work, count: int, part: int) -> None:
+    """`Crew.share` by the helpers that all of this process shares."""
+    _shared.share(work, count, part)
+
+
+def _after_fork() -> None:
+    global _shared
+    _shared = Crew(min(MOST_THREADS, _cores()))
+
+
+os.register_at_fork(after_in_child=_after_fork)

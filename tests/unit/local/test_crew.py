@@ -1,0 +1,139 @@
+"""Sharing work: every item once, and nobody still at it when the call is over."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections import Counter
+
+import pytest
+
+from kvstore.local import crew
+from kvstore.local.crew import Crew
+
+
+class Busy:
+    """Work that takes a moment and knows who is inside."""
+
+    def __init__(self, seconds: float = 0.002) -> None:
+        self._seconds = seconds
+        self.inside = 0
+        self.threads: set[int] = set()
+        self.items: Counter[int] = Counter()
+        self._lock = threading.Lock()
+
+    def __call__(self, start: int, stop: int) -> None:
+        with self._lock:
+            self.inside += 1
+            self.threads.add(threading.get_ident())
+            self.items.update(range(start, stop))
+        try:
+            time.sleep(self._seconds)
+            self.at(start)
+        finally:
+            with self._lock:
+                self.inside -= 1
+
+    def at(self, start: int) -> None:
+        """What happens besides, at the end of a part."""
+
+
+@pytest.mark.parametrize(("count", "part"), [(0, 1), (1, 1), (7, 3), (40, 1), (8, 100)])
+@pytest.mark.parametrize("threads", [0, 1, 2, 5])
+def test_each_item_is_worked_on_once(count: int, part: int, threads: int) -> None:
+    work = Busy()
+    Crew(threads).share(work, count, part)
+    assert work.items == Counter(range(count))
+    assert work.inside == 0
+
+
+def test_helpers_do_help() -> None:
+    both_in = threading.Barrier(2, timeout=10)
+
+    def work(start: int, stop: int) -> None:
+        both_in.wait()
+
+    Crew(2).share(work, 2, 1)
+
+
+def test_many_callers_share_the_same_helpers() -> None:
+    shared = Crew(3)
+    works = [Busy(0.0005) for _ in range(6)]
+    callers = [threading.Thread(target=shared.share, args=(work, 30, 1)) for work in works]
+    before = threading.active_count()
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert all(work.items == Counter(range(30)) for work in works)
+    assert threading.active_count() <= before + 2
+
+
+@pytest.mark.parametrize("bad", range(6))
+def test_an_error_anywhere_is_raised_when_nobody_works_any_more(bad: int) -> None:
+    class Failing(Busy):
+        def at(self, start: int) -> None:
+            if start == bad:
+                raise LookupError(f"item {start}")
+
+    work, shared = Failing(), Crew(3)
+    with pytest.raises(LookupError, match=f"item {bad}"):
+        shared.share(work, 60, 1)
+    assert work.inside == 0
+    done = work.items.total()
+    assert done < 60
+    again = Busy()
+    shared.share(again, 6, 1)
+    assert again.items.total() == 6
+    assert work.items.total() == done
+
+
+def test_a_signal_is_raised_when_nobody_works_any_more() -> None:
+    class Interrupted(Exception):
+        pass
+
+    def interrupt(number: int, frame: object) -> None:
+        raise Interrupted
+
+    class Interrupting(Busy):
+        def at(self, start: int) -> None:
+            if start >= 4:
+                os.kill(os.getpid(), signal.SIGUSR1)
+
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    work = Interrupting()
+    try:
+        with pytest.raises(Interrupted):
+            Crew(3).share(work, 600, 1)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert work.inside == 0
+    assert work.items.total() < 600
+
+
+def test_without_threads_to_be_had_the_caller_does_it_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    work = Busy()
+    Crew(4).share(work, 5, 1)
+    assert work.threads == {threading.get_ident()}
+    assert work.items.total() == 5
+
+
+def test_a_forked_child_shares_work_too() -> None:
+    crew.share(Busy(), 8, 1)
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            work = Busy()
+            signal.alarm(20)
+            crew.share(work, 8, 1)
+            status = 0 if work.items == Counter(range(8)) else 2
+        finally:
+            os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0
