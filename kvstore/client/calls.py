@@ -183,7 +183,7 @@ def reserve(
 
 
 def _pay_aborts(link: Link, budget: Budget) -> Flow[None]:
-    owed = list(link.owed_aborts)
+    owed = list(link.owed_aborts)[: link.info.max_blocks]
     try:
         yield Call("Abort", pb.AbortRequest(slots=owed), link.session, budget.left())
     except NoSession:
@@ -257,10 +257,10 @@ def _undo_slots(
         # Slots nobody heard of can only be given back with their session.
         link.retire()
         return None
-    slots = response.slots
-    if not slots.addresses:
+    grant = wire.slot_grant(response.slots, 0)
+    if not grant.addresses:
         return None
-    ids = range(slots.first_slot, slots.first_slot + len(slots.addresses))
+    ids = range(grant.first_slot, grant.first_slot + len(grant.addresses))
     return Call("Abort", pb.AbortRequest(slots=ids), link.session, core.timeout_s)
 
 

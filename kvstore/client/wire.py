@@ -25,6 +25,7 @@ from kvstore.types import (
     Tier,
     TierStats,
 )
+from kvstore.wire.columns import pack_keys, pack_numbers, unpack_numbers
 from kvstore.wire.v1 import kvstore_pb2 as pb
 
 MAX_MESSAGE_BYTES = 16 << 20
@@ -53,6 +54,7 @@ class ServerInfo(NamedTuple):
     max_keys: int
     lease_ms: int
     reservation_ms: int
+    max_blocks: int
 
 
 def layout_message(spec: LayoutSpec) -> pb.Layout:
@@ -60,7 +62,7 @@ def layout_message(spec: LayoutSpec) -> pb.Layout:
 
 
 def chain_messages(chains: Sequence[ChainQuery]) -> list[pb.Chain]:
-    return [pb.Chain(layout_ids=chain.layout_ids, keys=chain.keys) for chain in chains]
+    return [pb.Chain(layout_ids=chain.layout_ids, keys=pack_keys(chain.keys)) for chain in chains]
 
 
 def presences(response: pb.LookupResponse) -> list[ChainPresence]:
@@ -73,8 +75,8 @@ def grants(response: pb.AcquireResponse, tag: int) -> list[LeaseGrant]:
         LeaseGrant(
             lease.lease_id + tag if lease.lease_id else 0,
             lease.held,
-            list(lease.addresses),
-            list(lease.checksums),
+            unpack_numbers(lease.addresses),
+            unpack_numbers(lease.checksums),
             lease.expires_ns,
             lease.from_dram,
         )
@@ -84,7 +86,7 @@ def grants(response: pb.AcquireResponse, tag: int) -> list[LeaseGrant]:
 
 def slot_grant(slots: pb.Slots, tag: int) -> SlotGrant:
     """`tag` is added to the slots' ids; see `Link`."""
-    addresses = list(slots.addresses)
+    addresses = unpack_numbers(slots.addresses)
     return SlotGrant(slots.first_slot + tag if addresses else 0, addresses, slots.expires_ns)
 
 
@@ -93,9 +95,9 @@ def segment_messages(segments: Sequence[Segment], tag: int) -> list[pb.Segment]:
     return [
         pb.Segment(
             parent=segment.parent,
-            keys=segment.keys,
-            slots=[slot - tag if slot else 0 for slot in segment.slots],
-            checksums=segment.checksums,
+            keys=pack_keys(segment.keys),
+            slots=pack_numbers([slot - tag if slot else 0 for slot in segment.slots]),
+            checksums=pack_numbers(segment.checksums),
         )
         for segment in segments
     ]
@@ -117,6 +119,7 @@ def server_info(response: pb.GetServerInfoResponse) -> ServerInfo:
         max_keys=response.max_keys,
         lease_ms=response.lease_ms,
         reservation_ms=response.reservation_ms,
+        max_blocks=response.max_blocks,
     )
 
 

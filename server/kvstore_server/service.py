@@ -14,7 +14,6 @@ from typing import Any
 import grpc
 
 from kvstore.errors import (
-    BadKey,
     BadRequest,
     BadSize,
     Draining,
@@ -23,7 +22,8 @@ from kvstore.errors import (
 )
 from kvstore.metrics import Metrics
 from kvstore.store import Session, Store
-from kvstore.types import KEY_BYTES, ChainQuery, LayoutSpec, Segment, SlotGrant
+from kvstore.types import KEY_BYTES, ChainQuery, LayoutSpec, Segment, SlotGrant, check_key
+from kvstore.wire.columns import pack_numbers, unpack_keys, unpack_numbers
 from kvstore.wire.v1 import kvstore_pb2 as pb
 from kvstore_server import limits
 from kvstore_server.calls import SERVICE_NAME, Calls, Context
@@ -118,6 +118,7 @@ class KVStoreService:
             attach_path="" if remote else self._info.attach_path,
             max_block_bytes=self._store.extent_bytes,
             max_keys=limits.MAX_KEYS,
+            max_blocks=limits.MAX_BLOCKS,
             lease_ms=self._info.lease_ms,
             reservation_ms=self._info.reservation_ms,
         )
@@ -169,8 +170,8 @@ class KVStoreService:
                 pb.Lease(
                     lease_id=grant.lease_id,
                     held=grant.held,
-                    addresses=grant.addresses,
-                    checksums=grant.checksums,
+                    addresses=pack_numbers(grant.addresses),
+                    checksums=pack_numbers(grant.checksums),
                     expires_ns=grant.expires_ns,
                     from_dram=grant.from_dram,
                 )
@@ -195,21 +196,21 @@ class KVStoreService:
     # Writing
 
     async def reserve(self, request: pb.ReserveRequest, context: Context) -> pb.ReserveResponse:
-        _check_count(request.count)
+        _check_blocks(request.count)
         grant = await self._store.reserve(
             self._session(context), request.layout_id, request.count, _wait_ms(request.wait_ms)
         )
         return pb.ReserveResponse(slots=_slots(grant))
 
     def commit(self, request: pb.CommitRequest, context: Context) -> pb.CommitResponse:
-        _check_count(request.reserve)
+        _check_blocks(request.reserve)
         answer = self._store.commit(
             self._session(context), request.layout_id, _segments(request), request.reserve
         )
-        return pb.CommitResponse(outcomes=map(_enum, answer.outcomes), slots=_slots(answer.slots))
+        return pb.CommitResponse(outcomes=bytes(answer.outcomes), slots=_slots(answer.slots))
 
     def abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:
-        _check_count(len(request.slots))
+        _check_blocks(len(request.slots))
         self._store.abort(self._session(context), request.slots)
         return pb.AbortResponse()
 
@@ -319,14 +320,14 @@ def _chains(chains: Sequence[pb.Chain]) -> list[ChainQuery]:
     """The chains of a request, once they are within bounds."""
     if len(chains) > limits.MAX_CHAINS:
         raise TooLarge(f"{len(chains)} chains in one call; at most {limits.MAX_CHAINS}")
-    _check_count(sum(len(chain.keys) * len(chain.layout_ids) for chain in chains))
+    _check_count(
+        sum(len(chain.keys) // KEY_BYTES * max(1, len(chain.layout_ids)) for chain in chains)
+    )
     queries = []
     for chain in chains:
         if not 1 <= len(chain.layout_ids) <= limits.MAX_LAYOUTS:
             raise BadRequest(f"a chain names 1 to {limits.MAX_LAYOUTS} layouts")
-        _check_count(len(chain.keys))
-        _check_keys(chain.keys)
-        queries.append(ChainQuery(chain.layout_ids, chain.keys))
+        queries.append(ChainQuery(chain.layout_ids, unpack_keys(chain.keys)))
     return queries
 
 
@@ -334,29 +335,31 @@ def _segments(request: pb.CommitRequest) -> list[Segment]:
     """The segments of a commit, once they are within bounds."""
     if len(request.segments) > limits.MAX_CHAINS:
         raise TooLarge(f"{len(request.segments)} segments; at most {limits.MAX_CHAINS}")
-    _check_count(sum(len(segment.keys) for segment in request.segments))
-    for segment in request.segments:
-        _check_keys(segment.keys)
-        if segment.parent:
-            _check_keys((segment.parent,))
-    return [Segment(s.parent, s.keys, s.slots, s.checksums) for s in request.segments]
+    _check_blocks(sum(len(segment.keys) // KEY_BYTES for segment in request.segments))
+    segments = []
+    for each in request.segments:
+        if each.parent:
+            check_key(each.parent)
+        slots, checksums = unpack_numbers(each.slots), unpack_numbers(each.checksums)
+        segments.append(Segment(each.parent, unpack_keys(each.keys), slots, checksums))
+    return segments
 
 
 def _slots(grant: SlotGrant) -> pb.Slots:
     return pb.Slots(
-        first_slot=grant.first_slot, addresses=grant.addresses, expires_ns=grant.expires_ns
+        first_slot=grant.first_slot,
+        addresses=pack_numbers(grant.addresses),
+        expires_ns=grant.expires_ns,
     )
 
 
-def _check_keys(keys: Sequence[bytes]) -> None:
-    for length in set(map(len, keys)):
-        if length != KEY_BYTES:
-            raise BadKey(f"a key is {KEY_BYTES} bytes, not {length}")
+def _check_count(count: int, most: int = limits.MAX_KEYS) -> None:
+    if count > most:
+        raise TooLarge(f"{count} items in one call; at most {most}")
 
 
-def _check_count(count: int) -> None:
-    if count > limits.MAX_KEYS:
-        raise TooLarge(f"{count} items in one call; at most {limits.MAX_KEYS}")
+def _check_blocks(count: int) -> None:
+    _check_count(count, limits.MAX_BLOCKS)
 
 
 def _wait_ms(wait_ms: int) -> int:

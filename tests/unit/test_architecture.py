@@ -66,7 +66,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "kvstore.tiers",
     ),
     "kvstore.metrics": (*BASE, "kvstore.store"),
-    "kvstore.wire": ("kvstore.wire",),
+    "kvstore.wire": ("kvstore.errors", "kvstore.types", "kvstore.wire"),
     "kvstore.client": (*BASE, "kvstore.client", "kvstore.local", "kvstore.wire"),
     "kvstore_server.__main__": ("kvstore.cli.serve",),
     "kvstore_server": (

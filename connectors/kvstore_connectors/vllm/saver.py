@@ -43,6 +43,7 @@ logger = init_logger("vllm.kvstore")
 
 MAX_QUEUED_BYTES = 2 << 30
 CHUNK_BYTES = 32 << 20
+CHUNK_BLOCKS = 1024
 """Copied and committed at a time, and reserved ahead."""
 
 IDLE_S = 1.0
@@ -94,7 +95,7 @@ class Saver:
         self._closing = False
         self.stats = ConnectorStats()
         self._max_queued_blocks = max(1, MAX_QUEUED_BYTES // blocks.block_bytes)
-        self._chunk = max(1, CHUNK_BYTES // blocks.block_bytes)
+        self._chunk = max(1, min(CHUNK_BLOCKS, CHUNK_BYTES // blocks.block_bytes))
         self._slots = SlotsAhead(self._chunk)
         self._thread = threading.Thread(target=self._run, name="kvstore-save", daemon=True)
         self._thread.start()

@@ -80,7 +80,7 @@ class GetServerInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetServerInfoResponse(_message.Message):
-    __slots__ = ("version", "epoch", "attach_path", "max_block_bytes", "max_keys", "lease_ms", "reservation_ms")
+    __slots__ = ("version", "epoch", "attach_path", "max_block_bytes", "max_keys", "lease_ms", "reservation_ms", "max_blocks")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     ATTACH_PATH_FIELD_NUMBER: _ClassVar[int]
@@ -88,6 +88,7 @@ class GetServerInfoResponse(_message.Message):
     MAX_KEYS_FIELD_NUMBER: _ClassVar[int]
     LEASE_MS_FIELD_NUMBER: _ClassVar[int]
     RESERVATION_MS_FIELD_NUMBER: _ClassVar[int]
+    MAX_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     version: str
     epoch: bytes
     attach_path: str
@@ -95,7 +96,8 @@ class GetServerInfoResponse(_message.Message):
     max_keys: int
     lease_ms: int
     reservation_ms: int
-    def __init__(self, version: _Optional[str] = ..., epoch: _Optional[bytes] = ..., attach_path: _Optional[str] = ..., max_block_bytes: _Optional[int] = ..., max_keys: _Optional[int] = ..., lease_ms: _Optional[int] = ..., reservation_ms: _Optional[int] = ...) -> None: ...
+    max_blocks: int
+    def __init__(self, version: _Optional[str] = ..., epoch: _Optional[bytes] = ..., attach_path: _Optional[str] = ..., max_block_bytes: _Optional[int] = ..., max_keys: _Optional[int] = ..., lease_ms: _Optional[int] = ..., reservation_ms: _Optional[int] = ..., max_blocks: _Optional[int] = ...) -> None: ...
 
 class OpenSessionRequest(_message.Message):
     __slots__ = ()
@@ -124,8 +126,8 @@ class Chain(_message.Message):
     LAYOUT_IDS_FIELD_NUMBER: _ClassVar[int]
     KEYS_FIELD_NUMBER: _ClassVar[int]
     layout_ids: _containers.RepeatedScalarFieldContainer[bytes]
-    keys: _containers.RepeatedScalarFieldContainer[bytes]
-    def __init__(self, layout_ids: _Optional[_Iterable[bytes]] = ..., keys: _Optional[_Iterable[bytes]] = ...) -> None: ...
+    keys: bytes
+    def __init__(self, layout_ids: _Optional[_Iterable[bytes]] = ..., keys: _Optional[bytes] = ...) -> None: ...
 
 class LookupRequest(_message.Message):
     __slots__ = ("chains",)
@@ -171,11 +173,11 @@ class Lease(_message.Message):
     FROM_DRAM_FIELD_NUMBER: _ClassVar[int]
     lease_id: int
     held: int
-    addresses: _containers.RepeatedScalarFieldContainer[int]
-    checksums: _containers.RepeatedScalarFieldContainer[int]
+    addresses: bytes
+    checksums: bytes
     expires_ns: int
     from_dram: int
-    def __init__(self, lease_id: _Optional[int] = ..., held: _Optional[int] = ..., addresses: _Optional[_Iterable[int]] = ..., checksums: _Optional[_Iterable[int]] = ..., expires_ns: _Optional[int] = ..., from_dram: _Optional[int] = ...) -> None: ...
+    def __init__(self, lease_id: _Optional[int] = ..., held: _Optional[int] = ..., addresses: _Optional[bytes] = ..., checksums: _Optional[bytes] = ..., expires_ns: _Optional[int] = ..., from_dram: _Optional[int] = ...) -> None: ...
 
 class RenewRequest(_message.Message):
     __slots__ = ("lease_ids",)
@@ -221,9 +223,9 @@ class Slots(_message.Message):
     ADDRESSES_FIELD_NUMBER: _ClassVar[int]
     EXPIRES_NS_FIELD_NUMBER: _ClassVar[int]
     first_slot: int
-    addresses: _containers.RepeatedScalarFieldContainer[int]
+    addresses: bytes
     expires_ns: int
-    def __init__(self, first_slot: _Optional[int] = ..., addresses: _Optional[_Iterable[int]] = ..., expires_ns: _Optional[int] = ...) -> None: ...
+    def __init__(self, first_slot: _Optional[int] = ..., addresses: _Optional[bytes] = ..., expires_ns: _Optional[int] = ...) -> None: ...
 
 class CommitRequest(_message.Message):
     __slots__ = ("layout_id", "segments", "reserve")
@@ -242,10 +244,10 @@ class Segment(_message.Message):
     SLOTS_FIELD_NUMBER: _ClassVar[int]
     CHECKSUMS_FIELD_NUMBER: _ClassVar[int]
     parent: bytes
-    keys: _containers.RepeatedScalarFieldContainer[bytes]
-    slots: _containers.RepeatedScalarFieldContainer[int]
-    checksums: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, parent: _Optional[bytes] = ..., keys: _Optional[_Iterable[bytes]] = ..., slots: _Optional[_Iterable[int]] = ..., checksums: _Optional[_Iterable[int]] = ...) -> None: ...
+    keys: bytes
+    slots: bytes
+    checksums: bytes
+    def __init__(self, parent: _Optional[bytes] = ..., keys: _Optional[bytes] = ..., slots: _Optional[bytes] = ..., checksums: _Optional[bytes] = ...) -> None: ...
 
 class CommitResponse(_message.Message):
     __slots__ = ("outcomes", "slots")
@@ -263,9 +265,9 @@ class CommitResponse(_message.Message):
     ABSENT: CommitResponse.Outcome
     OUTCOMES_FIELD_NUMBER: _ClassVar[int]
     SLOTS_FIELD_NUMBER: _ClassVar[int]
-    outcomes: _containers.RepeatedScalarFieldContainer[CommitResponse.Outcome]
+    outcomes: bytes
     slots: Slots
-    def __init__(self, outcomes: _Optional[_Iterable[_Union[CommitResponse.Outcome, str]]] = ..., slots: _Optional[_Union[Slots, _Mapping]] = ...) -> None: ...
+    def __init__(self, outcomes: _Optional[bytes] = ..., slots: _Optional[_Union[Slots, _Mapping]] = ...) -> None: ...
 
 class AbortRequest(_message.Message):
     __slots__ = ("slots",)

@@ -21,6 +21,7 @@ import xxhash
 
 from kvstore.clock import Clock
 from kvstore.config import Config, load_config
+from kvstore.wire.columns import pack_keys, pack_numbers, unpack_numbers
 from kvstore.wire.v1 import kvstore_pb2 as pb
 from kvstore.wire.v1.kvstore_pb2_grpc import KVStoreStub
 from kvstore_server.app import App
@@ -156,6 +157,11 @@ def key(number: int) -> bytes:
     return number.to_bytes(32, "big")
 
 
+def keys(*numbers: int) -> bytes:
+    """A column of keys."""
+    return pack_keys([key(number) for number in numbers])
+
+
 def payload(number: int, nbytes: int = BLOCK_BYTES) -> bytes:
     return (number.to_bytes(8, "big") * (nbytes // 8 + 1))[:nbytes]
 
@@ -169,7 +175,7 @@ async def reserve(
 
 
 def slot_ids(slots: Any) -> range:
-    return range(slots.first_slot, slots.first_slot + len(slots.addresses))
+    return range(slots.first_slot, slots.first_slot + len(unpack_numbers(slots.addresses)))
 
 
 def write_messages(slots: Iterable[int], *numbers: int) -> Iterator[pb.WriteRequest]:
@@ -187,9 +193,9 @@ def segment(
     """The blocks `numbers` as one chain. Without `checksums` those of their payloads."""
     sums = [xxhash.xxh3_64_intdigest(payload(number)) for number in numbers]
     return pb.Segment(
-        keys=[key(number) for number in numbers],
-        slots=slots,
-        checksums=sums if checksums is None else checksums,
+        keys=keys(*numbers),
+        slots=pack_numbers(list(slots)),
+        checksums=pack_numbers(sums if checksums is None else checksums),
     )
 
 
@@ -208,7 +214,7 @@ async def put(stub: Any, session: Metadata, layout_id: bytes, *numbers: int) -> 
 
 
 async def acquire(stub: Any, session: Metadata, layout_id: bytes, *numbers: int) -> Any:
-    chain = pb.Chain(layout_ids=[layout_id], keys=[key(number) for number in numbers])
+    chain = pb.Chain(layout_ids=[layout_id], keys=keys(*numbers))
     answer = await stub.Acquire(pb.AcquireRequest(chains=[chain], wait_ms=5000), metadata=session)
     return answer.leases[0]
 

@@ -15,8 +15,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from kvstore.clock import ManualClock
+from kvstore.wire.columns import pack_numbers
 from kvstore.wire.v1 import kvstore_pb2 as pb
-from kvstore_server.limits import MAX_CHAINS, MAX_KEYS
+from kvstore_server.limits import MAX_BLOCKS, MAX_CHAINS, MAX_KEYS
 from tests.integration.server.harness import (
     BLOCK_BYTES,
     LAYOUT,
@@ -27,6 +28,7 @@ from tests.integration.server.harness import (
     eventually,
     in_loop,
     key,
+    keys,
     payload,
     put,
     read,
@@ -105,22 +107,22 @@ async def test_bad_requests_have_their_documented_errors(tmp_path: Path) -> None
         remote_session(stub) as session,
     ):
         layout_id = await register(stub)
-        chain = pb.Chain(layout_ids=[layout_id], keys=[key(1)])
+        chain = pb.Chain(layout_ids=[layout_id], keys=key(1))
 
         def lookup(*chains: pb.Chain) -> Any:
             return stub.Lookup(pb.LookupRequest(chains=chains))
 
-        short = pb.Chain(layout_ids=[layout_id], keys=[b"short"])
+        short = pb.Chain(layout_ids=[layout_id], keys=b"short")
         assert await refused(lookup(short)) == ("BAD_KEY", Status.INVALID_ARGUMENT)
-        many = pb.Chain(layout_ids=[layout_id], keys=[key(1)] * (MAX_KEYS + 1))
+        many = pb.Chain(layout_ids=[layout_id], keys=key(1) * (MAX_KEYS + 1))
         assert await refused(lookup(many)) == ("TOO_LARGE", Status.INVALID_ARGUMENT)
-        shards = pb.Chain(layout_ids=[layout_id] * 2, keys=[key(1)] * (MAX_KEYS // 2 + 1))
+        shards = pb.Chain(layout_ids=[layout_id] * 2, keys=key(1) * (MAX_KEYS // 2 + 1))
         assert await refused(lookup(shards)) == ("TOO_LARGE", Status.INVALID_ARGUMENT)
         chains = [chain] * (MAX_CHAINS + 1)
         assert await refused(lookup(*chains)) == ("TOO_LARGE", Status.INVALID_ARGUMENT)
-        none = pb.Chain(keys=[key(1)])
+        none = pb.Chain(keys=key(1))
         assert await refused(lookup(none)) == ("BAD_REQUEST", Status.INVALID_ARGUMENT)
-        strange = pb.Chain(layout_ids=[b"x" * 16], keys=[key(1)])
+        strange = pb.Chain(layout_ids=[b"x" * 16], keys=key(1))
         assert await refused(lookup(strange)) == ("UNKNOWN_LAYOUT", Status.NOT_FOUND)
         impatient = pb.AcquireRequest(chains=[chain], wait_ms=60_001)
         assert (await refused(stub.Acquire(impatient, metadata=session)))[0] == "BAD_REQUEST"
@@ -147,28 +149,28 @@ async def test_bad_requests_to_write_have_their_documented_errors(tmp_path: Path
         assert await refused(reserve(stub, session, stranger, 1)) == unknown
         assert await refused(commit(stub, session, stranger)) == unknown
         too_large = ("TOO_LARGE", Status.INVALID_ARGUMENT)
-        assert await refused(reserve(stub, session, layout_id, MAX_KEYS + 1)) == too_large
+        assert await refused(reserve(stub, session, layout_id, MAX_BLOCKS + 1)) == too_large
         assert (await refused(reserve(stub, session, layout_id, 1, wait_ms=60_001)))[0] == (
             "BAD_REQUEST"
         )
         bad_key = ("BAD_KEY", Status.INVALID_ARGUMENT)
         for bad in (
-            pb.Segment(keys=[b"short"], slots=[0], checksums=[1]),
-            pb.Segment(parent=b"short", keys=[key(1)], slots=[0], checksums=[1]),
+            pb.Segment(keys=b"short", slots=bytes(8), checksums=bytes(8)),
+            pb.Segment(parent=b"short", keys=key(1), slots=bytes(8), checksums=bytes(8)),
             pb.Segment(parent=b"short"),
         ):
             assert await refused(commit(stub, session, layout_id, bad)) == bad_key
         many = pb.Segment(
-            keys=[key(1)] * (MAX_KEYS + 1),
-            slots=[0] * (MAX_KEYS + 1),
-            checksums=range(MAX_KEYS + 1),
+            keys=key(1) * (MAX_BLOCKS + 1),
+            slots=bytes(8 * (MAX_BLOCKS + 1)),
+            checksums=bytes(8 * (MAX_BLOCKS + 1)),
         )
         assert await refused(commit(stub, session, layout_id, many)) == too_large
         segments = [pb.Segment()] * (MAX_CHAINS + 1)
         assert await refused(commit(stub, session, layout_id, *segments)) == too_large
-        ahead = commit(stub, session, layout_id, reserve=MAX_KEYS + 1)
+        ahead = commit(stub, session, layout_id, reserve=MAX_BLOCKS + 1)
         assert await refused(ahead) == too_large
-        abort = stub.Abort(pb.AbortRequest(slots=range(MAX_KEYS + 1)), metadata=session)
+        abort = stub.Abort(pb.AbortRequest(slots=range(MAX_BLOCKS + 1)), metadata=session)
         assert await refused(abort) == too_large
         assert app.store.stats().reservations == 0
 
@@ -176,8 +178,7 @@ async def test_bad_requests_to_write_have_their_documented_errors(tmp_path: Path
 @in_loop
 async def test_an_oversized_message_is_refused_and_the_connection_goes_on(tmp_path: Path) -> None:
     async with serving(tmp_path) as app, stub_for(tcp_target(app)) as stub:
-        keys = [bytes(1 << 20)] * 17
-        request = pb.LookupRequest(chains=[pb.Chain(keys=keys)])
+        request = pb.LookupRequest(chains=[pb.Chain(keys=bytes(17 << 20))])
         assert (await refused(stub.Lookup(request)))[1] is Status.RESOURCE_EXHAUSTED
         assert (await stub.GetServerInfo(pb.GetServerInfoRequest())).max_keys == MAX_KEYS
 
@@ -320,9 +321,9 @@ async def test_a_commit_that_is_refused_publishes_nothing_and_closes_no_slot(
         await stub.Write(write_messages([a, b], 1, 2), metadata=session)
         bad_request = ("BAD_REQUEST", Status.INVALID_ARGUMENT)
         short = segment([a, b], 1, 2)
-        del short.checksums[1]
+        short.checksums = short.checksums[:8]
         unpaired = segment([a], 1)
-        unpaired.slots.append(b)
+        unpaired.slots += pack_numbers([b])
         for name, segments, answer in (
             ("named twice", [segment([a, b, a], 1, 2, 3)], bad_request),
             ("named twice, far apart", [segment([a], 1), segment([b, a], 2, 3)], bad_request),
@@ -331,7 +332,7 @@ async def test_a_commit_that_is_refused_publishes_nothing_and_closes_no_slot(
             ("more slots", [unpaired], bad_request),
             ("expired", [segment([a, late, b], 1, 3, 2)], EXPIRED),
             ("never there", [segment([a, 12345, b], 1, 3, 2)], EXPIRED),
-            ("a key cut short", [segment([a], 1), pb.Segment(keys=[b"x"], slots=[b])],
+            ("a key cut short", [segment([a], 1), pb.Segment(keys=b"x", slots=pack_numbers([b]))],
                 ("BAD_KEY", Status.INVALID_ARGUMENT)),
         ):  # fmt: skip
             call = commit(stub, session, layout_id, *segments, reserve=5)
@@ -383,9 +384,11 @@ async def test_each_block_of_a_commit_has_its_own_outcome(tmp_path: Path) -> Non
         a, b, c, d = slot_ids(await reserve(stub, session, layout_id, 4))
         await stub.Write(write_messages([a, b, c, d], 1, 2, 3, 4), metadata=session)
         mixed = pb.Segment(
-            keys=[key(n) for n in (1, 2, 3, 1, 2, 9, 4)],
-            slots=[a, b, c, 0, 0, 0, d],
-            checksums=[checksum(1), checksum(9), checksum(3), checksum(1), 5, 5, checksum(4)],
+            keys=keys(1, 2, 3, 1, 2, 9, 4),
+            slots=pack_numbers([a, b, c, 0, 0, 0, d]),
+            checksums=pack_numbers(
+                [checksum(1), checksum(9), checksum(3), checksum(1), 5, 5, checksum(4)]
+            ),
         )
         assert await outcomes(commit(stub, session, layout_id, mixed)) == [
             PRESENT, CONFLICT, STORED, PRESENT, CONFLICT, ABSENT, STORED

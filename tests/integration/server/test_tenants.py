@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import kvstore
+from kvstore.wire.columns import unpack_numbers
 from kvstore.wire.v1 import kvstore_pb2 as pb
 from tests.integration.server.harness import (
     BLOCK_BYTES,
@@ -50,7 +51,7 @@ async def test_a_tenant_does_not_see_another_ones_blocks(tmp_path: Path) -> None
     ):
         assert answer["tenant"] == "alice"
         layout_id = await register(alice)
-        chain = pb.Chain(layout_ids=[layout_id], keys=[key(1)])
+        chain = pb.Chain(layout_ids=[layout_id], keys=key(1))
         lookup = pb.LookupRequest(chains=[chain])
         assert (await refused(bob.Lookup(lookup)))[0] == "UNKNOWN_LAYOUT"
         assert await register(bob) == layout_id
@@ -144,7 +145,7 @@ async def test_garbage_over_all_that_a_client_can_map_harms_no_other_tenant(
         assert (await in_thread(vandal.ask, {"op": "directory"}))["op"] == "directory"
         directory = vandal.fds[-1]
 
-        addresses = [*lease.addresses, *slots.addresses]
+        addresses = unpack_numbers(lease.addresses + slots.addresses)
         extents = {address // MIB for address in addresses}
         mapped = set()
         # Those of the others are near: numbers are given one after the other.

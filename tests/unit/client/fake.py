@@ -32,6 +32,7 @@ from kvstore.errors import KVStoreError, NoSession, ReservationExpired, Unavaila
 from kvstore.local.arena import Arena
 from kvstore.local.copy import checksum
 from kvstore.types import ChainPresence, LayoutSpec
+from kvstore.wire.columns import pack_numbers, unpack_keys, unpack_numbers
 from kvstore.wire.v1 import kvstore_pb2 as pb
 from tests.unit.local.attach_server import sealed_memfd
 
@@ -113,7 +114,9 @@ class FakeServer:
             del self.leases[number]
 
     def GetServerInfo(self, request: Any) -> pb.GetServerInfoResponse:
-        return pb.GetServerInfoResponse(epoch=self.epoch, lease_ms=30_000, max_keys=65536)
+        return pb.GetServerInfoResponse(
+            epoch=self.epoch, lease_ms=30_000, max_keys=65536, max_blocks=4096
+        )
 
     def RegisterLayout(self, request: pb.RegisterLayoutRequest) -> pb.RegisterLayoutResponse:
         layout = request.layout
@@ -127,7 +130,7 @@ class FakeServer:
         return pb.RegisterLayoutResponse(layout_id=spec.layout_id)
 
     def Lookup(self, request: pb.LookupRequest) -> pb.LookupResponse:
-        held = [len(self._prefix(chain.keys)) for chain in request.chains]
+        held = [len(self._prefix(unpack_keys(chain.keys))) for chain in request.chains]
         return pb.LookupResponse(chains=[pb.ChainPresence(held=n, in_dram=n) for n in held])
 
     def Reserve(self, request: pb.ReserveRequest) -> pb.ReserveResponse:
@@ -139,12 +142,17 @@ class FakeServer:
         named = [
             each
             for segment in request.segments
-            for each in zip(segment.keys, segment.slots, segment.checksums, strict=True)
+            for each in zip(
+                unpack_keys(segment.keys),
+                unpack_numbers(segment.slots),
+                unpack_numbers(segment.checksums),
+                strict=True,
+            )
         ]
         for key, slot, _ in named:
             if slot and not self._is_open(slot) and key not in self.blocks:
                 raise ReservationExpired("no such slot is open")
-        outcomes = [self._commit(*each) for each in named]
+        outcomes = bytes(self._commit(*each) for each in named)
         return pb.CommitResponse(outcomes=outcomes, slots=self._grant(request.reserve))
 
     def _commit(self, key: bytes, slot: int, value: int) -> Any:
@@ -166,7 +174,7 @@ class FakeServer:
             self.slots[number] = (self._calling, address)
         expires_ns = self.clock.now_ns() + LEASE_NS
         first = numbers[0] if numbers else 0
-        return pb.Slots(first_slot=first, addresses=addresses, expires_ns=expires_ns)
+        return pb.Slots(first_slot=first, addresses=pack_numbers(addresses), expires_ns=expires_ns)
 
     def Abort(self, request: pb.AbortRequest) -> pb.AbortResponse:
         self._close(request.slots)
@@ -185,11 +193,9 @@ class FakeServer:
         response = pb.AcquireResponse()
         for chain in request.chains:
             lease = response.leases.add()
-            held = self._prefix(chain.keys)
-            for key in held:
-                address, value = self.blocks[key]
-                lease.addresses.append(address)
-                lease.checksums.append(value)
+            held = self._prefix(unpack_keys(chain.keys))
+            lease.addresses = pack_numbers([self.blocks[key][0] for key in held])
+            lease.checksums = pack_numbers([self.blocks[key][1] for key in held])
             if held:
                 lease.lease_id = self._number()
                 lease.held = len(held)
@@ -421,7 +427,7 @@ class Stream:
 
 
 def info() -> ServerInfo:
-    return ServerInfo("0", b"e1", "", 4096, 65536, 30_000, 30_000)
+    return ServerInfo("0", b"e1", "", 4096, 65536, 30_000, 30_000, 4096)
 
 
 def gone(step: Step) -> None:

@@ -23,6 +23,7 @@ from kvstore.errors import (
     Unavailable,
 )
 from kvstore.types import ChainPresence, ChainQuery, LayoutSpec, PutOutcome, Segment
+from kvstore.wire.columns import unpack_keys
 from kvstore.wire.v1 import kvstore_pb2 as pb
 from tests.unit.client.fake import Driver, FakeServer, gone, name_of, nothing
 
@@ -144,7 +145,7 @@ def test_the_blocks_of_a_put_are_one_chain_whatever_the_pieces(driver: Driver) -
         if isinstance(request, pb.CommitRequest):
             for segment in request.segments:
                 above = segment.parent
-                for name in segment.keys:
+                for name in unpack_keys(segment.keys):
                     parents[name] = above
                     above = name
 

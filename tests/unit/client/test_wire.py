@@ -14,6 +14,7 @@ from kvstore.client.failures import typed_error
 from kvstore.client.rpc import METHODS, parse_endpoint
 from kvstore.client.steps import WritePiece
 from kvstore.types import CommitOutcome, LayoutSpec, Segment, SlotGrant
+from kvstore.wire.columns import pack_numbers
 from kvstore.wire.v1 import kvstore_pb2 as pb
 
 SIZES = [0, 1, 127, 128, 16_383, 16_384, 1 << 20]
@@ -74,14 +75,19 @@ def test_every_outcome_has_its_number_on_the_wire() -> None:
 
 def test_a_links_tag_is_added_to_slots_and_taken_away_again() -> None:
     tag = 3 << 64
-    grant = wire.slot_grant(pb.Slots(first_slot=7, addresses=[0, 4096], expires_ns=9), tag)
+    grant = wire.slot_grant(
+        pb.Slots(first_slot=7, addresses=pack_numbers([0, 4096]), expires_ns=9), tag
+    )
     assert grant == SlotGrant(tag + 7, [0, 4096], 9)
     none = wire.slot_grant(pb.Slots(), tag)
     assert none == SlotGrant(0, [], 0), "no slot has the number of none"
     segment = Segment(b"p" * 32, [b"k" * 32, b"l" * 32], [tag + 7, 0], [1, (1 << 64) - 1])
     (message,) = wire.segment_messages([segment], tag)
     assert message == pb.Segment(
-        parent=segment.parent, keys=segment.keys, slots=[7, 0], checksums=segment.checksums
+        parent=segment.parent,
+        keys=b"k" * 32 + b"l" * 32,
+        slots=pack_numbers([7, 0]),
+        checksums=pack_numbers(segment.checksums),
     )
 
 
