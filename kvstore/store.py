@@ -17,7 +17,7 @@ import asyncio
 import errno
 import logging
 import secrets
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import asdict
 from functools import partial
@@ -78,6 +78,8 @@ SYNC_S = 2.0
 MAX_RUNNING = 4
 """Copies between tiers at a time; the executor should have as many threads and
 a few more for the tier's other work."""
+MAX_FORGETS = 64
+"""Batches of forgets under way beyond which chores wait."""
 LISTED_A_STEP = 1000
 """Blocks found at the start that go into the directory before others get their turn."""
 
@@ -142,7 +144,9 @@ class Store:
         self._ticked_ns = self._started_ns
         self._forgets: set[asyncio.Task[None]] = set()
         self._unsynced = False
+        self._at_chores = False
         self._draining = False
+        self._closed = False
         self._bytes = {tier: [0, 0] for tier in Tier}
         self._evictions = dict.fromkeys(Tier, 0)
 
@@ -170,7 +174,7 @@ class Store:
 
     def _take_over(self, nvme: StorageTier, layouts: list[tuple[str, LayoutSpec]]) -> None:
         extents, refused = self._planner.restore(
-            layouts, nvme.recovered_extents(), nvme.recovered_blocks()
+            layouts, nvme.recovered_extents(), self._until_closed(nvme.recovered_blocks())
         )
         for block in refused:
             assert isinstance(block, Recovered)
@@ -182,6 +186,13 @@ class Store:
                 "%d extents and %d other blocks found on NVMe do not fit; they are dropped",
                 len(extents), len(refused),
             )  # fmt: skip
+
+    def _until_closed(self, found: Iterable[Recovered]) -> Iterator[Recovered]:
+        """A start that is called off ends: nobody waits for millions of blocks."""
+        for block in found:
+            if self._closed:
+                raise Draining("the server was stopped while it started")
+            yield block
 
     async def _list_all(self) -> None:
         """List what was found, a part at a time: probes still want answers."""
@@ -204,6 +215,7 @@ class Store:
 
     async def close(self) -> None:
         """Stop working and close the tiers. Copies under way are waited for."""
+        self._closed = True
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
@@ -346,12 +358,14 @@ class Store:
 
     async def clear(self, tenant: str) -> int:
         """Blocks forgotten. What is not in use stays forgotten across a crash."""
-        blocks = self._planner.clear(tenant)
+        ticket = self._planner.clear(tenant)
         self._execute()
+        await self._wait(ticket, None)
         if self._forgets:
             await asyncio.wait(self._forgets.copy())
         await self._sync()
-        return blocks
+        assert ticket.answer is not None
+        return ticket.answer
 
     async def flush(self, tenant: str, drop: bool) -> int:
         """Blocks written. Raises `NoLowerTier`."""
@@ -448,6 +462,21 @@ class Store:
                 if not isinstance(action, Forget):
                     self._execute_one(action)
         self._count_evictions()
+        if self._planner.chores and not self._at_chores:
+            self._at_chores = True
+            self._spawn(self._do_chores())
+
+    async def _do_chores(self) -> None:
+        try:
+            while self._planner.chores:
+                # Faster than the tier forgets, chores would only fill memory.
+                while len(self._forgets) >= MAX_FORGETS:
+                    await asyncio.wait(self._forgets, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.sleep(0)
+                self._planner.chores.go_on()
+                self._execute()
+        finally:
+            self._at_chores = False
 
     def _execute_one(self, action: Action) -> None:
         match action:

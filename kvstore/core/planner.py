@@ -9,14 +9,17 @@ actions (`core.actions`). The server and the simulator run this same code.
     clients' lives    -> open_session close_session
     the tiers         -> transfer_done transfer_failed forgotten extent_failed tier_failed
     time              -> tick, give_up
+    time to spare     -> chores.go_on, for as long as there are any
 
 A call that may have to wait returns a ticket. A ticket whose `answer` is set is
 settled; any other gets an `Answer` action later, at the latest when the caller's
 patience ends and the shell calls `give_up`.
 
 The planner itself keeps sessions and passes events on: `core.leases`,
-`core.reservations` and `core.flushes` know what clients hold and wait for,
-`core.residency` knows which tier a block is in and how it moves.
+`core.reservations`, `core.flushes` and `core.clears` know what clients hold and wait for,
+`core.residency` knows which tier a block is in and how it moves. What takes longer
+the more blocks there are (a clear, a flush, the end of a tier) is a chore, done in parts
+(`core.chores`).
 """
 
 from __future__ import annotations
@@ -26,6 +29,8 @@ from itertools import count
 
 from kvstore.core.actions import Action, Answer, Copy, Publish, RememberLayout
 from kvstore.core.catalog import Block, Catalog, Layout, Replica, is_ready
+from kvstore.core.chores import Chores
+from kvstore.core.clears import Clears
 from kvstore.core.flushes import Flushes
 from kvstore.core.leases import Leases
 from kvstore.core.lifecycle import State
@@ -35,7 +40,7 @@ from kvstore.core.reservations import Reservations
 from kvstore.core.residency import Residency, StoredBlock
 from kvstore.core.sessions import Lease, Session
 from kvstore.core.space import Space, SpaceClass
-from kvstore.core.tickets import AcquireTicket, FlushTicket, ReserveTicket, Ticket
+from kvstore.core.tickets import AcquireTicket, ClearTicket, FlushTicket, ReserveTicket, Ticket
 from kvstore.core.transfers import TransferClass
 from kvstore.errors import BadRequest, NoSession, TooMany, UnknownLayout
 from kvstore.types import (
@@ -72,7 +77,9 @@ class Planner:
         ids = count(first_id)
         self.leases = Leases(self.residency, limits, self.counters, ids)
         self.reservations = Reservations(self.residency, limits, self.counters, ids)
-        self.flushes = Flushes(self.residency, max_writing=2 * limits.max_running)
+        self.chores = Chores()
+        self.clears = Clears(self.residency, self.chores)
+        self.flushes = Flushes(self.residency, self.chores, max_writing=2 * limits.max_running)
         self._sessions: dict[bytes, Session] = {}
         self._resume_saving_ns = 0
 
@@ -237,12 +244,8 @@ class Planner:
                 break
         return started
 
-    def clear(self, tenant: str) -> int:
-        """Forget a tenant's blocks, but those being written right now."""
-        blocks = [b for b in self.catalog if b.layout.tenant == tenant and b.readable]
-        for block in blocks:
-            self.residency.abandon(block)
-        return len(blocks)
+    def clear(self, tenant: str) -> ClearTicket:
+        return self.clears.clear(tenant)
 
     def flush(self, tenant: str | None, *, drop: bool) -> FlushTicket:
         return self.flushes.flush(tenant, drop=drop)
@@ -283,7 +286,7 @@ class Planner:
 
     def tier_failed(self, now_ns: int) -> None:
         """The NVMe tier is to be used no more."""
-        self.residency.switch_off_nvme()
+        self.chores.add(self.residency.switch_off_nvme())
         self.leases.answer_all(now_ns)
 
     # What is found at a start
@@ -340,8 +343,10 @@ class Planner:
             self.leases.settle(ticket, now_ns)
         elif isinstance(ticket, ReserveTicket):
             self.reservations.give_up(ticket, now_ns)
-        else:
+        elif isinstance(ticket, FlushTicket):
             self.flushes.give_up(ticket)
+        else:
+            self.clears.give_up(ticket)
 
     def check_integrity(self) -> None:
         """Every count and link agrees; raises AssertionError. O(blocks)."""

@@ -27,7 +27,8 @@ from itertools import islice
 from typing import Protocol
 
 from kvstore.core.actions import Action, CloseExtent, Copy, Forget, OpenExtent
-from kvstore.core.catalog import Block, Catalog, Layout, Replica
+from kvstore.core.catalog import Block, Catalog, Layout, Replica, is_ready
+from kvstore.core.chores import CHANGED, Chore
 from kvstore.core.lifecycle import Event, State
 from kvstore.core.policies import EvictionPolicy
 from kvstore.core.pool import Pool, Verdict
@@ -271,27 +272,12 @@ class Residency:
         """NVMe may have got something that can leave. To be called now and then."""
         self._nvme_full = False
 
-    def drop_clean(self, tenant: str | None) -> None:
-        """Drop every DRAM replica of a tenant (None: of all) that is clean and not
-        in use."""
-        for replica in list(self.dram.replicas()):
-            if (
-                replica.state is State.READY
-                and not replica.pins
-                and replica.block.nvme is not None
-                and replica.block.nvme.state is State.READY
-                and tenant in (None, replica.block.layout.tenant)
-            ):
-                self._drop_from_dram(replica)
-
-    def dirty_blocks(self, tenant: str | None) -> list[Block]:
-        """Blocks that are in DRAM only, coldest first."""
-        return [
-            replica.block
-            for dirty in self._dirty.values()
-            for replica in dirty
-            if tenant in (None, replica.block.layout.tenant)
-        ]
+    def drop_if_clean(self, replica: Replica) -> bool:
+        """Drop a DRAM replica if it is also on NVMe and not in use."""
+        if is_ready(replica) and not replica.pins and is_ready(replica.block.nvme):
+            self._drop_from_dram(replica)
+            return True
+        return False
 
     def abandon(self, block: Block) -> None:
         """Forget a block in every tier. What is in use or on its way goes when that
@@ -331,13 +317,15 @@ class Residency:
             replica.apply(Event.LEFT)
             self._pool(replica).vacate(replica)
 
-    def switch_off_nvme(self) -> None:
-        """The tier failed. What is only there is gone; nothing goes there any more."""
+    def switch_off_nvme(self) -> Chore:
+        """The tier failed. Nothing goes there any more; what is only there goes from
+        the catalog, and until then is not found by who tries to read it."""
         if not self.nvme_on:
             return
         self.nvme_on = False
+        self._dirty.clear()
         assert self.nvme is not None
-        for replica in list(self.nvme.replicas()):
+        for replica in self.nvme.space.residents():
             block = replica.block
             if replica.state is State.READY:
                 self._unlisted(replica)
@@ -347,7 +335,7 @@ class Residency:
             elif replica.state is State.FILLING:
                 block.nvme = None
                 self._stop_filling(replica)
-        self._dirty.clear()
+            yield CHANGED
 
     # Room
 

@@ -137,12 +137,13 @@ class Space:
         extent = self._extents.get(number)
         return [] if extent is None else [r for r in extent.residents if r is not None]
 
-    def residents(self, *, backwards: bool = False) -> Iterator[Replica]:
-        """Everybody, by address. The space may change meanwhile: who comes or goes is
-        then met or not."""
+    def residents(self, *, owner: str | None = None, backwards: bool = False) -> Iterator[Replica]:
+        """Everybody (in the extents of one owner), by address. The space may change
+        meanwhile: who comes or goes is then met or not."""
         for number in sorted(self._extents, reverse=backwards):
-            residents = self.residents_of(number)
-            yield from reversed(residents) if backwards else residents
+            if owner is None or self.owner_of(number) == owner:
+                residents = self.residents_of(number)
+                yield from reversed(residents) if backwards else residents
 
     def open_extent(self, space_class: SpaceClass) -> int | None:
         """Give the class one more extent: its number, or None when none is spare."""

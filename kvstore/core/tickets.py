@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from kvstore.core.catalog import Block, Layout, Replica
+from kvstore.core.catalog import Layout, Replica
 from kvstore.core.sessions import Session
 from kvstore.types import LeaseGrant, SlotGrant
 
@@ -60,14 +60,23 @@ class ReserveTicket:
 
 @dataclass(eq=False, slots=True)
 class FlushTicket:
-    """`queue`: blocks still to be written; `writing`: their replicas on the way."""
+    """`queue`: what is still to be written, by its place in DRAM; all of it once
+    `searched`. `writing`: what is on its way to NVMe."""
 
     tenant: str | None
     drop: bool
-    queue: deque[Block] = field(default_factory=deque)
+    searched: bool = False
+    queue: deque[Replica] = field(default_factory=deque)
     writing: set[Replica] = field(default_factory=set)
     written: int = 0
     answer: int | None = None
 
 
-Ticket = AcquireTicket | ReserveTicket | FlushTicket
+@dataclass(eq=False, slots=True)
+class ClearTicket:
+    tenant: str
+    forgotten: int = 0
+    answer: int | None = None
+
+
+Ticket = AcquireTicket | ReserveTicket | FlushTicket | ClearTicket

@@ -11,12 +11,14 @@ from __future__ import annotations
 import random
 
 from kvstore.core.actions import Answer, CloseExtent, Copy, Forget, OpenExtent
+from kvstore.core.catalog import Block
+from kvstore.core.chores import CHANGED
 from kvstore.core.lifecycle import State
 from kvstore.core.limits import Limits
 from kvstore.core.planner import Planner
 from kvstore.core.sessions import Session
 from kvstore.core.space import Space
-from kvstore.core.tickets import AcquireTicket, ReserveTicket, Ticket
+from kvstore.core.tickets import AcquireTicket, ClearTicket, ReserveTicket, Ticket
 from kvstore.types import (
     ALIGNMENT,
     ChainQuery,
@@ -81,8 +83,18 @@ class Shell:
         self.copies: list[Copy] = []
         self.forgets: list[Forget] = []
         self.answered: list[Ticket] = []
+        self.chores_by_hand = False
 
     def run(self) -> None:
+        self._carry_out()
+        while self.planner.chores and not self.chores_by_hand:
+            self.do_chores()
+
+    def do_chores(self) -> None:
+        self.planner.chores.go_on()
+        self._carry_out()
+
+    def _carry_out(self) -> None:
         while actions := self.planner.take_actions():
             for action in actions:
                 match action:
@@ -226,6 +238,10 @@ class RandomLife:
         rng = self.rng
         nvme_slots = rng.choice([0, 8, 32, 64])
         self.shell = Shell(make_planner(rng.choice([8, 16, 32]), nvme_slots))
+        # Parts of one to a dozen blocks, so that anything may happen in between.
+        self.shell.chores_by_hand = True
+        self.shell.planner.chores.part = rng.choice([CHANGED, 12 * CHANGED])
+        self.clears: list[tuple[ClearTicket, list[Block]]] = []
         self.nvme = bool(nvme_slots)
         self.tenants = ["a", "b"]
         self.layouts: dict[str, list[bytes]] = {
@@ -249,7 +265,7 @@ class RandomLife:
             self.connect, self.reserve, self.reserve, self.write_commit, self.write_commit,
             self.acquire, self.acquire, self.read, self.read, self.end_copy, self.end_copy,
             self.end_forget, self.tick, self.disconnect, self.clear, self.abort, self.prefetch,
-            self.flush, self.patience,
+            self.flush, self.patience, self.do_chores, self.lose_nvme,
         ]  # fmt: skip
         self.rng.choice(moves)()
         self.shell.run()
@@ -373,7 +389,7 @@ class RandomLife:
         if self.shell.copies:
             index = self.rng.randrange(len(self.shell.copies))
             luck = self.rng.random()
-            if luck < 0.05:
+            if luck < 0.05 or not self.nvme:
                 self.shell.end_copy(index, fail=True)
             elif luck < 0.08 and self.shell.copies[index].target.tier is Tier.NVME:
                 self.shell.end_copy(index, full=True)
@@ -391,7 +407,22 @@ class RandomLife:
 
     def clear(self) -> None:
         if self.rng.random() < 0.05:
-            self.shell.planner.clear(self.rng.choice(self.tenants))
+            tenant = self.rng.choice(self.tenants)
+            there = [b for b in self.shell.planner.catalog if b.layout.tenant == tenant]
+            self.clears.append((self.shell.planner.clear(tenant), there))
+        for ticket, there in self.clears:
+            if ticket.answer is not None:
+                found = [block for block in there if self.shell.planner.catalog.contains(block)]
+                assert not found, "a clear is answered and its blocks are found"
+        self.clears = [c for c in self.clears if c[0].answer is None]
+
+    def do_chores(self) -> None:
+        self.shell.do_chores()
+
+    def lose_nvme(self) -> None:
+        if self.nvme and self.rng.random() < 0.005:
+            self.nvme = False
+            self.shell.planner.tier_failed(self.shell.now_ns)
 
     def prefetch(self) -> None:
         tenant = self.rng.choice(self.tenants)
@@ -411,8 +442,14 @@ class RandomLife:
         if waiting:
             self.shell.planner.give_up(self.rng.choice(waiting), self.shell.now_ns)
 
+    def forget(self) -> None:
+        """Let go of what the test itself remembers."""
+        for memory in (self.reading, self.writing, self.clears, self.shell.answered):
+            memory.clear()
+
     def wind_down(self) -> None:
         """All clients leave and everything ends: nothing may be left behind."""
+        self.shell.chores_by_hand = False
         for session in list(self.sessions):
             self.shell.planner.close_session(session)
         self.shell.run()

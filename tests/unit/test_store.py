@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 import sys
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -23,8 +24,10 @@ from kvstore.errors import (
     TierFailed,
     TierFull,
 )
+from kvstore.local.directory import DirectoryReader
+from kvstore.naming import namer
 from kvstore.store import Session, Store
-from kvstore.tiers.base import BlockHeader
+from kvstore.tiers.base import BlockHeader, Recovered
 from kvstore.tiers.memory import HeapMemory, HeapStorage
 from kvstore.types import ChainPresence, ChainQuery, LayoutSpec, LeaseGrant, Segment
 
@@ -360,3 +363,92 @@ def test_the_host_clock_is_one_for_all_processes() -> None:
     code = "from kvstore.clock import MonotonicClock; print(MonotonicClock().now_ns())"
     there = int(subprocess.check_output([sys.executable, "-c", code]))
     assert here < there < MonotonicClock().now_ns()
+
+
+def test_a_clear_lets_other_calls_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvstore.core.chores.PART", 1)
+
+    async def body(rig: Rig) -> None:
+        ours, theirs = rig.session("a"), rig.session("b")
+        await rig.put(ours, chain(1, 40))
+        await rig.put(theirs, chain(2, 2))
+        clearing = asyncio.create_task(rig.store.clear("a"))
+        served = 0
+        while not clearing.done():
+            grant = await rig.acquire(theirs, chain(2, 2))
+            rig.store.release(theirs, [grant.lease_id])
+            served += grant.held == 2
+            await asyncio.sleep(0)
+        assert await clearing == 40
+        assert served >= 10
+        assert rig.presence(ours, chain(1, 40)).held == 0
+
+    run(Rig(), body)
+
+
+def test_what_was_cleared_stays_so_after_a_restart() -> None:
+    rig = Rig(nvme_slots=256)
+
+    async def before(rig: Rig) -> None:
+        session = rig.session()
+        await rig.put(session, chain(1, 100))
+        await rig.store.flush("t", False)
+        assert await rig.store.clear("t") == 100
+
+    run(rig, before)
+    rig.dram = HeapMemory(EXTENT, 16 * SLOT)
+    rig.store = rig.make_store()
+
+    async def after(rig: Rig) -> None:
+        assert rig.presence(rig.session(), chain(1, 100)).held == 0
+
+    run(rig, after)
+
+
+def test_a_start_that_is_called_off_ends_before_all_blocks_are_read() -> None:
+    read = 0
+
+    class Endless(HeapStorage):
+        def recovered_blocks(self) -> Iterator[Recovered]:
+            nonlocal read
+            while True:
+                read += 1
+                yield Recovered(BlockHeader(b"k" * 16, b"", b"l" * 16, "t", 1, 1), 0)
+
+    async def main() -> None:
+        rig = Rig(nvme_slots=0)
+        rig.nvme = Endless(4 * EXTENT, EXTENT)  # type: ignore[assignment]
+        rig.store = rig.make_store()
+        starting = asyncio.create_task(rig.store.start())
+        await until(lambda: read > 10)
+        starting.cancel()
+        await asyncio.gather(starting, return_exceptions=True)
+        await asyncio.wait_for(rig.store.close(), 10)
+
+    asyncio.run(main())
+
+
+def test_everything_found_at_a_start_is_in_the_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than go in at once, and more than the first table takes."""
+    monkeypatch.setattr("kvstore.store.LISTED_A_STEP", 7)
+    monkeypatch.setattr("kvstore.listing.MIN_SLOTS", 64)
+    monkeypatch.setattr("kvstore.listing.PAGES_A_STEP", 1)
+    rig = Rig(nvme_slots=256)
+
+    async def before(rig: Rig) -> None:
+        session = rig.session()
+        await rig.put(session, chain(1, 200))
+        await rig.store.flush("t", False)
+
+    run(rig, before)
+    rig.dram = HeapMemory(EXTENT, 16 * SLOT)
+    rig.store = rig.make_store()
+
+    async def after(rig: Rig) -> None:
+        session = rig.session()
+        layout_id = rig.store.register_layout("t", SPEC)
+        table = DirectoryReader(os.dup(rig.store.directory_fd()))
+        name = namer(rig.store.tenant_secret(session), layout_id)
+        assert table.prefix([name], chain(1, 200)) == (200, 0)
+
+    run(rig, after)

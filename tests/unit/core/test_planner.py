@@ -476,7 +476,7 @@ def test_a_cleared_block_stays_readable_for_who_holds_it(shell: Shell) -> None:
     client, lid = shell.session(1), a_layout(shell)
     shell.put(client, lid, [key(1)])
     grant = shell.acquire(client, [lid], [key(1)]).answer[0]  # type: ignore[index]
-    assert shell.planner.clear("t") == 1
+    assert shell.planner.clear("t").answer == 1
     assert shell.held(client, lid, [key(1)]) == 0
     assert shell.put(client, lid, [key(1)], value="new") == [STORED]
     assert shell.memory[Tier.DRAM][grant.addresses[0]] == ("t", lid, key(1))
