@@ -18,7 +18,7 @@ MAX_FIRST_SLOTS = 1 << 22
 ASSUMED_BLOCK_BYTES = 256 << 10
 """For the first table's size. Memory of a table that is not used is not occupied."""
 PAGES_A_STEP = 32
-"""Copied to a larger table before other work gets its turn: about 1,000 blocks."""
+"""Copied to a larger table before other work gets its turn: about 600 blocks."""
 
 
 class Listing:

@@ -14,11 +14,12 @@ number. Stored keys are outputs of a keyed hash, so q needs no further hashing:
 Every 64 words are a page, and every page is a hash table of its own: linear probing
 (Knuth, TAOCP vol. 3, 6.4) that goes on at the page's begin when it comes to its end.
 A word of 0 is free and ends a search. So whatever keys a tenant finds by trying (it
-knows its own secret), a search, a listing and a removal are over after one page; a
-block whose page is full is not listed, and lookups miss it. Of a table that is as full
-as it may get that happens to less than one block in a million by chance. With n
-blocks made for it a tenant can fill n / 64 pages, and thereby hide that share of all
-blocks from lookups; from acquires it can hide nothing.
+knows its own secret), a search and a listing look at one page at most, a removal goes
+round it a few times, and names of its own that agree in 62 bits count as one. A block
+whose page is full is not listed, and lookups miss it. By chance that does not
+happen: at the greatest load 19 words of a page are in use, give or take four. A tenant
+that has n blocks with keys made for it can fill n / 64 pages, and hide what belongs
+there from lookups; from acquires it can hide nothing.
 
 The memory model. There are no locks, and no order is assumed between the writer's
 stores and a reader's loads. An aligned word is one store and one load on every
@@ -80,7 +81,8 @@ SUPERSEDED = -(1 << 62)
 CLOSED = -(1 << 61)
 
 MAX_LOAD = 0.3
-"""Share of words in use beyond which a table should be replaced."""
+"""Share of words in use beyond which a table should be replaced. A lookup of a partly held
+chain takes 10 to 20 % longer at 0.5 than at 0.25."""
 
 _HEADER = struct.Struct("<8sQ8s")
 _BEAT_WORD = 64
