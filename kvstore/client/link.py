@@ -154,13 +154,13 @@ class Counters:
         with self._lock:
             self.rpcs += 1
 
-    def count_corrupt(self) -> None:
+    def count_corrupt(self, blocks: int = 1) -> None:
         with self._lock:
-            self.corrupt += 1
+            self.corrupt += blocks
 
-    def count_expired(self) -> None:
+    def count_expired(self, blocks: int = 1) -> None:
         with self._lock:
-            self.expired += 1
+            self.expired += blocks
 
     def count_connect(self) -> None:
         with self._lock:

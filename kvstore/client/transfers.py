@@ -228,10 +228,9 @@ class _Put:
         def copy_in() -> list[int]:
             link.hold()
             try:
-                return [
-                    copy.copy_checked(arena.view(address, source.nbytes, writable=True), source)
-                    for address, source in zip(addresses, sources, strict=True)
-                ]
+                nbytes = self._layout.block_bytes
+                views = [arena.view(address, nbytes, writable=True) for address in addresses]
+                return copy.copy_many(views, sources)
             finally:
                 link.let_go()
 
@@ -275,7 +274,7 @@ class _Put:
 
 
 def _checksums(sources: Sequence[memoryview]) -> Work:
-    return Work(lambda: list(map(copy.checksum, sources)))
+    return Work(lambda: copy.checksum_many(sources))
 
 
 def _pieces(slots: Iterator[int], sources: Sequence[memoryview]) -> Iterator[WritePiece]:
@@ -371,23 +370,35 @@ class _Get:
         """The blocks of one grant."""
         if link.arena is None:
             return (yield from self._read_remote(link, grant, targets))
-        got: list[Got] = yield Work(
-            lambda: [
-                read_local(
-                    self._core,
-                    link,
-                    address,
-                    self._layout.block_bytes,
-                    checksum,
-                    grant.expires_ns,
-                    target,
-                )
-                for address, checksum, target in zip(
-                    grant.addresses, grant.checksums, targets, strict=True
-                )
-            ]
-        )
+        got: list[Got] = yield Work(lambda: self._read_local(link, grant, targets))
         return got
+
+    def _read_local(
+        self, link: Link, grant: LeaseGrant, targets: Sequence[memoryview | None]
+    ) -> list[Got]:
+        core, nbytes = self._core, self._layout.block_bytes
+        wanted = [target for target in targets if target is not None]
+        got: Sequence[bytes | memoryview]
+        link.hold()
+        try:
+            view = local_arena(link).view
+            slots = [view(address, nbytes, writable=False) for address in grant.addresses]
+            if wanted:
+                got = wanted
+                arrived = copy.copy_many(wanted, slots)
+            else:
+                got = list(map(bytes, slots))
+                arrived = copy.checksum_many(got)
+        finally:
+            link.let_go()
+        if core.clock.now_ns() >= grant.expires_ns:
+            core.counters.count_expired(len(got))
+            return [None] * len(got)
+        if arrived == grant.checksums:
+            return list(got)
+        right = [a == b for a, b in zip(arrived, grant.checksums, strict=True)]
+        core.counters.count_corrupt(right.count(False))
+        return [block if ok else None for block, ok in zip(got, right, strict=True)]
 
     def _read_remote(
         self, link: Link, grant: LeaseGrant, targets: Sequence[memoryview | None]
@@ -462,46 +473,22 @@ def read_lease(core: Core, lease: LeaseBase, index: int) -> Flow[bytes | None]:
         address = lease.addresses[index]
 
         def copy_out() -> Got:
-            # With the lease's end at the time of the check: it may be renewed meanwhile.
-            got = read_local(core, link, address, nbytes, checksum, 0, None)
+            link.hold()
+            try:
+                got = bytes(local_arena(link).view(address, nbytes, writable=False))
+            finally:
+                link.let_go()
+            # With the lease's end as it is now: it may be renewed meanwhile.
             lease._check_current()
+            if copy.checksum(got) != checksum:
+                core.counters.count_corrupt()
+                return None
             return got
 
         got = yield Work(copy_out)
     if got is None:
         return None
     return bytes(got)
-
-
-def read_local(
-    core: Core,
-    link: Link,
-    address: int,
-    nbytes: int,
-    checksum: int,
-    expires_ns: int,
-    target: memoryview | None,
-) -> Got:
-    """Copy a block out of the arena. An `expires_ns` of 0 leaves the check to the caller."""
-    link.hold()
-    try:
-        slot = local_arena(link).view(address, nbytes, writable=False)
-        got: bytes | memoryview
-        if target is None:
-            got = bytes(slot)
-            actual = copy.checksum(got)
-        else:
-            got = target
-            actual = copy.copy_checked(target, slot)
-    finally:
-        link.let_go()
-    if expires_ns and core.clock.now_ns() >= expires_ns:
-        core.counters.count_expired()
-        return None
-    if actual != checksum:
-        core.counters.count_corrupt()
-        return None
-    return got
 
 
 def read_remote(

@@ -67,7 +67,7 @@ def copy_many(destinations: Sequence[memoryview], sources: Sequence[memoryview])
     return arrived
 
 
-def checksum_many(datas: Sequence[memoryview]) -> list[int]:
+def checksum_many(datas: Sequence[memoryview | bytes]) -> list[int]:
     """The XXH3-64 of each of many buffers of one length, on several cores."""
     sums = [0] * len(datas)
 
@@ -78,9 +78,9 @@ def checksum_many(datas: Sequence[memoryview]) -> list[int]:
     return sums
 
 
-def _share(work: crew.Work, blocks: Sequence[memoryview]) -> None:
+def _share(work: crew.Work, blocks: Sequence[memoryview | bytes]) -> None:
     count = len(blocks)
-    if count and blocks[0].nbytes > GIL_FREE_BYTES:
-        crew.share(work, count, max(1, PART_BYTES // blocks[0].nbytes))
+    if count and (nbytes := memoryview(blocks[0]).nbytes) > GIL_FREE_BYTES:
+        crew.share(work, count, max(1, PART_BYTES // nbytes))
     else:
         work(0, count)
