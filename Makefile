@@ -1,17 +1,18 @@
 # `make demo` and `make test` set up what they need. Nothing is installed outside
-# .venv and .venv-wire, and a set-up that is done is not done again until what it
-# was made from changes.
+# .venv, .venv-wire and .venv-peers, and a set-up that is done is not done again
+# until what it was made from changes.
 
 PYTHON ?= python3
 VENV := .venv
 WIRE_VENV := .venv-wire
+PEERS := .venv-peers
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := -m pip --disable-pip-version-check --quiet
 PROTOS := $(wildcard proto/kvstore/wire/v1/*.proto)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test soak lint proto wire-tools lock bench-local bench-vllm clean
+.PHONY: help demo test soak lint proto wire-tools lock bench-local bench-peers bench-vllm clean
 
 help:
 	@echo "make demo         set up, then show a real vLLM served from DRAM and NVMe"
@@ -19,6 +20,7 @@ help:
 	@echo "make soak         the longer proofs"
 	@echo "make lint         ruff and mypy alone"
 	@echo "make bench-local  put, get and lookup against memcpy and O_DIRECT"
+	@echo "make bench-peers  set up Mooncake Store and LMCache for 'kvstore bench local --peers'"
 	@echo "make bench-vllm   time to first token with and without the store"
 	@echo "make proto        generate kvstore/wire/v1 from proto/"
 	@echo "make lock         write requirements/*.txt from what is installed in .venv"
@@ -41,6 +43,8 @@ lint: $(READY)-dev
 bench-local: $(READY)-run
 	$(BIN)/kvstore bench local $(ARGS)
 
+bench-peers: $(PEERS)/.ready
+
 bench-vllm: $(READY)-run
 	$(BIN)/kvstore bench vllm $(ARGS)
 
@@ -54,7 +58,7 @@ lock: $(READY)-dev
 wire-tools: $(WIRE_VENV)/.ready
 
 clean:
-	rm -rf $(VENV) $(WIRE_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
+	rm -rf $(VENV) $(WIRE_VENV) $(PEERS) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
 
 # Without --no-compile half of the time would go into compiling modules that
 # nothing here imports; the others are compiled when they are first used.
@@ -87,3 +91,7 @@ $(WIRE_VENV)/.ready: requirements/wire.txt | $(BIN)/python
 	$(BIN)/python -m venv $(WIRE_VENV)
 	$(WIRE_VENV)/bin/python $(PIP) install --no-deps -r requirements/wire.txt
 	@touch $@
+
+# It makes the stamp itself, and only where every peer is there.
+$(PEERS)/.ready: requirements/peers.py requirements/torch.txt $(wildcard requirements/peers-*.txt) | $(BIN)/python
+	$(BIN)/python requirements/peers.py $(PEERS)

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from kvstore_benchmarks.end_to_end.model import BLOCK_TOKENS
-from kvstore_benchmarks.end_to_end.pipe import ChildFailed, Pipe
+from kvstore_benchmarks.pipe import ChildFailed, Pipe
 
 START_TIMEOUT_S = 180.0
 CALL_TIMEOUT_S = 120.0

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from kvstore_benchmarks.end_to_end.pipe import ChildFailed, Pipe
+from kvstore_benchmarks.pipe import ChildFailed, Pipe
 
 ECHO = "import sys\nfor line in sys.stdin: print(line, end='', flush=True)"
 
@@ -39,7 +39,7 @@ def test_a_child_that_hangs_is_given_up() -> None:
 
 
 def test_a_child_that_will_not_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvstore_benchmarks.end_to_end.pipe.STOP_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("kvstore_benchmarks.pipe.STOP_TIMEOUT_S", 0.2)
     child = pipe("import time; print('{}', flush=True); time.sleep(60)")
     child.receive(10)
     started = time.monotonic()
