@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 
 from kvstore.core.actions import Answer
-from kvstore.core.catalog import Block, Catalog, Layout, Replica
+from kvstore.core.catalog import Block, Catalog, Layout, Replica, is_ready
 from kvstore.core.lifecycle import Event
 from kvstore.core.limits import Counters, Limits
 from kvstore.core.residency import Residency
@@ -184,7 +184,7 @@ class Reservations:
             outcomes[index] = self._commit_one(
                 replica, names[index], parents[index], segment.checksums[index]
             )
-        self._touch_ancestors(parent)
+        self._touch_ancestors(layout, parent)
         return outcomes
 
     def _close(self, session: Session, slot_id: int) -> Replica | None:
@@ -217,14 +217,19 @@ class Reservations:
         self._counters.committed_blocks += 1
         return CommitOutcome.STORED
 
-    def _touch_ancestors(self, parent: bytes) -> None:
+    def _touch_ancestors(self, layout: Layout, parent: bytes) -> None:
+        in_dram: dict[Replica, None] = {}
         # Bounded, because parents are what clients say they are, and could be a ring.
         for _ in range(MAX_ANCESTORS):
             block = self._catalog.get(parent)
             if block is None:
-                return
-            self._residency.touch(block)
+                break
+            if is_ready(block.dram):
+                in_dram[block.dram] = None
+            else:
+                self._residency.touch(block)
             parent = block.parent
+        self._residency.touch_run(layout, list(in_dram))
 
     # Ending
 
