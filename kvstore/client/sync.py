@@ -55,7 +55,7 @@ class Client:
 
     Every method raises `Unavailable` rather than wait longer than `timeout_s` for
     a server that is gone or hangs; `put_many` and `get_many` allow it for each
-    piece of at most 16 MiB. When the server was restarted the client finds it
+    piece of at most 32 MiB. When the server was restarted the client finds it
     again by itself: leases and reservations of before raise `LeaseExpired` and
     `ReservationExpired`, everything else goes on.
 

@@ -48,8 +48,8 @@ from kvstore.wire.v1 import kvstore_pb2 as pb
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-PIECE_BYTES = 16 << 20
-PIECE_BLOCKS = 256
+PIECE_BYTES = 32 << 20
+PIECE_BLOCKS = 512
 ASKED_AT_ONCE = 4096
 """Blocks of which one call asks whether they are there."""
 GET_WAIT_MS = 1000

@@ -14,6 +14,10 @@ from kvstore.errors import BadRequest, KVStoreError, Unavailable
 from kvstore.types import SESSION_ID_BYTES
 from kvstore.wire.v1 import kvstore_pb2 as pb
 
+_GRACE_S = 1.0
+"""How much longer than gRPC's own end of a call to wait for it. An interrupt can come
+at a moment in which it leaves gRPC's thread blocked, and then that end never comes."""
+
 
 class SyncTransport:
     """One channel. Safe to use from several threads, not after a fork."""
@@ -150,11 +154,13 @@ class Begun:
 
     def _response(self) -> Any:
         try:
-            return self._future.result()
+            return self._future.result(self._step.timeout_s + _GRACE_S)
         except grpc.RpcError as error:
             raise _typed(self._step.method, error) from error
         except grpc.FutureCancelledError:
             raise Unavailable(f"{self._step.method}: the client was closed") from None
+        except grpc.FutureTimeoutError:
+            raise Unavailable(f"{self._step.method}: no answer in time") from None
 
 
 class _Stream:
