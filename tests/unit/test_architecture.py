@@ -96,6 +96,7 @@ GPU_ALLOWED = (
     "kvstore.tiers.vram",
     "kvstore_connectors.vllm",
     "kvstore_benchmarks.end_to_end",
+    "kvstore_benchmarks.peers.lmcache",
 )
 
 CLIENT_LIBRARIES = {"grpc", "google", "msgspec", "numpy", "typing_extensions", "xxhash"}
@@ -106,7 +107,12 @@ UNSAFE_MODULES = {"pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle
 UNSAFE_NAMES = {"eval", "exec", "compile", "__import__"}
 UNSAFE_ATTRIBUTES = {("torch", "load"), ("torch", "save"), ("numpy", "load"), ("np", "load")}
 
-ENVIRONMENT_READERS = ("kvstore.config", "kvstore_connectors.vllm", "kvstore_benchmarks.end_to_end")
+ENVIRONMENT_READERS = (
+    "kvstore.config",
+    "kvstore_connectors.vllm",
+    "kvstore_benchmarks.end_to_end",
+    "kvstore_benchmarks.pipe",
+)
 
 
 class Import(NamedTuple):

@@ -7,7 +7,6 @@ benchmark's: the others go on.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -151,16 +150,7 @@ def start(kind: Kind, folder: Path = FOLDER) -> Peer:
     package = Path(kvstore_benchmarks.__file__).parent
     command = [str(home / "bin" / "python"), "-P", "-c", _RUN, str(package.parent)]
     command += [f"{package.name}.peers.{kind.module}", *kind.arguments]
-    return Peer(kind, command, _environment(kind.environment | state["environment"]))
-
-
-def _environment(wanted: Mapping[str, str]) -> dict[str, str]:
-    """`wanted`, with this process's own library path behind the peer's."""
-    own = os.environ.get("LD_LIBRARY_PATH")
-    path = wanted.get("LD_LIBRARY_PATH")
-    if not (own and path):
-        return dict(wanted)
-    return {**wanted, "LD_LIBRARY_PATH": f"{path}{os.pathsep}{own}"}
+    return Peer(kind, command, {**kind.environment, **state["environment"]})
 
 
 def _asked(said: dict[str, Any]) -> Asked:
