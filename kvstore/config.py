@@ -57,6 +57,8 @@ class StoreConfig:
     """A session."""
     max_layouts: int = 1024
     """A tenant."""
+    max_blocks: int = 10_000_000
+    """A tier."""
     eviction: str = "lru"
 
 
@@ -323,6 +325,7 @@ def store_config(config: Config, machine: Machine | None = None) -> StoreConfig:
         max_sessions=config.server.max_sessions,
         max_leases=config.server.max_leases,
         max_reservations=config.server.max_reservations,
+        max_blocks=config.server.max_blocks,
         eviction=config.policy.eviction,
     )
 

@@ -70,6 +70,15 @@ class Server(Section, frozen=True):
     max_reservations: Annotated[
         int, Meta(ge=1, le=1 << 20, description="Reservations a session may hold.")
     ] = 256
+    max_blocks: Annotated[
+        int,
+        Meta(
+            ge=1_000_000,
+            le=100_000_000,
+            description="Blocks a tier may hold, if its capacity does not end first. Each takes "
+            "about 400 bytes of the server's own memory, and those on disk time at a start.",
+        ),
+    ] = 10_000_000
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], Meta(description="Least level logged.")
     ] = "info"

@@ -127,8 +127,15 @@ class Store:
             ),
             tenant_key=tenant_key,
             eviction=config.eviction,
-            dram=Space(dram.usable_bytes, dram.extent_bytes, first_extent=1 + secrets.randbits(30)),
-            nvme=None if nvme is None else Space(nvme.usable_bytes, nvme.extent_bytes),
+            dram=Space(
+                dram.usable_bytes,
+                dram.extent_bytes,
+                max_slots=config.max_blocks,
+                first_extent=1 + secrets.randbits(30),
+            ),
+            nvme=None
+            if nvme is None
+            else Space(nvme.usable_bytes, nvme.extent_bytes, max_slots=config.max_blocks),
             nvme_slot_bytes=None if nvme is None else nvme.slot_bytes,
             first_id=1 + secrets.randbits(48),
         )
@@ -504,7 +511,23 @@ class Store:
                 if self._listing.needs_growth:
                     self._grow_listing()
             case RememberLayout(layout):
+                self._note_limit(layout)
                 self._spawn(self._remember(layout))
+
+    def _note_limit(self, layout: Layout) -> None:
+        residency = self._planner.residency
+        for pool, space_class in (
+            (residency.dram, layout.dram_class),
+            (residency.nvme, layout.nvme_class),
+        ):
+            if pool is None or space_class is None:
+                continue
+            room = pool.space.capacity_bytes // space_class.slot_bytes
+            if room > pool.space.max_slots:
+                log.warning(
+                    "%s has room for %d blocks of %d bytes, but server.max_blocks allows %d",
+                    pool.tier.label, room, layout.block_bytes, pool.space.max_slots,
+                )  # fmt: skip
 
     def _grow_listing(self) -> asyncio.Task[None] | None:
         try:

@@ -393,15 +393,15 @@ class Residency:
     def _grow(self, pool: Pool, space_class: SpaceClass) -> bool:
         """One more extent for the class, if one is spare or empty."""
         space = pool.space
-        if not space.spare_extents:
-            empty = space.empty_extent(but=space_class)
+        number = space.open_extent(space_class)
+        if number is None:
+            empty = space.empty_extent(space_class)
             if empty is None:
                 return False
             space.close_extent(empty)
             self.actions.append(CloseExtent(pool.tier, empty))
-        number = space.open_extent(space_class)
-        if number is None:
-            return False
+            number = space.open_extent(space_class)
+            assert number is not None
         self.actions.append(OpenExtent(pool.tier, number, space_class.slot_bytes))
         return True
 
@@ -421,9 +421,10 @@ class Residency:
                 return True
             if self._emptying is not None:
                 return False
-        donor = max(
-            (c for c in space.classes() if c != space_class), key=space.extents_of, default=None
-        )
+        donors = [
+            c for c in space.classes() if c != space_class and space.may_replace(c, space_class)
+        ]
+        donor = max(donors, key=space.extents_of, default=None)
         if donor is None:
             return False
         tried: set[int] = set()

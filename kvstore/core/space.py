@@ -57,13 +57,23 @@ class Extent:
 class Space:
     """Reserves and frees slots. Knows who is in each; the bytes are elsewhere."""
 
-    def __init__(self, capacity_bytes: int, extent_bytes: int, first_extent: int = 1) -> None:
-        """`first_extent`: the number of the first extent to be opened. One that differs
+    def __init__(
+        self,
+        capacity_bytes: int,
+        extent_bytes: int,
+        *,
+        max_slots: int | None = None,
+        first_extent: int = 1,
+    ) -> None:
+        """`max_slots`: the most that extents may be cut into, of all sizes together.
+        `first_extent`: the number of the first extent to be opened. One that differs
         from life to life of a server keeps addresses of an earlier one from fitting."""
         if extent_bytes % ALIGNMENT:
             raise ValueError(f"extents must be multiples of {ALIGNMENT} bytes")
         self.extent_bytes = extent_bytes
         self.max_extents = capacity_bytes // extent_bytes
+        self.max_slots = capacity_bytes // ALIGNMENT if max_slots is None else max_slots
+        self._slots = 0
         self._extents: dict[int, Extent] = {}
         # Extents with a free slot, by class, oldest first.
         self._partial: dict[SpaceClass, dict[int, Extent]] = {}
@@ -96,12 +106,24 @@ class Space:
     def free_slots(self, space_class: SpaceClass) -> int:
         """Slots this class could get without anything being dropped."""
         here = sum(len(extent.free) for extent in self._partial.get(space_class, {}).values())
-        return here + self.spare_extents * self.slots_per_extent(space_class.slot_bytes)
+        return here + self._unopened_slots(space_class)
 
     def total_slots(self, space_class: SpaceClass) -> int:
         """Slots of this class, free and used, and those it could still open."""
-        extents = self.extents_of(space_class) + self.spare_extents
-        return extents * self.slots_per_extent(space_class.slot_bytes)
+        opened = self.extents_of(space_class) * self.slots_per_extent(space_class.slot_bytes)
+        return opened + self._unopened_slots(space_class)
+
+    def _unopened_slots(self, space_class: SpaceClass) -> int:
+        slots = self.slots_per_extent(space_class.slot_bytes)
+        if not slots:
+            return 0
+        return slots * min(self.spare_extents, max(0, self.max_slots - self._slots) // slots)
+
+    def may_replace(self, other: SpaceClass, space_class: SpaceClass) -> bool:
+        """Whether the class can have an extent once one of another class is closed."""
+        mine = self.slots_per_extent(space_class.slot_bytes)
+        theirs = self.slots_per_extent(other.slot_bytes)
+        return mine > 0 and self._slots - theirs + mine <= self.max_slots
 
     def allocate(self, space_class: SpaceClass, resident: Replica) -> int | None:
         """Put somebody into a free slot of the extents the class has: the slot's
@@ -146,17 +168,18 @@ class Space:
                 yield from reversed(residents) if backwards else residents
 
     def open_extent(self, space_class: SpaceClass) -> int | None:
-        """Give the class one more extent: its number, or None when none is spare."""
-        if not self.spare_extents or not self.slots_per_extent(space_class.slot_bytes):
+        """Give the class one more extent: its number, or None when none is spare or
+        there are slots enough."""
+        if not self._unopened_slots(space_class):
             return None
         extent = self._add(self._next_number, space_class)
         extent.find_free()
         return extent.number
 
-    def empty_extent(self, but: SpaceClass) -> int | None:
-        """An extent without a used slot that belongs to another class than `but`."""
+    def empty_extent(self, for_class: SpaceClass) -> int | None:
+        """An extent of another class that nobody is in and that this one could have."""
         for space_class, partial in self._partial.items():
-            if space_class != but:
+            if space_class != for_class and self.may_replace(space_class, for_class):
                 for extent in partial.values():
                     if extent.empty:
                         return extent.number
@@ -168,6 +191,7 @@ class Space:
         if not extent.empty:
             raise ValueError("an extent in use cannot be closed")
         del self._extents[number]
+        self._slots -= extent.slots
         del self._partial[extent.space_class][number]
         self._count[extent.space_class] -= 1
         if not self._count[extent.space_class]:
@@ -193,7 +217,7 @@ class Space:
     def restore_extent(self, number: int, space_class: SpaceClass) -> None:
         """Take over an extent found at a start; `finish_restore` must follow. Raises
         ValueError beyond capacity."""
-        if not self.spare_extents or number in self._extents:
+        if not self._unopened_slots(space_class) or number in self._extents:
             raise ValueError(f"extent {number} does not fit")
         self._add(number, space_class)
 
@@ -218,6 +242,7 @@ class Space:
     def _add(self, number: int, space_class: SpaceClass) -> Extent:
         extent = Extent(number, space_class, self.slots_per_extent(space_class.slot_bytes))
         self._extents[number] = extent
+        self._slots += extent.slots
         self._partial.setdefault(space_class, {})[number] = extent
         self._count[space_class] = self._count.get(space_class, 0) + 1
         self._next_number = max(self._next_number, number + 1)
@@ -243,3 +268,7 @@ class Space:
             raise AssertionError("space has lost count of its bytes")
         if sum(self._count.values()) != len(self._extents):
             raise AssertionError("space has lost count of its extents")
+        if sum(extent.slots for extent in self._extents.values()) != self._slots:
+            raise AssertionError("space has lost count of its slots")
+        if self._slots > self.max_slots:
+            raise AssertionError("there are more slots than there may be")

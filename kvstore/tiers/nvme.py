@@ -81,9 +81,9 @@ _FULL = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE))
 _MISUSE = frozenset((errno.EINVAL, errno.EBADF, errno.EFAULT))
 
 
-def usable_bytes_of(capacity_bytes: int, extent_bytes: int) -> int:
+def usable_bytes_of(capacity_bytes: int, extent_bytes: int, max_blocks: int) -> int:
     """What is left for extents of a capacity, in whole extents."""
-    left = capacity_bytes - map_bytes_for(capacity_bytes) - _SMALL_FILES_BYTES
+    left = capacity_bytes - map_bytes_for(capacity_bytes, max_blocks) - _SMALL_FILES_BYTES
     return max(0, left) // extent_bytes * extent_bytes
 
 
@@ -121,16 +121,18 @@ class NvmeTier:
         path: Path | str,
         capacity_bytes: int,
         extent_bytes: int,
+        max_blocks: int,
         *,
         direct: bool = True,
     ) -> NvmeTier:
         """Open or make the tier in directory `path`.
 
-        `direct=False` goes through the page cache even where O_DIRECT works.
+        `max_blocks`: the most that the index must have room for. `direct=False` goes
+        through the page cache even where O_DIRECT works.
         Raises `DataInUse`, `DataVersion`, `DataUnusable`.
         """
         path = Path(path).absolute()
-        usable_bytes = usable_bytes_of(capacity_bytes, extent_bytes)
+        usable_bytes = usable_bytes_of(capacity_bytes, extent_bytes, max_blocks)
         if extent_bytes <= 0 or extent_bytes % ALIGNMENT:
             raise DataUnusable(f"an extent is a multiple of {ALIGNMENT} bytes, not {extent_bytes}")
         if not usable_bytes:
@@ -145,7 +147,8 @@ class NvmeTier:
                 if direct and not direct_io_works(home.extents):
                     direct = False
                     _log.warning("no O_DIRECT in %s: reads and writes are cached", path)
-                index = Index.open(home.index, map_bytes_for(capacity_bytes), extent_bytes)
+                map_bytes = map_bytes_for(capacity_bytes, max_blocks)
+                index = Index.open(home.index, map_bytes, extent_bytes)
                 undo.callback(index.close)
                 tier = cls(
                     home, index, extent_bytes=extent_bytes, usable_bytes=usable_bytes, direct=direct

@@ -32,14 +32,17 @@ import lmdb
 
 from kvstore.errors import DataUnusable, DataVersion, TierFailed, TierFull
 from kvstore.tiers.base import BlockHeader
-from kvstore.tiers.nvme_slot import tenant_bytes
+from kvstore.tiers.nvme_slot import MIN_SLOT_BYTES, tenant_bytes
 
 _log = logging.getLogger(__name__)
 
 _LMDB_MAJOR = 0
 _MIN_MAP_BYTES = 4 << 20
+_SLACK_BYTES = 2 << 20
+"""A commit writes new pages before it frees old ones, so some room stays out."""
 _ENTRY_BYTES = 256
-"""Room counted for a block: a record of about 110 bytes in half-full pages."""
+"""Room for a block: a record of 73 bytes and a tenant's name of at most 64, its key and
+node header, in pages two thirds full. Measured: 170 to 256, by the length of the name."""
 
 _ADDRESS = struct.Struct(">Q")
 _U64 = struct.Struct("<Q")
@@ -55,10 +58,11 @@ _DAMAGED = (
 )
 
 
-def map_bytes_for(capacity_bytes: int) -> int:
-    """What the index may take of a tier's capacity: enough to name every slot of
-    16 KiB and more; a tier of smaller slots is full a little earlier."""
-    wanted = max(_MIN_MAP_BYTES, capacity_bytes // 64)
+def map_bytes_for(capacity_bytes: int, max_blocks: int) -> int:
+    """What the index may take of a tier's capacity: enough to name a block in every
+    slot there can be."""
+    slots = min(max_blocks, capacity_bytes // MIN_SLOT_BYTES)
+    wanted = max(_MIN_MAP_BYTES, _SLACK_BYTES + slots * _ENTRY_BYTES)
     return min(wanted, capacity_bytes // 4) // 4096 * 4096
 
 
@@ -104,8 +108,8 @@ class Index:
         self._extents = env.open_db(b"extents")
         self._blocks = env.open_db(b"blocks")
         self._layouts = env.open_db(b"layouts")
-        # A commit writes new pages before it frees old ones, so some room stays out.
-        self._max_blocks = max(0, map_bytes - min(2 << 20, map_bytes // 2)) // _ENTRY_BYTES
+        slack = min(_SLACK_BYTES, map_bytes // 2)
+        self._max_blocks = (map_bytes - slack) // _ENTRY_BYTES
         with env.begin() as txn:
             self.blocks = txn.stat(self._blocks)["entries"]
             found = txn.get(b"extent_bytes", db=self._meta)

@@ -33,6 +33,7 @@ from kvstore.tiers.base import BlockHeader
 from kvstore.types import ALIGNMENT, STORED_KEY_BYTES, align_up
 
 HEADER_BYTES = ALIGNMENT
+MIN_SLOT_BYTES = HEADER_BYTES + ALIGNMENT
 SLOT_VERSION = 1
 MAX_TENANT_BYTES = 255
 

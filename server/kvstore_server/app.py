@@ -134,6 +134,7 @@ class App:
                 self.config.nvme.path,
                 sizes.nvme_capacity_bytes,
                 sizes.nvme_extent_bytes,
+                sizes.max_blocks,
             )
         try:
             secret = nvme.secret() if nvme is not None else secrets.token_bytes(32)

@@ -39,7 +39,9 @@ def tenant_key(tenant: str) -> bytes:
     return tenant.encode().ljust(32, b"\0")
 
 
-def make_planner(dram_slots: int, nvme_slots: int, extent_slots: int = 4) -> Planner:
+def make_planner(
+    dram_slots: int, nvme_slots: int, extent_slots: int = 4, max_slots: int | None = None
+) -> Planner:
     extent = extent_slots * SLOT
     return Planner(
         Limits(
@@ -53,8 +55,8 @@ def make_planner(dram_slots: int, nvme_slots: int, extent_slots: int = 4) -> Pla
         ),
         tenant_key=tenant_key,
         eviction="lru",
-        dram=Space(dram_slots * SLOT, extent),
-        nvme=Space(nvme_slots * SLOT, extent) if nvme_slots else None,
+        dram=Space(dram_slots * SLOT, extent, max_slots=max_slots),
+        nvme=Space(nvme_slots * SLOT, extent, max_slots=max_slots) if nvme_slots else None,
         nvme_slot_bytes=(lambda n: n) if nvme_slots else None,
     )
 
@@ -237,7 +239,8 @@ class RandomLife:
         self.rng = random.Random(seed)
         rng = self.rng
         nvme_slots = rng.choice([0, 8, 32, 64])
-        self.shell = Shell(make_planner(rng.choice([8, 16, 32]), nvme_slots))
+        max_slots = rng.choice([None, None, 18])
+        self.shell = Shell(make_planner(rng.choice([8, 16, 32]), nvme_slots, max_slots=max_slots))
         # Parts of one to a dozen blocks, so that anything may happen in between.
         self.shell.chores_by_hand = True
         self.shell.planner.chores.part = rng.choice([CHANGED, 12 * CHANGED])

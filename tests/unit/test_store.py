@@ -452,3 +452,17 @@ def test_everything_found_at_a_start_is_in_the_directory(monkeypatch: pytest.Mon
         assert table.prefix([name], chain(1, 200)) == (200, 0)
 
     run(rig, after)
+
+
+def test_blocks_too_small_for_the_limit_are_reported(caplog: pytest.LogCaptureFixture) -> None:
+    """Else a tier that evicts at half its capacity is a riddle."""
+
+    async def body(rig: Rig) -> None:
+        rig.session()
+        rig.store.register_layout("t", SPEC)
+        assert not caplog.records
+        rig.store._planner.residency.dram.space.max_slots = 15
+        rig.store.register_layout("t", LayoutSpec("m", "fp8", 16, BLOCK))
+        assert "dram has room for 16 blocks of 5000 bytes" in caplog.text
+
+    run(Rig(), body)

@@ -26,7 +26,8 @@ def somebody() -> Replica:
 class Slots(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
-        self.space = Space(3 * EXTENT, EXTENT)
+        # Room for three extents, but not for as many of small slots.
+        self.space = Space(3 * EXTENT, EXTENT, max_slots=9)
         self.used: dict[int, tuple[SpaceClass, Replica]] = {}
 
     @rule(space_class=classes)
@@ -54,11 +55,12 @@ class Slots(RuleBasedStateMachine):
         assert self.space.at(address) is None
 
     @rule(space_class=classes)
-    def close(self, space_class: SpaceClass) -> None:
-        number = self.space.empty_extent(but=space_class)
+    def change_hands(self, space_class: SpaceClass) -> None:
+        number = self.space.empty_extent(space_class)
         if number is not None:
             self.space.close_extent(number)
             assert self.space.residents_of(number) == []
+            assert self.space.open_extent(space_class) is not None
 
     @invariant()
     def agree(self) -> None:
@@ -80,3 +82,26 @@ def test_an_address_between_slots_is_no_slot() -> None:
         space.at(EXTENT + ALIGNMENT)
     with pytest.raises(ValueError, match="no slot"):
         space.at(2 * EXTENT)
+
+
+def test_slots_are_bounded_whatever_the_capacity() -> None:
+    """Each costs memory, and on disk a place in the index and time at a start."""
+    space = Space(10 * EXTENT, EXTENT, max_slots=10)
+    assert space.free_slots(SMALL) == space.total_slots(SMALL) == 8
+    assert [space.open_extent(SMALL) for _ in range(3)] == [1, 2, None]
+    assert space.free_slots(SMALL) == space.total_slots(SMALL) == 8
+    assert space.total_slots(LARGE) == 2
+    assert [space.open_extent(LARGE) for _ in range(2)] == [3, None]
+    with pytest.raises(ValueError, match="does not fit"):
+        space.restore_extent(9, LARGE)
+    assert space.spare_extents == 7
+
+
+def test_an_extent_is_not_given_up_for_one_that_may_not_be_opened() -> None:
+    space = Space(10 * EXTENT, EXTENT, max_slots=10)
+    for space_class in (SMALL, SMALL, LARGE):
+        space.open_extent(space_class)
+    assert space.empty_extent(SMALL) is None
+    assert space.empty_extent(LARGE) == 1
+    assert not space.may_replace(LARGE, SMALL)
+    assert space.may_replace(SMALL, LARGE)

@@ -35,10 +35,11 @@ from tests.unit.tiers.blocks import (
 )
 
 CAPACITY_BYTES = 8 << 20
+MAX_BLOCKS = 1 << 20
 
 
 def open_tier(path: Path, capacity_bytes: int = CAPACITY_BYTES, **options: Any) -> NvmeTier:
-    return NvmeTier.open(path, capacity_bytes, EXTENT_BYTES, **options)
+    return NvmeTier.open(path, capacity_bytes, EXTENT_BYTES, MAX_BLOCKS, **options)
 
 
 def fill(tier: NvmeTier, extents: int, nbytes: int = BLOCK_BYTES) -> dict[int, BlockHeader]:
@@ -240,7 +241,7 @@ def test_another_extent_size_starts_empty(tmp_path: Path) -> None:
     fill(tier, 2)
     tier.close()
     for _ in range(2):
-        other = NvmeTier.open(tmp_path, CAPACITY_BYTES, 2 * EXTENT_BYTES)
+        other = NvmeTier.open(tmp_path, CAPACITY_BYTES, 2 * EXTENT_BYTES, MAX_BLOCKS)
         assert not list(other.recovered_extents())
         assert recovered(other) == {}
         other.check_integrity()
@@ -299,7 +300,7 @@ def test_a_full_index_is_a_full_tier_until_something_is_forgotten(
 def test_an_index_that_runs_out_of_pages_loses_entries_but_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(nvme, "map_bytes_for", lambda capacity_bytes: 64 << 10)
+    monkeypatch.setattr(nvme, "map_bytes_for", lambda capacity_bytes, max_blocks: 64 << 10)
     monkeypatch.setattr(nvme_index, "_ENTRY_BYTES", 1)
     tier = open_tier(tmp_path)
     headers: dict[int, BlockHeader] = {}

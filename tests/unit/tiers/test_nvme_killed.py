@@ -14,13 +14,14 @@ from kvstore.tiers.nvme import NvmeTier
 from tests.unit.tiers.blocks import EXTENT_BYTES, get, payload_of, put
 
 CAPACITY_BYTES = 8 << 20
+MAX_BLOCKS = 1 << 20
 BLOCK_BYTES = 3000
 EXTENTS = 12
 
 
 def churn(path: str) -> None:
     """Overwrite slots for ever, saying so now and then; never sync, never close."""
-    tier = NvmeTier.open(path, CAPACITY_BYTES, EXTENT_BYTES)
+    tier = NvmeTier.open(path, CAPACITY_BYTES, EXTENT_BYTES, MAX_BLOCKS)
     size = tier.slot_bytes(BLOCK_BYTES)
     held = {found.address: found.header for found in tier.recovered_blocks()}
     open_already = {extent for extent, _ in tier.recovered_extents()}
@@ -56,7 +57,7 @@ def test_killed_while_slots_are_used_again(tmp_path: Path, lines: int) -> None:
             child.send_signal(signal.SIGKILL)
         assert all(said), "the child ended by itself"
 
-        tier = NvmeTier.open(tmp_path, CAPACITY_BYTES, EXTENT_BYTES)
+        tier = NvmeTier.open(tmp_path, CAPACITY_BYTES, EXTENT_BYTES, MAX_BLOCKS)
         exact = 0
         found = list(tier.recovered_blocks())
         assert len({block.address for block in found}) == len(found)

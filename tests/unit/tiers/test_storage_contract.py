@@ -25,12 +25,15 @@ from tests.unit.tiers.blocks import (
 )
 
 CAPACITY_BYTES = 8 << 20
+MAX_BLOCKS = 1 << 20
 Maker = Callable[[Path], StorageTier]
 
 MAKERS: dict[str, Maker] = {
     "heap": lambda path: HeapStorage(4 * EXTENT_BYTES, EXTENT_BYTES),
-    "nvme": lambda path: NvmeTier.open(path, CAPACITY_BYTES, EXTENT_BYTES),
-    "nvme buffered": lambda path: NvmeTier.open(path, CAPACITY_BYTES, EXTENT_BYTES, direct=False),
+    "nvme": lambda path: NvmeTier.open(path, CAPACITY_BYTES, EXTENT_BYTES, MAX_BLOCKS),
+    "nvme buffered": lambda path: NvmeTier.open(
+        path, CAPACITY_BYTES, EXTENT_BYTES, MAX_BLOCKS, direct=False
+    ),
 }
 
 
@@ -207,6 +210,6 @@ def test_null_holds_nothing_and_says_so() -> None:
 
 def test_usable_bytes_are_whole_extents_within_the_capacity() -> None:
     for capacity in (0, 1 << 20, 8 << 20, 10_000_000_000):
-        usable = usable_bytes_of(capacity, 64 << 20)
+        usable = usable_bytes_of(capacity, 64 << 20, 1 << 20)
         assert usable % (64 << 20) == 0
         assert usable <= capacity

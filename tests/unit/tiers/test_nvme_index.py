@@ -1,0 +1,73 @@
+"""The index: that it has room for what there can be, whatever is done to it."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from kvstore.tiers import nvme_index
+from kvstore.tiers.base import BlockHeader
+from kvstore.tiers.nvme import usable_bytes_of
+from kvstore.tiers.nvme_index import Batch, Index, encode_record, map_bytes_for
+from kvstore.tiers.nvme_slot import MIN_SLOT_BYTES
+
+EXTENT_BYTES = 1 << 20
+TENANT = "t" * 64
+"""The longest there is; an entry holds it."""
+
+
+def record(rng: random.Random) -> bytes:
+    header = BlockHeader(rng.randbytes(16), rng.randbytes(16), b"l" * 16, TENANT, 4096, 1)
+    return encode_record(header, 1)
+
+
+@pytest.mark.parametrize("bound", ["capacity", "max_blocks"])
+def test_the_index_can_name_a_block_in_every_slot_there_can_be(tmp_path: Path, bound: str) -> None:
+    """However many of them come and go, in whatever order."""
+    slots = 10_000
+    capacity = slots * MIN_SLOT_BYTES * (1 if bound == "capacity" else 100)
+    max_blocks = slots * (100 if bound == "capacity" else 1)
+    index = Index.open(tmp_path, map_bytes_for(capacity, max_blocks), EXTENT_BYTES)
+    rng = random.Random(1)
+    addresses = [n * MIN_SLOT_BYTES for n in range(slots)]
+    for gone in (1.0, 0.05, 0.5, 0.9, 0.3):
+        changing = rng.sample(addresses, int(slots * gone))
+        for start in range(0, len(changing), 256):
+            part = changing[start : start + 256]
+            index.apply(Batch(blocks=dict.fromkeys(part)))
+        assert index.blocks == (0 if gone == 1.0 else slots - len(changing))
+        rng.shuffle(changing)
+        for start in range(0, len(changing), 256):
+            part = changing[start : start + 256]
+            assert index.room >= len(part)
+            index.apply(Batch(blocks={address: record(rng) for address in part}))
+        assert index.blocks == slots
+    index.close()
+
+
+@pytest.mark.parametrize("capacity", [8 << 20, 100 << 20, 10 << 30, 1 << 40])
+def test_index_and_extents_share_the_capacity(capacity: int) -> None:
+    for max_blocks in (1 << 20, 10_000_000):
+        share = map_bytes_for(capacity, max_blocks)
+        usable = usable_bytes_of(capacity, EXTENT_BYTES, max_blocks)
+        assert usable + share <= capacity
+        slots = min(max_blocks, usable // MIN_SLOT_BYTES)
+        assert slots * 256 <= share
+        assert share <= max(capacity // 4, max_blocks * 256 + (4 << 20))
+
+
+def test_blocks_are_read_in_parts_and_each_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nvme_index, "_CHUNK", 7)
+    index = Index.open(tmp_path, 8 << 20, EXTENT_BYTES)
+    rng = random.Random(1)
+    for count in (0, 6, 7, 8, 21, 50):
+        blocks: dict[int, bytes | None] = {n * 8192: record(rng) for n in range(count)}
+        index.apply(Batch(blocks=blocks))
+        found = list(index.records())
+        assert sorted(address for address, _ in found) == sorted(blocks)
+        assert {h.tenant for _, h in found} <= {TENANT}
+    index.close()
