@@ -15,7 +15,6 @@ piece while it copies this one. The client's timeout bounds each piece.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -53,11 +52,6 @@ PIECE_BLOCKS = 512
 ASKED_AT_ONCE = 4096
 """Blocks of which one call asks whether they are there."""
 GET_WAIT_MS = 1000
-
-_OUTCOMES = {
-    CommitOutcome.STORED: PutOutcome.STORED,
-    CommitOutcome.PRESENT: PutOutcome.PRESENT,
-}
 
 Got = bytes | memoryview | None
 """A block got: new bytes, or the part of the caller's buffer it was put in, or a miss."""
@@ -107,11 +101,11 @@ class _Put:
         self._piece = _blocks_a_piece(layout.block_bytes)
         self._outcomes = [PutOutcome.DENIED] * len(keys)
         self._conflicts = 0
-        self._todo: deque[int] = deque()
+        self._todo: list[int] = []
         self._link: Link | None = None
         # Slots nothing has been written into yet, and all that are not known to be
         # closed: id -> address.
-        self._free: deque[int] = deque()
+        self._free: list[int] = []
         self._open: dict[int, int] = {}
         # The commit under way, with its blocks and slots.
         self._begun: Any = None
@@ -187,15 +181,15 @@ class _Put:
             self._open.clear()
 
     def _add(self, grant: SlotGrant) -> None:
-        for slot, address in enumerate(grant.addresses, grant.first_slot):
-            self._free.append(slot)
-            self._open[slot] = address
+        slots = range(grant.first_slot, grant.first_slot + len(grant.addresses))
+        self._free.extend(slots)
+        self._open.update(zip(slots, grant.addresses, strict=True))
 
     def _write(self) -> Flow[None]:
         """Fill slots while the commit before is under way, then commit these."""
         count = min(len(self._todo), len(self._free), self._piece)
-        batch = [self._todo.popleft() for _ in range(count)]
-        slots = [self._free.popleft() for _ in range(count)]
+        batch, self._todo = self._todo[:count], self._todo[count:]
+        slots, self._free = self._free[:count], self._free[count:]
         checksums = yield from self._fill(slots, [self._sources[i] for i in batch])
         if self._begun is not None:
             yield from self._settle()
@@ -228,8 +222,7 @@ class _Put:
         def copy_in() -> list[int]:
             link.hold()
             try:
-                nbytes = self._layout.block_bytes
-                views = [arena.view(address, nbytes, writable=True) for address in addresses]
+                views = arena.views(addresses, self._layout.block_bytes, writable=True)
                 return copy.copy_many(views, sources)
             finally:
                 link.let_go()
@@ -250,8 +243,10 @@ class _Put:
         if len(answer.outcomes) != len(blocks):
             raise InternalError("the server answered for another number of blocks")
         for index, outcome in zip(blocks, answer.outcomes, strict=True):
-            if outcome in _OUTCOMES:
-                self._outcomes[index] = _OUTCOMES[outcome]
+            if outcome is CommitOutcome.STORED:
+                self._outcomes[index] = PutOutcome.STORED
+            elif outcome is CommitOutcome.PRESENT:
+                self._outcomes[index] = PutOutcome.PRESENT
             elif outcome is CommitOutcome.CONFLICT:
                 self._conflicts += 1
         self._add(answer.slots)
@@ -260,17 +255,23 @@ class _Put:
         self, blocks: Sequence[int], slots: Sequence[int], checksums: Sequence[int]
     ) -> list[Segment]:
         """The blocks, given in rising order, as runs of consecutive positions."""
+        if blocks and blocks[-1] - blocks[0] == len(blocks) - 1:
+            return [self._segment(blocks, slots, checksums)]
         segments = []
         start = 0
         for stop in range(1, len(blocks) + 1):
             if stop == len(blocks) or blocks[stop] != blocks[stop - 1] + 1:
-                first, last = blocks[start], blocks[stop - 1]
-                parent = self._keys[first - 1] if first else self._parent
                 run = slice(start, stop)
-                keys = self._keys[first : last + 1]
-                segments.append(Segment(parent, keys, slots[run], checksums[run]))
+                segments.append(self._segment(blocks[run], slots[run], checksums[run]))
                 start = stop
         return segments
+
+    def _segment(
+        self, run: Sequence[int], slots: Sequence[int], checksums: Sequence[int]
+    ) -> Segment:
+        first, last = run[0], run[-1]
+        parent = self._keys[first - 1] if first else self._parent
+        return Segment(parent, self._keys[first : last + 1], slots, checksums)
 
 
 def _checksums(sources: Sequence[memoryview]) -> Work:
@@ -381,8 +382,7 @@ class _Get:
         got: Sequence[bytes | memoryview]
         link.hold()
         try:
-            view = local_arena(link).view
-            slots = [view(address, nbytes, writable=False) for address in grant.addresses]
+            slots = local_arena(link).views(grant.addresses, nbytes, writable=False)
             if wanted:
                 got = wanted
                 arrived = copy.copy_many(wanted, slots)
@@ -546,7 +546,7 @@ def target_view(buffer: Buffer, nbytes: int) -> memoryview:
         raise BadRequest("the buffer to get into is read-only")
     if view.nbytes < nbytes:
         raise BadSize(f"a block of this layout is {nbytes} bytes, the buffer {view.nbytes}")
-    return view[:nbytes]
+    return view if view.nbytes == nbytes else view[:nbytes]
 
 
 def _flat(data: Buffer) -> memoryview:

@@ -11,6 +11,7 @@ import pytest
 
 import kvstore
 from kvstore import CommitOutcome, PutOutcome, Segment
+from kvstore.client.transfers import PIECE_BLOCKS
 from kvstore.errors import (
     BadKey,
     BadRequest,
@@ -136,9 +137,10 @@ def test_of_clients_that_put_a_block_at_once_one_stores_it(
 def test_a_put_costs_a_call_a_piece_and_one_more(client: Any, place: str) -> None:
     """From afar two a piece, since the bytes are sent as well."""
     layout = layout_of(client, 4096)
-    for pieces, first in ((1, 0), (3, 1000)):
-        keys = [key(number) for number in range(first, first + 256 * pieces)]
-        datas = [block(number, 4096) for number in range(first, first + 256 * pieces)]
+    for pieces, first in ((1, 0), (3, 10_000)):
+        numbers = range(first, first + PIECE_BLOCKS * pieces)
+        keys = [key(number) for number in numbers]
+        datas = [block(number, 4096) for number in numbers]
         before = client.counters.rpcs
         assert client.put_many(layout, keys, datas) == [PutOutcome.STORED] * len(keys)
         assert client.counters.rpcs - before == 1 + pieces * (1 if place == "local" else 2)
