@@ -17,7 +17,7 @@ from pathlib import Path
 
 from kvstore.errors import DataError, DataInUse, DataUnusable, DataVersion
 
-DATA_VERSION = 1
+DATA_VERSION = 2
 SECRET_BYTES = 32
 
 _VERSION_PREFIX = "kvstore-data "
