@@ -156,7 +156,7 @@ def test_a_second_server_is_refused_and_harms_nothing(tmp_path: Path) -> None:
     open_tier(tmp_path).close()
 
 
-@pytest.mark.parametrize("text", ["kvstore-data 2\n", "", "kvstore-data 10\n", "\xff\xfe"])
+@pytest.mark.parametrize("text", ["kvstore-data 1\n", "", "kvstore-data 10\n", "\xff\xfe"])
 def test_data_of_another_version_is_refused_and_kept(tmp_path: Path, text: str) -> None:
     tier = open_tier(tmp_path)
     fill(tier, 1)
