@@ -205,6 +205,10 @@ class App:
         partial.write_text(json.dumps(state) + "\n")
         partial.replace(path)
 
+    def busy(self) -> bool:
+        """Calls are running."""
+        return not self._service.calls.idle
+
     def hurry(self) -> None:
         """Let a `stop`, under way or to come, wait for nothing any more."""
         self._hurry.set()

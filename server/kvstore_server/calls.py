@@ -43,6 +43,11 @@ class Calls:
         self._idle = asyncio.Event()
         self._idle.set()
 
+    @property
+    def idle(self) -> bool:
+        """No call is running."""
+        return self._idle.is_set()
+
     async def wait_idle(self) -> None:
         """Until no call is running."""
         await self._idle.wait()

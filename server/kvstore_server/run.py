@@ -16,6 +16,7 @@ from prometheus_client import disable_created_metrics
 from kvstore.config import Config
 from kvstore.errors import KVStoreError
 from kvstore_server.app import App
+from kvstore_server.collector import no_collections, short_collections
 from kvstore_server.exits import exit_code
 from kvstore_server.logs import configure_logging
 
@@ -29,6 +30,7 @@ def run(config: Config) -> int:
     configure_logging(config.server.log_level)
     _allow_descriptors()
     disable_created_metrics()  # type: ignore[no-untyped-call]
+    no_collections()
     try:
         return asyncio.run(_run(config))
     except KVStoreError as error:
@@ -72,11 +74,12 @@ async def _run(config: Config) -> int:
         await asyncio.gather(starting, return_exceptions=True)
         return os.EX_OK
     starting.result()
+    collecting = asyncio.ensure_future(short_collections(app.busy))
     idle = asyncio.ensure_future(app.wait_idle())
     await asyncio.wait((stopping, idle), return_when=asyncio.FIRST_COMPLETED)
     if idle.done():
         _log.info("no session for %g s", config.server.idle_exit_s)
-    for future in (stopping, idle):
+    for future in (stopping, idle, collecting):
         future.cancel()
     await app.stop()
     return os.EX_OK
