@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
+import platform
 import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Any
 
 
 class Timer:
@@ -39,6 +43,10 @@ def percentile(samples: Sequence[float], percent: float) -> float:
     return sorted(samples)[max(rank, 1) - 1]
 
 
+def quantiles(samples: Sequence[float], digits: int = 1) -> dict[str, float | None]:
+    return {f"p{p}": finite(percentile(samples, p), digits) for p in (50, 99)}
+
+
 def gbps(nbytes: int, seconds: float) -> float:
     """Gigabytes (10^9) a second."""
     return nbytes / seconds / 1e9
@@ -51,6 +59,24 @@ def ratio(value: float, bound: float) -> float:
 def finite(value: float, digits: int = 4) -> float | None:
     """`value` rounded, or None where there is none: JSON has no NaN."""
     return round(value, digits) if math.isfinite(value) else None
+
+
+def machine() -> dict[str, Any]:
+    """What a reader needs to know of where the figures were taken."""
+    return {
+        "date": datetime.now(UTC).date().isoformat(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+    }
+
+
+def figure_text(value: float | None, of: float | None) -> str:
+    """A figure and, in brackets, a ratio."""
+    if value is None:
+        return "-"
+    return f"{value:.2f}" if of is None else f"{value:.2f} ({of:.2f}x)"
 
 
 def size_text(nbytes: int) -> str:

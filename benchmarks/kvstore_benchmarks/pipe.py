@@ -14,6 +14,7 @@ import tempfile
 import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -95,6 +96,8 @@ class Pipe:
         except (ChildFailed, OSError, subprocess.TimeoutExpired):
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
+        with suppress(OSError):  # Of what the child did not read.
+            self._process.stdin.close()
         self._reader.join(STOP_TIMEOUT_S)
         self._process.stdout.close()
         self._log.close()

@@ -17,6 +17,18 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
         metavar="WHERE",
         help="measure this server, leaving out NVMe; default: start one for the measurement",
     )
+    local.add_argument("--dram-only", action="store_true", help="leave out NVMe")
+    local.add_argument(
+        "--peers",
+        nargs="?",
+        type=Path,
+        const=Path(".venv-peers"),
+        metavar="DIR",
+        help="measure other stores beside ours, those that `make bench-peers` has set up;"
+        " default: in .venv-peers",
+    )
+    local.add_argument("--plots", type=Path, metavar="DIR", help="draw the figures there, as PNG")
+    local.add_argument("--rounds", type=int, metavar="N", help="default: 7")
     vllm = which.add_parser("vllm", help="time to first token with and without the store")
     vllm.add_argument("--rounds", type=int, default=7, metavar="N", help="default: 7")
     vllm.add_argument("--tokens", type=int, default=8192, metavar="N", help="a prompt; 8192")
@@ -34,9 +46,18 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     if args.benchmark == "local":
+        from kvstore_benchmarks.local.main import Options
         from kvstore_benchmarks.local.main import run as run_local
 
-        return run_local(args.endpoint, args.dir, quick=args.quick, as_object=args.json)
+        options = Options(
+            endpoint=args.endpoint,
+            folder=args.dir,
+            nvme=not args.dram_only,
+            peers=args.peers,
+            rounds=args.rounds,
+            quick=args.quick,
+        )
+        return run_local(options, as_object=args.json, plots=args.plots)
     from kvstore_benchmarks.end_to_end.bench import run as run_vllm
 
     return run_vllm(args.dir, args.rounds, args.tokens, quick=args.quick, as_object=args.json)

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from kvstore.client.sync import Client
-from kvstore_benchmarks.local.measure import QUICK, Plan, Progress, Samples, measure
-from kvstore_benchmarks.local.report import as_json, show
+from kvstore_benchmarks.local.measure import Progress, measure
+from kvstore_benchmarks.local.peers import Peers
+from kvstore_benchmarks.local.report import as_json
+from kvstore_benchmarks.local.samples import QUICK, Plan, Samples
+from kvstore_benchmarks.local.tables import show
+from kvstore_benchmarks.peers.peer import KINDS
 from kvstore_benchmarks.server import Server
 
 DRAM = "768MiB"
@@ -17,26 +25,53 @@ NVME = "1GiB"
 CLIENT_TIMEOUT_S = 60.0
 
 
-def run(endpoint: str | None, folder: Path | None, *, quick: bool, as_object: bool) -> int:
-    plan = QUICK if quick else Plan()
+@dataclass(frozen=True, slots=True)
+class Options:
+    """`endpoint`: a server to measure, None to start one. `folder`: where its data may
+    lie. `peers`: the folder of their environments, None to leave them out."""
+
+    endpoint: str | None = None
+    folder: Path | None = None
+    nvme: bool = True
+    peers: Path | None = None
+    rounds: int | None = None
+    quick: bool = False
+
+
+def run(options: Options, *, as_object: bool, plots: Path | None) -> int:
+    draw = None
+    if plots is not None:
+        from kvstore_benchmarks.plots import Plots
+
+        draw = Plots(plots)
     console = Console(stderr=True)
     with console.status("starting") as status:
-
-        def progress(step: str) -> None:
-            status.update(f"measuring: {step}")
-
-        if endpoint is None:
-            with Server(dram=DRAM, nvme=NVME, folder=folder) as server:
-                samples = _measured(server.endpoint, plan, server.home, progress)
-        else:
-            samples = _measured(endpoint, plan, None, progress)
+        figures = _figures(options, lambda step: status.update(f"measuring: {step}"))
+    if draw is not None:
+        draw.local(figures)
     if as_object:
-        print(json.dumps(as_json(samples), indent=2))
+        print(json.dumps(figures, indent=2))
     else:
-        show(samples, Console())
+        show(figures, Console())
     return 0
 
 
-def _measured(endpoint: str, plan: Plan, home: Path | None, progress: Progress) -> Samples:
-    with Client(endpoint, timeout_s=CLIENT_TIMEOUT_S) as client:
-        return measure(client, plan, home, progress)
+def _figures(options: Options, progress: Progress) -> dict[str, Any]:
+    plan = QUICK if options.quick else Plan()
+    if options.rounds is not None:
+        plan = dataclasses.replace(plan, rounds=options.rounds)
+    with ExitStack() as stack:
+        own, nvme, endpoint = False, None, options.endpoint
+        if endpoint is None:
+            size = NVME if options.nvme else "0"
+            server = stack.enter_context(Server(dram=DRAM, nvme=size, folder=options.folder))
+            own, endpoint = True, server.endpoint
+            nvme = server.home if options.nvme else None
+        client = stack.enter_context(Client(endpoint, timeout_s=CLIENT_TIMEOUT_S))
+        samples = Samples(local=client.is_local)
+        peers = stack.enter_context(Peers(samples.peers, plan))
+        if options.peers is not None:
+            progress("the peers start")
+            peers.start(KINDS, options.peers)
+        measure(client, peers, plan, samples, progress, own=own, nvme=nvme)
+        return as_json(samples)

@@ -1,16 +1,12 @@
-"""The figures of `kvstore bench local`, as one object and as tables."""
+"""The figures of `kvstore bench local` as one object."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
-from kvstore_benchmarks.figures import finite, median, percentile, ratio, size_text
-from kvstore_benchmarks.local.measure import Bandwidth, Latency, Samples
+from kvstore_benchmarks.figures import finite, machine, median, quantiles, ratio
+from kvstore_benchmarks.local.samples import LOOKUP_KINDS, Bandwidth, Lookups, PeerSamples, Samples
 
 BANDWIDTHS = ("memcpy", "put", "get", "direct_write", "direct_read", "nvme_write", "nvme_get")
 RATIOS = {
@@ -23,103 +19,136 @@ RATIOS = {
 
 def as_json(samples: Samples) -> dict[str, Any]:
     """One object. Bandwidths in 10^9 bytes a second by block size in bytes, latencies
-    in microseconds; medians, of ratios those within a round. null: not measured on
-    this server."""
-    medians = {
-        name: {
-            nbytes: median(getattr(bandwidth, name))
-            for nbytes, bandwidth in samples.bandwidth.items()
-        }
-        for name in BANDWIDTHS
-    }
-    figures: dict[str, Any] = {"local": samples.local, "cores": os.cpu_count()}
-    for name, by_size in medians.items():
-        figures[f"{name}_gbps"] = {str(size): finite(value) for size, value in by_size.items()}
-    latency = samples.latency
-    figures["lookup_us"] = {
-        kind: {str(length): _quantiles(taken) for length, taken in by_length.items()}
-        for kind, by_length in (("hit", latency.hit), ("miss", latency.miss))
-    }
-    for name in ("rpc", "put_one", "get_one"):
-        figures[f"{name}_us"] = _quantiles(getattr(latency, name))
+    in microseconds; medians, of ratios those within a round. null: not measured."""
+    bandwidth, latency = samples.bandwidth, samples.latency
+    figures: dict[str, Any] = {"local": samples.local, **machine()}
+    figures["rounds"] = max((len(taken.memcpy) for taken in bandwidth.values()), default=0)
+    for name in BANDWIDTHS:
+        figures[f"{name}_gbps"] = _medians(bandwidth, name)
     figures["ratios"] = {
         name: {
-            str(size): finite(median(_paired(bandwidth, over, under)), 3)
-            for size, bandwidth in samples.bandwidth.items()
+            str(size): _paired(getattr(taken, over), getattr(taken, under))
+            for size, taken in bandwidth.items()
         }
         for name, (over, under) in RATIOS.items()
     }
+    figures["lookup_us"] = _lookup_figures(latency.lookup)
+    figures["lookup_samples"] = _least(latency.lookup)
+    figures["lookup_rpcs"] = latency.lookup_rpcs
+    figures["harness_us"] = quantiles(latency.harness, 2)
+    figures["acquire_release_us"] = {
+        str(length): quantiles(taken) for length, taken in latency.acquire_release.items()
+    }
+    for name in ("rpc", "put_one", "get_one"):
+        figures[f"{name}_us"] = quantiles(getattr(latency, name))
+    if samples.peers:
+        figures["peers"] = {name: _peer(peer) for name, peer in samples.peers.items()}
+        figures["ratios_to_peers"] = {
+            name: _to_peer(samples, peer) for name, peer in samples.peers.items()
+        }
+    figures["aims"] = [
+        {"figure": figure, "value": finite(value, 3), "aim": aim, "reached": reached}
+        for figure, value, aim, reached in _aims(figures)
+    ]
     return figures
 
 
-def _paired(bandwidth: Bandwidth, over: str, under: str) -> list[float]:
-    """The ratio in each round, where both sides met the same machine."""
-    if not getattr(bandwidth, over):
-        return []
-    pairs = zip(getattr(bandwidth, over), getattr(bandwidth, under), strict=True)
-    return [ratio(value, bound) for value, bound in pairs]
+def _peer(samples: PeerSamples) -> dict[str, Any]:
+    """`failed_blocks` were not moved, `wrong_blocks` came back with other bytes."""
+    figures: dict[str, Any] = {"available": samples.reason is None}
+    if samples.reason is not None:
+        figures["reason"] = samples.reason
+    if not samples.version:
+        return figures
+    figures |= {"version": samples.version, "way": samples.way}
+    figures |= {"failed_blocks": samples.failed, "wrong_blocks": samples.wrong}
+    for name in ("put", "get"):
+        figures[f"{name}_gbps"] = _medians(samples.bandwidth, name)
+    figures["lookup_us"] = _lookup_figures(samples.lookup)
+    figures["lookup_samples"] = _least(samples.lookup)
+    for name in ("put_one", "get_one"):
+        figures[f"{name}_us"] = quantiles(getattr(samples, name))
+    return figures
 
 
-def _quantiles(samples: list[float]) -> dict[str, float | None]:
-    return {f"p{p}": finite(percentile(samples, p), 1) for p in (50, 99)}
+def _to_peer(samples: Samples, peer: PeerSamples) -> dict[str, Any]:
+    """How many times faster ours is: bandwidth within rounds, lookups by their p50."""
+    ratios: dict[str, Any] = {
+        name: {
+            str(size): _paired(
+                getattr(ours, name), getattr(peer.bandwidth.get(size, Bandwidth()), name)
+            )
+            for size, ours in samples.bandwidth.items()
+        }
+        for name in ("put", "get")
+    }
+    for kind, by_length in samples.latency.lookup.items():
+        theirs = peer.lookup.get(kind, {})
+        ratios[f"lookup_{kind}"] = {
+            str(length): finite(ratio(median(theirs.get(length, [])), median(ours)), 1)
+            for length, ours in by_length.items()
+        }
+    for name in ("put_one", "get_one"):
+        ours = getattr(samples.latency, name)
+        ratios[name] = finite(ratio(median(getattr(peer, name)), median(ours)), 2)
+    return ratios
 
 
-def show(samples: Samples, console: Console) -> None:
-    figures = as_json(samples)
-    way = "shared memory" if samples.local else "gRPC"
-    in_memory = (("memcpy", ""), ("put", "put_to_memcpy"), ("get", "get_to_memcpy"))
-    on_disk = (
-        ("direct_write", ""),
-        ("nvme_write", "nvme_write_to_direct"),
-        ("direct_read", ""),
-        ("nvme_get", "nvme_get_to_direct"),
-    )
-    console.print(_bandwidth_table(figures, in_memory, f"DRAM through {way}, GB/s"))
-    if any(taken.nvme_get for taken in samples.bandwidth.values()):
-        console.print(_bandwidth_table(figures, on_disk, "NVMe beside O_DIRECT, GB/s"))
-    console.print(_latency_table(samples.latency))
+def _medians(bandwidth: dict[int, Bandwidth], name: str) -> dict[str, float | None]:
+    return {str(size): finite(median(getattr(taken, name))) for size, taken in bandwidth.items()}
 
 
-HEADINGS = {
-    "memcpy": "plain copy",
-    "put": "put",
-    "get": "get",
-    "direct_write": "O_DIRECT write",
-    "nvme_write": "flush to NVMe",
-    "direct_read": "O_DIRECT read",
-    "nvme_get": "get from NVMe",
-}
+def _paired(values: list[float], bounds: list[float]) -> float | None:
+    """The median of the ratios within each round, where both sides met the same
+    machine; of the rounds that both took part in."""
+    pairs = zip(values, bounds, strict=False)
+    return finite(median([ratio(value, bound) for value, bound in pairs]), 3)
 
 
-def _bandwidth_table(
-    figures: dict[str, Any], columns: Sequence[tuple[str, str]], title: str
-) -> Table:
-    """`columns`: what was measured, and its ratio to the bound ("" for a bound)."""
-    table = Table(title=title)
-    table.add_column("block", justify="right")
-    for name, _ in columns:
-        table.add_column(HEADINGS[name], justify="right")
-    for size in figures["memcpy_gbps"]:
-        cells = [size_text(int(size))]
-        for name, share in columns:
-            of = f" ({figures['ratios'][share][size]:.2f}x)" if share else ""
-            cells.append(f"{figures[f'{name}_gbps'][size]:.2f}{of}")
-        table.add_row(*cells)
-    return table
+def _lookup_figures(lookup: Lookups) -> dict[str, Any]:
+    return {
+        kind: {str(length): quantiles(taken, 2) for length, taken in lookup[kind].items()}
+        for kind in LOOKUP_KINDS
+        if kind in lookup
+    }
 
 
-def _latency_table(latency: Latency) -> Table:
-    """The smallest call over gRPC is there for scale: what asks the server costs at
-    least that, what only reads shared memory does not."""
-    table = Table(title="Latency, microseconds")
-    table.add_column("call", no_wrap=True)
-    for heading in ("p50", "p99"):
-        table.add_column(heading, justify="right")
-    rows = [("smallest call over gRPC", latency.rpc)]
-    for length in latency.hit:
-        rows.append((f"lookup of {length}, hit", latency.hit[length]))
-        rows.append((f"lookup of {length}, miss", latency.miss[length]))
-    rows += [("put one 64 KiB block", latency.put_one), ("get one 64 KiB block", latency.get_one)]
-    for name, samples in rows:
-        table.add_row(name, f"{percentile(samples, 50):.0f}", f"{percentile(samples, 99):.0f}")
-    return table
+def _least(lookup: Lookups) -> int:
+    return min((len(taken) for kind in lookup.values() for taken in kind.values()), default=0)
+
+
+Aim = tuple[str, float, str, bool]
+
+
+def _aims(figures: dict[str, Any]) -> Iterable[Aim]:
+    """What the store is meant to reach, as ratios or on this machine's clock."""
+
+    def least(name: str, value: float | None, bound: float) -> Iterable[Aim]:
+        if value is not None:
+            yield name, value, f">= {bound:g}", value >= bound
+
+    def most(name: str, value: float | None, bound: float) -> Iterable[Aim]:
+        if value is not None:
+            yield name, value, f"<= {bound:g}", value <= bound
+
+    for way in ("put", "get"):
+        for size, bound in ((str(1 << 20), 0.8), (str(64 << 10), 0.5)):
+            share = figures["ratios"][f"{way}_to_memcpy"].get(size)
+            yield from least(f"{way} of {int(size) >> 10} KiB to a plain copy", share, bound)
+    for kind, bound in (("hit", 5), ("partial", 15), ("miss", 3)):
+        for length in ("256", "2000"):
+            taken = figures["lookup_us"].get(kind, {}).get(length)
+            if taken:
+                name = f"lookup of {length}, {kind}"
+                yield from most(f"{name}, p50 us", taken["p50"], bound)
+                yield from most(f"{name}, p99 / p50", taken["p99"] / taken["p50"], 5)
+    yield from most("calls to the server for all misses", figures["lookup_rpcs"].get("miss"), 0)
+    taken = figures["acquire_release_us"].get("2000")
+    yield from most("acquire and release of 2000, p50 us", taken and taken["p50"], 2000)
+    beside = figures.get("ratios_to_peers", {}).get("mooncake")
+    if beside:
+        one_mib = str(1 << 20)
+        yield from least("put of 1024 KiB to Mooncake's", beside["put"].get(one_mib), 20)
+        yield from least("get of 1024 KiB to Mooncake's", beside["get"].get(one_mib), 6)
+        hit = beside.get("lookup_hit", {}).get("256")
+        yield from least("lookup of 256 to Mooncake's", hit, 20)

@@ -1,0 +1,149 @@
+"""Figures as pictures, PNG, with the JSON they are drawn from beside them.
+
+A picture is drawn from the object that `--json` prints and from nothing else, so it
+can be drawn again from the file:
+
+    python -m kvstore_benchmarks.plots FOLDER
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvstore.errors import KVStoreError
+from kvstore_benchmarks.figures import size_text
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLORS = {
+    "memcpy": "#8a8f98",
+    "ours": "#0b6e4f",
+    "mooncake": "#d1495b",
+    "mooncake_shm": "#edae49",
+    "lmcache": "#30638e",
+}
+LABELS = {
+    "memcpy": "plain copy, one thread",
+    "ours": "kvstore",
+    "mooncake": "Mooncake, TCP",
+    "mooncake_shm": "Mooncake, shared memory",
+    "lmcache": "LMCache server",
+}
+DPI = 150
+TITLE: dict[str, Any] = {"fontsize": 10}
+KIND_TITLES = {"hit": "all held", "partial": "partly held", "miss": "nothing held"}
+
+
+class NoPlots(KVStoreError):
+    """matplotlib is not installed."""
+
+
+class Plots:
+    """Draws into a folder, which is made. Raises `NoPlots`."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise NoPlots("plots need matplotlib: pip install 'tiered-kvstore[bench]'") from error
+        self._figure = Figure
+        self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def local(self, figures: dict[str, Any]) -> None:
+        """`kvstore bench local`: bandwidth.png, lookup.png, local.json."""
+        self._write("local.json", figures)
+        picture = self._new(10, 4)
+        both = picture.subplots(1, 2, sharey=True)
+        for axes, way in zip(both, ("put", "get"), strict=True):
+            _bandwidth(axes, figures, way)
+        both[0].set_ylabel("GB/s")
+        _legend(picture, both[0])
+        self._save(picture, "bandwidth.png")
+        picture = self._new(11, 4)
+        kinds = list(figures["lookup_us"])
+        each = picture.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
+        for axes, kind in zip(each, kinds, strict=True):
+            _lookup(axes, figures, kind)
+        each[0].set_ylabel("µs, p50 to p99")
+        _legend(picture, each[0])
+        self._save(picture, "lookup.png")
+
+    def _new(self, width: float, height: float) -> Figure:
+        return self._figure(figsize=(width, height), layout="constrained")
+
+    def _save(self, picture: Figure, name: str) -> None:
+        picture.savefig(self._folder / name, dpi=DPI)
+
+    def _write(self, name: str, figures: dict[str, Any]) -> None:
+        (self._folder / name).write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def _bandwidth(axes: Axes, figures: dict[str, Any], way: str) -> None:
+    """Bars by block size; on each the ratio to the plain copy."""
+    copy = figures["memcpy_gbps"]
+    series = {"memcpy": copy, "ours": figures[f"{way}_gbps"]}
+    for name, peer in figures.get("peers", {}).items():
+        if f"{way}_gbps" in peer:
+            series[name] = peer[f"{way}_gbps"]
+    width = 0.85 / len(series)
+    for place, (name, by_size) in enumerate(series.items()):
+        at = [index + place * width for index in range(len(copy))]
+        heights = [by_size.get(size) or 0 for size in copy]
+        bars = axes.bar(at, heights, width * 0.92, label=LABELS.get(name), color=COLORS.get(name))
+        if name != "memcpy":
+            shares = zip(heights, copy.values(), strict=True)
+            texts = [f"{height / bound:.2f}×" for height, bound in shares]
+            axes.bar_label(bars, texts, padding=2, fontsize=7, rotation=90)
+    axes.set_xticks([index + 0.425 - width / 2 for index in range(len(copy))])
+    axes.set_xticklabels([size_text(int(size)) for size in copy])
+    axes.set_title(f"{way}, by block size (×: of the plain copy)", **TITLE)
+    axes.margins(y=0.15)
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_axisbelow(True)
+
+
+def _lookup(axes: Axes, figures: dict[str, Any], kind: str) -> None:
+    """Lines of p50, shaded up to p99, both axes logarithmic."""
+    series = {"ours": figures["lookup_us"][kind]}
+    for name, peer in figures.get("peers", {}).items():
+        if peer.get("lookup_us", {}).get(kind):
+            series[name] = peer["lookup_us"][kind]
+    for name, by_length in series.items():
+        lengths = [int(length) for length in by_length]
+        p50 = [taken["p50"] for taken in by_length.values()]
+        p99 = [taken["p99"] for taken in by_length.values()]
+        color = COLORS.get(name)
+        axes.plot(lengths, p50, marker="o", markersize=4, color=color, label=LABELS.get(name))
+        axes.fill_between(lengths, p50, p99, color=color, alpha=0.15, linewidth=0)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xticks([int(length) for length in figures["lookup_us"][kind]])
+    axes.set_xticklabels(list(figures["lookup_us"][kind]))
+    axes.minorticks_off()
+    axes.set_title(f"lookup, {KIND_TITLES[kind]}", **TITLE)
+    axes.set_xlabel("blocks in the chain")
+    axes.grid(alpha=0.3)
+
+
+def _legend(picture: Figure, axes: Axes) -> None:
+    """One for all axes, above them."""
+    handles, labels = axes.get_legend_handles_labels()
+    picture.legend(handles, labels, loc="outside upper center", ncols=len(labels), fontsize=8)
+
+
+def main(folder: Path) -> int:
+    plots = Plots(folder)
+    for name, draw in (("local.json", plots.local),):
+        if (folder / name).exists():
+            draw(json.loads((folder / name).read_text()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))
