@@ -72,11 +72,19 @@ def machine() -> dict[str, Any]:
     }
 
 
-def figure_text(value: float | None, of: float | None) -> str:
+def figure_text(value: float | None, of: float | None, digits: int = 2) -> str:
     """A figure and, in brackets, a ratio."""
     if value is None:
         return "-"
-    return f"{value:.2f}" if of is None else f"{value:.2f} ({of:.2f}x)"
+    text = f"{value:.{digits}f}"
+    return text if of is None else f"{text} ({of:.2f}x)"
+
+
+def jain(shares: Sequence[float]) -> float:
+    """Jain's index of fairness (Jain, Chiu, Hawe 1984): 1 where all have the same, 1/n
+    where one has everything. NaN where nobody has anything."""
+    squares = sum(share * share for share in shares)
+    return sum(shares) ** 2 / (len(shares) * squares) if squares else math.nan
 
 
 def size_text(nbytes: int) -> str:

@@ -12,12 +12,13 @@ from typing import Any
 from rich.console import Console
 
 from kvstore.client.sync import Client
-from kvstore_benchmarks.local.measure import Progress, measure
+from kvstore_benchmarks.local.measure import measure
 from kvstore_benchmarks.local.peers import Peers
 from kvstore_benchmarks.local.report import as_json
 from kvstore_benchmarks.local.samples import QUICK, Plan, Samples
 from kvstore_benchmarks.local.tables import show
 from kvstore_benchmarks.peers.peer import KINDS
+from kvstore_benchmarks.progress import Progress, progress
 from kvstore_benchmarks.server import Server
 
 DRAM = "768MiB"
@@ -44,9 +45,8 @@ def run(options: Options, *, as_object: bool, plots: Path | None) -> int:
         from kvstore_benchmarks.plots import Plots
 
         draw = Plots(plots)
-    console = Console(stderr=True)
-    with console.status("starting") as status:
-        figures = _figures(options, lambda step: status.update(f"measuring: {step}"))
+    with progress() as step:
+        figures = _figures(options, step)
     if draw is not None:
         draw.local(figures)
     if as_object:
@@ -56,7 +56,7 @@ def run(options: Options, *, as_object: bool, plots: Path | None) -> int:
     return 0
 
 
-def _figures(options: Options, progress: Progress) -> dict[str, Any]:
+def _figures(options: Options, step: Progress) -> dict[str, Any]:
     plan = QUICK if options.quick else Plan()
     if options.rounds is not None:
         plan = dataclasses.replace(plan, rounds=options.rounds)
@@ -71,7 +71,7 @@ def _figures(options: Options, progress: Progress) -> dict[str, Any]:
         samples = Samples(local=client.is_local)
         peers = stack.enter_context(Peers(samples.peers, plan))
         if options.peers is not None:
-            progress("the peers start")
+            step("the peers start")
             peers.start(KINDS, options.peers)
-        measure(client, peers, plan, samples, progress, own=own, nvme=nvme)
+        measure(client, peers, plan, samples, step, own=own, nvme=nvme)
         return as_json(samples)

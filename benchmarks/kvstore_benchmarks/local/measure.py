@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from kvstore.client.sync import Client
@@ -10,8 +9,7 @@ from kvstore_benchmarks.local.copies import Copies
 from kvstore_benchmarks.local.lookups import lookups
 from kvstore_benchmarks.local.peers import Peers
 from kvstore_benchmarks.local.samples import BLOCK_BYTES, Bandwidth, Plan, Samples
-
-Progress = Callable[[str], None]
+from kvstore_benchmarks.progress import Progress
 
 
 def measure(
@@ -19,7 +17,7 @@ def measure(
     peers: Peers,
     plan: Plan,
     samples: Samples,
-    progress: Progress,
+    step: Progress,
     *,
     own: bool,
     nvme: Path | None,
@@ -33,10 +31,10 @@ def measure(
         bandwidth = samples.bandwidth.setdefault(nbytes, Bandwidth())
         copies = Copies(client, peers, plan, nbytes, own=own, nvme=nvme)
         for index in range(-1, plan.rounds):
-            progress(f"blocks of {nbytes >> 10} KiB, round {index + 1} of {plan.rounds}")
+            step(f"blocks of {nbytes >> 10} KiB, round {index + 1} of {plan.rounds}")
             copies.round(index, bandwidth)
-    progress("lookups and calls")
+    step("lookups and calls")
     lookups(client, plan, samples.latency)
     if peers.running:
-        progress("lookups and calls of the peers")
+        step("lookups and calls of the peers")
         peers.calls()

@@ -24,6 +24,8 @@ BLOCKS_PER_CALL = 256
 LOOKUP_BLOCK_BYTES = 4 << 10
 ONE_BLOCK_BYTES = 64 << 10
 BURST = 20
+LONG_BURST = 4
+"""Of chains that take a peer tens of milliseconds."""
 
 
 class Peers:
@@ -102,7 +104,8 @@ class Peers:
             for length in CHAIN_LENGTHS:
                 if kind == "partial" and length == 1:
                     continue
-                asked = peer.lookup(kind, length, BURST)
+                samples = BURST if length <= BLOCKS_PER_CALL else LONG_BURST
+                asked = peer.lookup(kind, length, samples)
                 self._note(name, asked)
                 by_kind.setdefault(kind, {}).setdefault(length, []).extend(asked.microseconds)
 

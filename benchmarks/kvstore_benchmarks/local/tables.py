@@ -38,7 +38,7 @@ def show(figures: dict[str, Any], console: Console) -> None:
     if running:
         console.print(_peer_bandwidths(figures, running))
     console.print(_lookups(figures, running))
-    console.print(_calls(figures))
+    console.print(_calls(figures, running))
     for name, peer in figures.get("peers", {}).items():
         console.print(_about(PEER_NAMES.get(name, name), peer), soft_wrap=True, highlight=False)
     console.print(_aims(figures))
@@ -86,17 +86,21 @@ def _lookups(figures: dict[str, Any], peers: dict[str, Any]) -> Table:
     return table
 
 
-def _calls(figures: dict[str, Any]) -> Table:
+def _calls(figures: dict[str, Any], peers: dict[str, Any]) -> Table:
     """The smallest call over gRPC is there for scale: what asks the server costs at
-    least that."""
-    table = _table("Calls, microseconds", "call", "p50", "p99")
-    rows = {"smallest call over gRPC": figures["rpc_us"]}
+    least that. In brackets: how many times longer than ours a peer takes."""
+    table = _table("Calls, microseconds", "call", "p50", "p99", *map(_name, peers))
+    table.add_row("smallest call over gRPC", *_quantiles(figures["rpc_us"]))
     for length, taken in figures["acquire_release_us"].items():
-        rows[f"acquire and release {length}"] = taken
-    rows["put one 64 KiB block"] = figures["put_one_us"]
-    rows["get one 64 KiB block"] = figures["get_one_us"]
-    for name, taken in rows.items():
-        table.add_row(name, *_quantiles(taken))
+        table.add_row(f"acquire and release {length}", *_quantiles(taken))
+    for way in ("put", "get"):
+        cells = [
+            figure_text(
+                peer[f"{way}_one_us"]["p50"], figures["ratios_to_peers"][name][f"{way}_one"], 0
+            )
+            for name, peer in peers.items()
+        ]
+        table.add_row(f"{way} one 64 KiB block", *_quantiles(figures[f"{way}_one_us"]), *cells)
     return table
 
 
