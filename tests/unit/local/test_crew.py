@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import threading
@@ -40,6 +41,14 @@ class Busy:
         """What happens besides, at the end of a part."""
 
 
+@pytest.fixture(autouse=True)
+def cores(monkeypatch: pytest.MonkeyPatch) -> set[int]:
+    """As many cores as the tests' crews have threads, whatever machine this is."""
+    cores = set(range(8))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda thread: set(cores))
+    return cores
+
+
 @pytest.mark.parametrize(("count", "part"), [(0, 1), (1, 1), (7, 3), (40, 1), (8, 100)])
 @pytest.mark.parametrize("threads", [0, 1, 2, 5])
 def test_each_item_is_worked_on_once(count: int, part: int, threads: int) -> None:
@@ -56,6 +65,36 @@ def test_helpers_do_help() -> None:
         both_in.wait()
 
     Crew(2).share(work, 2, 1)
+
+
+def test_helpers_are_kept_off_the_callers_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: dict[int, set[int]] = {}
+    monkeypatch.setattr(os, "sched_setaffinity", lambda thread, on: kept.update({thread: on}))
+    for here in (3, 3, 5):
+        monkeypatch.setattr(crew, "_current_core", lambda here=here: here)
+        shared = Crew(3)
+        for _ in range(2):
+            shared.share(Busy(), 9, 1)
+        assert len(kept) == 2
+        assert all(on == set(range(8)) - {here} for on in kept.values())
+        kept.clear()
+
+
+def test_a_caller_with_one_core_works_alone(cores: set[int]) -> None:
+    cores.intersection_update({0})
+    work = Busy()
+    Crew(4).share(work, 5, 1)
+    assert work.threads == {threading.get_ident()}
+
+
+def test_cores_that_are_taken_away_do_not_hurt(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(thread: int, on: set[int]) -> None:
+        raise OSError(errno.EINVAL, "no such core")
+
+    monkeypatch.setattr(os, "sched_setaffinity", refuse)
+    work = Busy()
+    Crew(3).share(work, 9, 1)
+    assert work.items == Counter(range(9))
 
 
 def test_many_callers_share_the_same_helpers() -> None:
