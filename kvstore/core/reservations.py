@@ -30,7 +30,9 @@ from kvstore.types import CommitAnswer, CommitOutcome, Segment, SlotGrant
 MAX_WAITING = 1024
 """Reserves that may wait for space at a time."""
 MAX_ANCESTORS = 4096
-"""Blocks before a new one that count as used with it. Bounds what a commit costs."""
+"""Blocks before a new one that count as used with it."""
+MAX_TOUCHED = 4 * MAX_ANCESTORS
+"""The most of them for all segments of a commit. Bounds what a commit costs."""
 
 _NO_SLOTS = SlotGrant(0, [], 0)
 
@@ -141,6 +143,7 @@ class Reservations:
         outcomes: list[CommitOutcome] = []
         for segment, names in zip(segments, named, strict=True):
             outcomes += self._commit_segment(session, layout, segment, names)
+        self._touch_ancestors(layout, [layout.name(s.parent) for s in segments if s.parent])
         slots = _NO_SLOTS
         if reserve and len(session.reservations) < self._limits.max_reservations:
             slots = self._grant(session, layout, self._place(layout, reserve), now_ns)
@@ -184,7 +187,6 @@ class Reservations:
             outcomes[index] = self._commit_one(
                 replica, names[index], parents[index], segment.checksums[index]
             )
-        self._touch_ancestors(layout, parent)
         return outcomes
 
     def _close(self, session: Session, slot_id: int) -> Replica | None:
@@ -217,19 +219,28 @@ class Reservations:
         self._counters.committed_blocks += 1
         return CommitOutcome.STORED
 
-    def _touch_ancestors(self, layout: Layout, parent: bytes) -> None:
-        in_dram: dict[Replica, None] = {}
-        # Bounded, because parents are what clients say they are, and could be a ring.
-        for _ in range(MAX_ANCESTORS):
-            block = self._catalog.get(parent)
-            if block is None:
-                break
-            if is_ready(block.dram):
-                in_dram[block.dram] = None
-            else:
-                self._residency.touch(block)
-            parent = block.parent
-        self._residency.touch_run(layout, list(in_dram))
+    def _touch_ancestors(self, layout: Layout, parents: Sequence[bytes]) -> None:
+        """Blocks before those of a commit; `parents` has a stored key for each segment."""
+        met: set[bytes] = set()
+        runs: list[list[Replica]] = []
+        for parent in parents:
+            run: list[Replica] = []
+            # Bounded, because parents are what clients say they are, and could be a ring.
+            most = min(MAX_ANCESTORS, MAX_TOUCHED - len(met))
+            for _ in range(most):
+                block = self._catalog.get(parent)
+                if block is None or parent in met:
+                    break
+                met.add(parent)
+                if is_ready(block.dram):
+                    run.append(block.dram)
+                else:
+                    self._residency.touch(block)
+                parent = block.parent
+            runs.append(run)
+        # A run ends at a root, or at a block of a run before it, which is to be the
+        # more recent of the two.
+        self._residency.touch_run(layout, [each for run in reversed(runs) for each in run])
 
     # Ending
 

@@ -321,6 +321,44 @@ def test_a_commit_that_makes_no_sense_publishes_nothing(shell: Shell) -> None:
     assert shell.commit(client, lid, keys, mine) == [CommitOutcome.STORED] * 2
 
 
+def test_many_segments_cost_a_bounded_walk_over_their_ancestors(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvstore.core.reservations.MAX_TOUCHED", 5)
+    client, lid = shell.session(1), a_layout(shell)
+    ring, line = chain(1, 4), chain(2, 4)
+    shell.commit(client, lid, ring, shell.slots(client, lid, 4), parent=ring[3])
+    shell.commit(client, lid, line, shell.slots(client, lid, 4))
+    looked_at: list[bytes] = []
+    catalog = shell.planner.catalog
+    get = catalog.get
+    monkeypatch.setattr(catalog, "get", lambda name: looked_at.append(name) or get(name))
+    for parents in ([ring[3]] * 100, [ring[0], *line] * 100, [key(90 + i) for i in range(100)]):
+        looked_at.clear()
+        segments = [Segment(parent, [], [], []) for parent in parents]
+        shell.planner.commit(client, lid, segments, reserve=0, now_ns=0)
+        assert len(looked_at) <= 5 + len(parents)
+
+
+def test_what_segments_have_in_common_is_the_last_to_leave(dram_only: Shell) -> None:
+    shell = dram_only
+    client, lid = shell.session(1), a_layout(shell)
+    root, left, right, other = key(1), key(2), key(3), key(9)
+    shell.commit(client, lid, [root, left], shell.slots(client, lid, 2))
+    shell.commit(client, lid, [right], shell.slots(client, lid), parent=root)
+    shell.commit(client, lid, [other], shell.slots(client, lid))
+    segments = [Segment(parent, [], [], []) for parent in (left, right)]
+    shell.planner.commit(client, lid, segments, reserve=0, now_ns=0)
+    order = [
+        replica.block.stored_key
+        for replica in shell.planner.residency.dram.candidates(
+            shell.planner.catalog.layout("t", lid).dram_class
+        )
+    ]
+    name = shell.planner.catalog.layout("t", lid).name
+    assert order == [name(each) for each in (other, right, left, root)]
+
+
 def test_the_second_of_two_writers_of_a_key_finds_it_present(shell: Shell) -> None:
     one, two, lid = shell.session(1), shell.session(2), a_layout(shell)
     ones, twos = shell.slots(one, lid), shell.slots(two, lid, 2)
