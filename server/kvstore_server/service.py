@@ -31,6 +31,8 @@ from kvstore_server.framing import frame_read, parse_write
 from kvstore_server.principals import Principals, TcpPeer
 
 SESSION_METADATA = "kvstore-session-bin"
+_NUMBER_BYTES = 8
+"""Of a column of numbers (`columns`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,8 +322,11 @@ def _chains(chains: Sequence[pb.Chain]) -> list[ChainQuery]:
     """The chains of a request, once they are within bounds."""
     if len(chains) > limits.MAX_CHAINS:
         raise TooLarge(f"{len(chains)} chains in one call; at most {limits.MAX_CHAINS}")
+    # A chain counts even without keys: its layouts are looked up all the same.
     _check_count(
-        sum(len(chain.keys) // KEY_BYTES * max(1, len(chain.layout_ids)) for chain in chains)
+        sum(
+            max(1, len(chain.keys) // KEY_BYTES) * max(1, len(chain.layout_ids)) for chain in chains
+        )
     )
     queries = []
     for chain in chains:
@@ -340,8 +345,12 @@ def _segments(request: pb.CommitRequest) -> list[Segment]:
     for each in request.segments:
         if each.parent:
             check_key(each.parent)
+        keys = unpack_keys(each.keys)
+        # Before they are unpacked: only keys have been counted.
+        if not len(each.slots) == len(each.checksums) == len(keys) * _NUMBER_BYTES:
+            raise BadRequest("a segment has a slot and a checksum for each of its keys")
         slots, checksums = unpack_numbers(each.slots), unpack_numbers(each.checksums)
-        segments.append(Segment(each.parent, unpack_keys(each.keys), slots, checksums))
+        segments.append(Segment(each.parent, keys, slots, checksums))
     return segments
 
 

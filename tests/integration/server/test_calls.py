@@ -120,6 +120,9 @@ async def test_bad_requests_have_their_documented_errors(tmp_path: Path) -> None
         assert await refused(lookup(shards)) == ("TOO_LARGE", Status.INVALID_ARGUMENT)
         chains = [chain] * (MAX_CHAINS + 1)
         assert await refused(lookup(*chains)) == ("TOO_LARGE", Status.INVALID_ARGUMENT)
+        shards = pb.Chain(layout_ids=[layout_id] * (MAX_KEYS // MAX_CHAINS + 1))
+        chains = [shards] * MAX_CHAINS
+        assert await refused(lookup(*chains)) == ("TOO_LARGE", Status.INVALID_ARGUMENT)
         none = pb.Chain(keys=key(1))
         assert await refused(lookup(none)) == ("BAD_REQUEST", Status.INVALID_ARGUMENT)
         strange = pb.Chain(layout_ids=[b"x" * 16], keys=key(1))
@@ -345,6 +348,22 @@ async def test_a_commit_that_is_refused_publishes_nothing_and_closes_no_slot(
         assert await read(stub, session, lease.lease_id) == payload(1) + payload(2)
         await stub.Abort(pb.AbortRequest(slots=[foreign]), metadata=session)
         assert app.store.stats().reservations == 0
+
+
+@in_loop
+async def test_numbers_without_a_key_are_refused_before_they_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with (
+        serving(tmp_path) as app,
+        stub_for(tcp_target(app)) as stub,
+        remote_session(stub) as session,
+    ):
+        layout_id = await register(stub)
+        monkeypatch.delattr("kvstore_server.service.unpack_numbers")
+        for slots, checksums in ((8, 8), (16, 8), (8, 16), (0, 8), (9, 9)):
+            numbers = pb.Segment(slots=bytes(slots), checksums=bytes(checksums))
+            assert (await refused(commit(stub, session, layout_id, numbers)))[0] == "BAD_REQUEST"
 
 
 @in_loop
