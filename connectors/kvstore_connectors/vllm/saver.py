@@ -292,7 +292,7 @@ class Saver:
 
     def _copy(self, attached: Attached, parts: list[_Part], slots: list[Slot]) -> None:
         """Fill slots, taken from the end of `slots`, with the blocks of the parts."""
-        client, block_bytes = attached.client, self._blocks.block_bytes
+        block_bytes = self._blocks.block_bytes
         for part in parts:
             for index in range(part.start, part.stop):
                 if part.save.cancelled or not slots:
@@ -301,7 +301,7 @@ class Saver:
                     raise Unavailable("the connection was given up")
                 slot = slots.pop()
                 part.slots.append(slot)
-                view = client.slot(slot.address, block_bytes, True, epoch=attached.epoch)
+                view = self._slots.view(attached, slot, block_bytes)
                 self._blocks.save(part.save.job.block_ids[index], view)
                 part.checksums.append(xxhash.xxh3_64_intdigest(view))
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
-from kvstore.errors import KVStoreError
+from kvstore.errors import KVStoreError, LeaseExpired
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -31,8 +31,9 @@ class Slot(NamedTuple):
 
 
 class SlotsAhead:
-    """Used by one thread. Slots belong to one connection and are forgotten with it,
-    which gives them back."""
+    """Used by one thread. Slots belong to one session with the server and are forgotten
+    with it, which gives them back: others may have them from then on. A client opens
+    another session by itself, and counts."""
 
     def __init__(self, most: int, now_ns: Callable[[], int] = time.monotonic_ns) -> None:
         """`most`: how many to have at hand, at most."""
@@ -41,6 +42,7 @@ class SlotsAhead:
         self._now_ns = now_ns
         self._slots: list[Slot] = []
         self._attached: Attached | None = None
+        self._session = 0
 
     def __len__(self) -> int:
         return len(self._slots)
@@ -57,15 +59,30 @@ class SlotsAhead:
         self._wanted = count
         lacking = count - len(self._slots)
         if lacking > 0:
-            self.add(attached, attached.client.reserve(layout, lacking, RESERVE_WAIT_MS))
+            grant = attached.client.reserve(layout, lacking, RESERVE_WAIT_MS)
+            self._follow(attached)
+            self.add(attached, grant)
         # Those that expire first, first.
         taken, self._slots = self._slots[:count], self._slots[count:]
         return taken[::-1]
 
-    def _keep_usable(self, attached: Attached) -> None:
-        if self._attached is not attached:
-            self._attached = attached
+    def view(self, attached: Attached, slot: Slot, nbytes: int) -> memoryview:
+        """A slot that was taken, to be written. Raises `LeaseExpired` when the session it
+        was reserved in has ended."""
+        # Without an epoch, which would fit the same server's next session as well.
+        view = attached.client.slot(slot.address, nbytes, True)
+        if attached.client.counters.connects != self._session:
+            raise LeaseExpired("the slot was reserved in an earlier session with the server")
+        return view
+
+    def _follow(self, attached: Attached) -> None:
+        session = attached.client.counters.connects
+        if self._attached is not attached or self._session != session:
+            self._attached, self._session = attached, session
             self._slots = []
+
+    def _keep_usable(self, attached: Attached) -> None:
+        self._follow(attached)
         soon_ns = self._now_ns() + MARGIN_NS
         late = [slot for slot in self._slots if slot.expires_ns < soon_ns]
         if late:

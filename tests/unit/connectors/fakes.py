@@ -14,6 +14,7 @@ from typing import Any
 import xxhash
 
 from kvstore.client.lease import Layout
+from kvstore.client.link import Counters
 from kvstore.errors import KVStoreError
 from kvstore.types import (
     ChainPresence,
@@ -194,14 +195,23 @@ class FakeStore:
         self.epoch = b"epoch"
         self.is_local = True
         self.closed = False
-        self.connects = 0
+        self.counters = Counters()
         self.expires_ns = FAR_NS
 
     def connect(self) -> FakeStore:
         self._pass("connect")
-        self.connects += 1
+        self.counters.count_connect()
         self.closed = False
         return self
+
+    @property
+    def connects(self) -> int:
+        return self.counters.connects
+
+    def lose_session(self) -> None:
+        """As a client does that finds its session gone: it opens another."""
+        self.reserved.clear()
+        self.counters.count_connect()
 
     def _pass(self, call: str) -> None:
         self.calls.append(call)

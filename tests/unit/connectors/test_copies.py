@@ -210,6 +210,27 @@ def test_slots_that_are_about_to_expire_are_not_written(rank: Rank) -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("blocks", [[5, 6], [5, 6, 7]])
+def test_slots_of_a_lost_session_are_not_written(rank: Rank, blocks: list[int]) -> None:
+    rank.saver.submit(rank.store_job(1, [1, 2]))
+    eventually(rank.saver.take_reports)
+    others = list(rank.store.reserved.values())
+    rank.store.lose_session()
+    rank.saver.submit(rank.store_job(2, blocks))
+    eventually(rank.saver.take_reports)
+    assert len(others) == 2
+    assert all(bytes(rank.store.slots[address]) == bytes(2 * PIECE) for address in others)
+    assert len(rank.store.blocks) == 2 + len(blocks)
+
+
+def test_a_session_that_is_lost_while_slots_are_taken_ends_the_copy(rank: Rank) -> None:
+    rank.store.before_slot = rank.store.lose_session
+    rank.saver.submit(rank.store_job(1, [5, 6]))
+    eventually(rank.saver.take_reports)
+    assert not rank.store.blocks
+    assert not any(map(any, rank.store.slots.values()))
+
+
 def test_a_job_that_is_only_partly_given_room_is_lost_and_the_others_are_not(rank: Rank) -> None:
     rank.store.room = 3
     rank.store.gate.clear()
