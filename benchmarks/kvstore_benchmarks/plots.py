@@ -9,6 +9,7 @@ can be drawn again from the file:
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,7 @@ LABELS = {
     "mooncake_shm": "Mooncake, shared memory",
     "lmcache": "LMCache server",
 }
+CALL_COLORS = {"lookup": "#0b6e4f", "get": "#30638e", "put": "#d1495b"}
 DPI = 150
 TITLE: dict[str, Any] = {"fontsize": 10}
 KIND_TITLES = {"hit": "all held", "partial": "partly held", "miss": "nothing held"}
@@ -73,6 +75,18 @@ class Plots:
         each[0].set_ylabel("µs, p50 to p99")
         _legend(picture, each[0])
         self._save(picture, "lookup.png")
+
+    def clients(self, figures: dict[str, Any]) -> None:
+        """`kvstore bench clients`: clients.png, rude.png, clients.json."""
+        self._write("clients.json", figures)
+        picture = self._new(10, 4)
+        left, right = picture.subplots(1, 2)
+        _throughput(left, figures)
+        _many(right, figures)
+        self._save(picture, "clients.png")
+        picture = self._new(10, 4)
+        _beside(picture.subplots(), figures["rude"])
+        self._save(picture, "rude.png")
 
     def _new(self, width: float, height: float) -> Figure:
         return self._figure(figsize=(width, height), layout="constrained")
@@ -131,6 +145,70 @@ def _lookup(axes: Axes, figures: dict[str, Any], kind: str) -> None:
     axes.grid(alpha=0.3)
 
 
+def _throughput(axes: Axes, figures: dict[str, Any]) -> None:
+    counts = list(figures["clients"])
+    bottom = [0.0] * len(counts)
+    for name, kind in (("gbps_out", "get"), ("gbps_in", "put")):
+        heights = [one[name] for one in figures["clients"].values()]
+        axes.bar(counts, heights, 0.6, bottom=bottom, label=kind, color=CALL_COLORS[kind])
+        bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
+    copy = figures["memcpy_gbps"]
+    axes.axhline(copy, color=COLORS["memcpy"], linestyle="--", label=LABELS["memcpy"])
+    axes.set_title("all clients together", **TITLE)
+    axes.set_xlabel("clients")
+    axes.set_ylabel("GB/s")
+    axes.margins(y=0.15)
+    axes.legend(fontsize=8)
+    axes.set_axisbelow(True)
+    axes.grid(axis="y", alpha=0.3)
+
+
+def _many(axes: Axes, figures: dict[str, Any]) -> None:
+    """Lines of p50, shaded up to p99, by the number of clients."""
+    counts = [int(count) for count in figures["clients"]]
+    for kind, color in CALL_COLORS.items():
+        taken = [one[f"{kind}_us"] for one in figures["clients"].values()]
+        p50, p99 = ([_ms(each[p]) for each in taken] for p in ("p50", "p99"))
+        axes.plot(counts, p50, marker="o", markersize=4, color=color, label=kind)
+        axes.plot(counts, p99, marker="^", markersize=4, color=color, linestyle=":")
+        axes.fill_between(counts, p50, p99, color=color, alpha=0.12, linewidth=0)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xticks(counts)
+    axes.set_xticklabels(list(figures["clients"]))
+    axes.minorticks_off()
+    axes.set_title("a call of one client: p50 (●) to p99 (▲)", **TITLE)
+    axes.set_xlabel("clients")
+    axes.set_ylabel("ms")
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+
+
+def _beside(axes: Axes, rude: dict[str, Any]) -> None:
+    """Bars of p99 by scenario and kind of call."""
+    names = list(rude["scenarios"])
+    width = 0.8 / len(CALL_COLORS)
+    for place, (kind, color) in enumerate(CALL_COLORS.items()):
+        at = [index + place * width for index in range(len(names))]
+        heights = [_ms(one[f"{kind}_us"]["p99"]) for one in rude["scenarios"].values()]
+        bars = axes.bar(at, heights, width * 0.92, label=kind, color=color)
+        axes.bar_label(bars, [f"{height:.3g}" for height in heights], padding=2, fontsize=7)
+    axes.set_yscale("log")
+    axes.set_xticks([index + 0.4 - width / 2 for index in range(len(names))])
+    axes.set_xticklabels(names)
+    axes.set_title(f"p99 of the calls of {rude['crowd']} clients, beside:", **TITLE)
+    axes.set_ylabel("ms")
+    axes.margins(y=0.15)
+    axes.legend(fontsize=8)
+    axes.set_axisbelow(True)
+    axes.grid(axis="y", alpha=0.3)
+
+
+def _ms(microseconds: float | None) -> float:
+    """NaN, which is not drawn, where nothing was called."""
+    return math.nan if microseconds is None else microseconds / 1e3
+
+
 def _legend(picture: Figure, axes: Axes) -> None:
     """One for all axes, above them."""
     handles, labels = axes.get_legend_handles_labels()
@@ -139,7 +217,7 @@ def _legend(picture: Figure, axes: Axes) -> None:
 
 def main(folder: Path) -> int:
     plots = Plots(folder)
-    for name, draw in (("local.json", plots.local),):
+    for name, draw in (("local.json", plots.local), ("clients.json", plots.clients)):
         if (folder / name).exists():
             draw(json.loads((folder / name).read_text()))
     return 0

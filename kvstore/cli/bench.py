@@ -1,8 +1,9 @@
-"""`kvstore bench local` and `kvstore bench vllm`."""
+"""`kvstore bench local`, `kvstore bench clients` and `kvstore bench vllm`."""
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from kvstore.cli.main import COMMANDS, Subparsers
@@ -27,12 +28,26 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
         help="measure other stores beside ours, those that `make bench-peers` has set up;"
         " default: in .venv-peers",
     )
-    local.add_argument("--plots", type=Path, metavar="DIR", help="draw the figures there, as PNG")
     local.add_argument("--rounds", type=int, metavar="N", help="default: 7")
+    clients = which.add_parser("clients", help="many clients at once, and rude ones")
+    clients.add_argument(
+        "--clients",
+        type=_counts,
+        default=(1, 4, 16, 64),
+        metavar="N,N",
+        help="how many, one measurement each; default: 1,4,16,64",
+    )
+    clients.add_argument(
+        "--seconds", type=float, default=5.0, metavar="S", help="each measurement; default: 5"
+    )
     vllm = which.add_parser("vllm", help="time to first token with and without the store")
     vllm.add_argument("--rounds", type=int, default=7, metavar="N", help="default: 7")
     vllm.add_argument("--tokens", type=int, default=8192, metavar="N", help="a prompt; 8192")
-    for benchmark in (local, vllm):
+    for benchmark in (local, clients):
+        benchmark.add_argument(
+            "--plots", type=Path, metavar="DIR", help="draw the figures there, as PNG"
+        )
+    for benchmark in (local, clients, vllm):
         benchmark.add_argument("--json", action="store_true", help="print one object")
         benchmark.add_argument("--quick", action="store_true", help="a try-out, not a measurement")
         benchmark.add_argument(
@@ -58,6 +73,22 @@ def run(args: argparse.Namespace) -> int:
             quick=args.quick,
         )
         return run_local(options, as_object=args.json, plots=args.plots)
+    if args.benchmark == "clients":
+        from kvstore_benchmarks.clients.main import QUICK
+        from kvstore_benchmarks.clients.main import Options as Crowds
+        from kvstore_benchmarks.clients.main import run as run_clients
+
+        crowds = Crowds(counts=args.clients, seconds=args.seconds, folder=args.dir)
+        if args.quick:
+            crowds = replace(QUICK, folder=args.dir)
+        return run_clients(crowds, as_object=args.json, plots=args.plots)
     from kvstore_benchmarks.end_to_end.bench import run as run_vllm
 
     return run_vllm(args.dir, args.rounds, args.tokens, quick=args.quick, as_object=args.json)
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    counts = tuple(int(word) for word in text.split(","))
+    if min(counts) < 1:
+        raise ValueError
+    return counts

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from kvstore_benchmarks.clients.crowd import Shift
+from kvstore_benchmarks.clients.polite import Tally
+from kvstore_benchmarks.clients.report import shift_figures
 from kvstore_benchmarks.local.report import as_json
 from kvstore_benchmarks.local.samples import Bandwidth, PeerSamples, Samples
 from kvstore_benchmarks.plots import NoPlots, Plots, main
@@ -41,6 +44,16 @@ def test_pictures_are_drawn_with_and_without_peers(tmp_path: Path, peers: bool) 
     (tmp_path / "plots" / "lookup.png").unlink()
     assert main(tmp_path / "plots") == 0
     assert (tmp_path / "plots" / "lookup.png").exists()
+
+
+def test_pictures_of_many_clients_are_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    tally = Tally(steps=1, bytes_in=1, lookup_us=[1.0], get_us=[2.0], put_us=[])
+    one = shift_figures([Shift(1.0, [tally], 0.5)])
+    rude = {"crowd": 1, "scenarios": {"nobody else": one, "flood": one}}
+    Plots(tmp_path).clients({"memcpy_gbps": 5.0, "clients": {"1": one, "4": one}, "rude": rude})
+    for name in ("clients.png", "rude.png"):
+        assert (tmp_path / name).read_bytes().startswith(PNG)
 
 
 def test_without_matplotlib_it_says_what_to_install(
