@@ -56,8 +56,8 @@ class End(NamedTuple):
 
 
 class Drop(NamedTuple):
-    """Nobody wants the answer of a call that was begun. What it grants is given back;
-    where there is nothing to give back, nobody waits for it either. No result."""
+    """Nobody wants the answer of a call that was begun, nor waits for it. What it grants
+    is given back when it comes. No result."""
 
     begun: Any
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from kvstore.client import calls, connecting, transfers
@@ -64,11 +65,11 @@ class Client:
     """
 
     def __init__(self, endpoint: str | None = None, *, timeout_s: float = 10.0) -> None:
-        address = parse_endpoint(endpoint)
-        self._core = new_core(address, timeout_s)
+        self._address = parse_endpoint(endpoint)
+        self._core = new_core(self._address, timeout_s)
         self._pid = os.getpid()
         self._connecting = threading.Lock()
-        self._transport = SyncTransport(address)
+        self._transport = SyncTransport(self._address)
         try:
             self._run(connecting.current_link(self._core, Budget(timeout_s)))
         except BaseException:
@@ -283,19 +284,45 @@ class Client:
     def _run(self, flow: Flow[T]) -> T:
         if os.getpid() != self._pid:
             raise BadRequest("this client was made before a fork; make another in the child")
-        try:
-            step = flow.send(None)
-            while True:
-                try:
-                    result = self._perform(step)
-                except BaseException as error:  # noqa: BLE001 - it goes into the flow
-                    # Interrupts too: the flow has things to give back.
-                    step = flow.throw(error)
-                else:
-                    step = flow.send(result)
-        except StopIteration as stop:
-            value: T = stop.value
-            return value
+        resume: Callable[[Any], Any] = flow.send
+        value: Any = None
+        transport = self._transport
+        while True:
+            try:
+                step = resume(value)
+                transport = self._transport
+                value = self._perform(step)
+                resume = flow.send
+            except StopIteration as stop:
+                result: T = stop.value
+                return result
+            except BaseException as error:
+                if not isinstance(error, Exception):
+                    self._start_over(transport)
+                if inspect.getgeneratorstate(flow) == inspect.GEN_CLOSED:
+                    raise
+                # The flow has things to give back.
+                value, resume = error, flow.throw
+
+    def _start_over(self, transport: SyncTransport) -> None:
+        """After an interrupt: go on with another session over another channel.
+
+        An interrupt comes between any two instructions, ours or gRPC's. What is lost
+        there is given back for certain with the session only, and a lock that is left
+        taken there stays so: a call over the same channel might never end.
+        """
+        if self._core.closed or self._transport is not transport:
+            return
+        self._transport = SyncTransport(self._address)
+        self._connecting = threading.Lock()
+        link, self._core.link = self._core.link, None
+
+        def let_go() -> None:
+            if link is not None:
+                link.retire()
+            transport.close()
+
+        threading.Thread(target=let_go, name="kvstore-let-go", daemon=True).start()
 
     def _perform(self, step: Any) -> Any:
         if not isinstance(step, (Work, Connect, End, Drop)):
@@ -323,12 +350,13 @@ class Client:
 
     def _connect(self, step: Connect) -> Link:
         budget = Budget(step.timeout_s)
-        if not self._connecting.acquire(timeout=step.timeout_s):
+        connecting_now = self._connecting
+        if not connecting_now.acquire(timeout=step.timeout_s):
             raise Unavailable("another thread is still looking for the server")
         try:
             return self._run(connecting.connect(self._core, budget))
         finally:
-            self._connecting.release()
+            connecting_now.release()
 
 
 class Lease(LeaseBase):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
 
 import grpc
 
+from kvstore.client.background import Background, Outcome
 from kvstore.client.failures import typed_error
 from kvstore.client.rpc import CHANNEL_OPTIONS, Endpoint, Stubs, metadata
 from kvstore.client.steps import Call, OpenSession, ReadStream, WriteStream
@@ -14,9 +17,10 @@ from kvstore.errors import BadRequest, KVStoreError, Unavailable
 from kvstore.types import SESSION_ID_BYTES
 from kvstore.wire.v1 import kvstore_pb2 as pb
 
+T = TypeVar("T")
+
 _GRACE_S = 1.0
-"""How much longer than gRPC's own end of a call to wait for it. An interrupt can come
-at a moment in which it leaves gRPC's thread blocked, and then that end never comes."""
+"""How much longer to wait for a call than its own time, at whose end gRPC ends it."""
 
 
 class SyncTransport:
@@ -25,7 +29,7 @@ class SyncTransport:
     def __init__(self, endpoint: Endpoint) -> None:
         self._channel = grpc.insecure_channel(endpoint.target, options=CHANNEL_OPTIONS)
         self._stubs = Stubs(self._channel)
-        self._left_running: set[Any] = set()
+        self._background = Background()
 
     def call(self, step: Call) -> Any:
         try:
@@ -42,25 +46,13 @@ class SyncTransport:
             raise typed from error
         except ValueError as error:
             raise _closed(error) from error
-        except BaseException:
-            # Interrupted: nobody will hear of what was granted.
-            _unheard(step)
-            raise
 
     def begin(self, step: Call) -> Begun:
-        try:
-            future = self._stubs.unary[step.method].future(
-                step.request, timeout=step.timeout_s, metadata=metadata(step.session)
-            )
-        except ValueError as error:
-            raise _closed(error) from error
-        return Begun(self, step, future)
+        return Begun(self, step, self.start(partial(self.call, step)))
 
-    def let_run(self, future: Any) -> None:
-        """See that a call gets through of which nobody wants the answer: gRPC cancels
-        one whose future is garbage."""
-        self._left_running.add(future)
-        future.add_done_callback(self._left_running.discard)
+    def start(self, work: Callable[[], T]) -> Outcome[T]:
+        """Have `work` done while the caller goes on."""
+        return self._background.start(work)
 
     def read(self, step: ReadStream) -> None:
         try:
@@ -114,53 +106,34 @@ class SyncTransport:
 class Begun:
     """A call under way."""
 
-    def __init__(self, transport: SyncTransport, step: Call, future: Any) -> None:
+    def __init__(self, transport: SyncTransport, step: Call, outcome: Outcome[Any]) -> None:
         self._transport = transport
         self._step = step
-        self._future = future
+        self._outcome = outcome
 
     def end(self) -> Any:
-        """Its response. Bounded by the call's own time."""
+        """Its response."""
         try:
-            return self._response()
+            return self._outcome.wait(self._step.timeout_s + _GRACE_S)
         except Unavailable:
             _unheard(self._step)
-            raise
-        except KVStoreError:
-            raise
-        except BaseException:
-            # Interrupted: nobody else will hear of what was granted.
-            self.drop()
             raise
 
     def drop(self) -> None:
-        """Give back what it grants, if it does. Does not wait where there is no undo."""
-        undo = self._step.undo
-        if undo is None:
-            self._transport.let_run(self._future)
-            return
+        """Have given back what it grants, if it does. Does not wait."""
+        if self._step.undo is not None:
+            self._transport.start(partial(self._undo, self._step.undo))
+
+    def _undo(self, undo: Callable[[Any | None], Call | None]) -> None:
         try:
-            back = undo(self._response())
+            back = undo(self.end())
             if back is not None:
                 self._transport.call(back)
         except Unavailable:
-            _unheard(self._step)
+            undo(None)
         except KVStoreError:
             # Nothing was granted.
             return
-        except BaseException:
-            _unheard(self._step)
-            raise
-
-    def _response(self) -> Any:
-        try:
-            return self._future.result(self._step.timeout_s + _GRACE_S)
-        except grpc.RpcError as error:
-            raise _typed(self._step.method, error) from error
-        except grpc.FutureCancelledError:
-            raise Unavailable(f"{self._step.method}: the client was closed") from None
-        except grpc.FutureTimeoutError:
-            raise Unavailable(f"{self._step.method}: no answer in time") from None
 
 
 class _Stream:

@@ -50,6 +50,7 @@ ATTACH_SUFFIX = ".attach"
 
 _MAX_U64 = (1 << 64) - 1
 _CONNECT_RETRY_S = 0.01
+_CLOSE_S = 1.0
 # Room for two, so that a surplus descriptor is seen and closed.
 _DESCRIPTOR_SPACE = socket.CMSG_SPACE(2 * array.array("i").itemsize)
 
@@ -293,9 +294,12 @@ class Attachment:
 
     def close(self) -> None:
         """End the session. Idempotent."""
-        with self._lock:
-            self._closed = True
-            self._socket.close()
+        # Not for ever: an interrupt may have left the lock taken.
+        held = self._lock.acquire(timeout=_CLOSE_S)
+        self._closed = True
+        self._socket.close()
+        if held:
+            self._lock.release()
 
     def _close_in_child(self) -> None:
         # The lock may be held by a thread that does not exist in the child.

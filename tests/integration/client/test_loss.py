@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Callable, Coroutine, Generator, Sequence
 from functools import partial
 from itertools import count
 from typing import Any
@@ -295,6 +295,53 @@ def test_a_cancelled_call_gives_back_what_it_holds(server: Server) -> None:
             assert await client.get_many(layout, keys) == datas
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("operation", ["reserve", "commit", "acquire"])
+def test_an_interrupted_call_ends_at_once_and_the_client_goes_on(
+    fresh_server: Server, place: str, operation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by Ctrl-C, here while the server hangs."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    def hang() -> None:
+        fresh_server.send(signal.SIGSTOP)
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+
+    def naming(segments: Sequence[Segment], tag: int) -> Any:
+        if any(any(segment.slots) for segment in segments):
+            hang()
+        return segment_messages(segments, tag)
+
+    segment_messages = wire.segment_messages
+    before = signal.signal(signal.SIGALRM, interrupt)
+    endpoint = fresh_server.socket if place == "local" else fresh_server.remote
+    try:
+        with kvstore.Client(endpoint) as client:
+            layout = layout_of(client, 5000)
+            client.put(layout, key(1), block(1, 5000))
+            started = time.monotonic()
+            with pytest.raises(KeyboardInterrupt):
+                if operation == "commit":
+                    monkeypatch.setattr(wire, "segment_messages", naming)
+                else:
+                    hang()
+                if operation == "acquire":
+                    client.get(layout, key(1))
+                client.put(layout, key(2), block(2, 5000))
+            monkeypatch.undo()
+            assert time.monotonic() - started < 2
+            fresh_server.send(signal.SIGCONT)
+            assert eventually(lambda: client.get(layout, key(1))) == block(1, 5000)
+            outcome = client.put(layout, key(2), block(2, 5000))
+            assert outcome in (PutOutcome.STORED, PutOutcome.PRESENT)
+            until_nothing_is_held(client)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        fresh_server.send(signal.SIGCONT)
 
 
 class CancelledAt:
