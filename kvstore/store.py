@@ -73,6 +73,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 TICK_S = 0.1
+WARNING_EVERY_NS = 1_000_000_000
 SYNC_S = 2.0
 """How much of what was written to NVMe a crash may cost, at most, in time."""
 MAX_RUNNING = 4
@@ -153,6 +154,8 @@ class Store:
         self._unsynced = False
         self._at_chores = False
         self._draining = False
+        self._failed_copies = 0
+        self._next_warning_ns = 0
         self._closed = False
         self._bytes = {tier: [0, 0] for tier in Tier}
         self._evictions = dict.fromkeys(Tier, 0)
@@ -597,7 +600,12 @@ class Store:
             self._observer.transfer_done(source.label, target.label, kind, nbytes, seconds)
             self._planner.transfer_done(copy, now_ns)
         else:
-            log.warning("a copy from %s to %s failed: %s", source.label, target.label, failure)
+            self._failed_copies += 1
+            if now_ns >= self._next_warning_ns:
+                # A client that commits wrong checksums could fill the disk with these.
+                self._next_warning_ns = now_ns + WARNING_EVERY_NS
+                text = "a copy from %s to %s failed (%d so far): %s"
+                log.warning(text, source.label, target.label, self._failed_copies, failure)
             self._planner.transfer_failed(copy, now_ns, source_corrupt=corrupt, full=full)
         self._execute()
 

@@ -28,7 +28,7 @@ from kvstore.types import (
 from kvstore.wire.columns import pack_keys, pack_numbers, unpack_numbers
 from kvstore.wire.v1 import kvstore_pb2 as pb
 
-MAX_MESSAGE_BYTES = 16 << 20
+MAX_MESSAGE_BYTES = 4 << 20
 MAX_CHAINS = 1024
 MAX_WAIT_MS = 60_000
 PIECE_BYTES = 1 << 20

@@ -23,6 +23,10 @@ from kvstore.core.transfers import TransferClass
 from kvstore.errors import ForeignLease, LeaseExpired, TooMany
 from kvstore.types import ChainQuery, LeaseGrant
 
+MAX_LEASED = 1 << 22
+"""Blocks that the leases of one session may hold together, each as often as it is
+leased. Bounds memory, and what the end of a session costs: some 0.2 s."""
+
 
 class Leases:
     def __init__(
@@ -53,6 +57,9 @@ class Leases:
         """
         if len(session.leases) + len(chains) > self._limits.max_leases:
             raise TooMany(f"a session may hold {self._limits.max_leases} leases")
+        wanted = sum(len(chain.keys) * len(chain.layout_ids) for chain in chains)
+        if session.leased + wanted > MAX_LEASED:
+            raise TooMany(f"a session may hold {MAX_LEASED} blocks")
         layouts = [[self._catalog.layout(session.tenant, i) for i in c.layout_ids] for c in chains]
         claims = [
             ChainClaim(shards, asked.keys, [[] for _ in shards])
@@ -177,6 +184,7 @@ class Leases:
         replicas = claim.columns[0] if len(claim.columns) == 1 else list(chain(*claim.columns))
         lease = Lease(next(self._ids), session, replicas, expires_ns)
         self._leases[lease.lease_id] = session.leases[lease.lease_id] = lease
+        session.leased += len(replicas)
         return LeaseGrant(
             lease.lease_id,
             held,
@@ -214,6 +222,7 @@ class Leases:
     def end(self, lease: Lease) -> None:
         del self._leases[lease.lease_id]
         del lease.session.leases[lease.lease_id]
+        lease.session.leased -= len(lease.replicas)
         self._residency.unpin_all(lease.replicas)
 
     # Getting on with what waits

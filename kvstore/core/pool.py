@@ -28,7 +28,10 @@ class Verdict(enum.Enum):
 
     GO = enum.auto()
     IN_USE = enum.auto()
-    """Not before whoever uses it lets go: leased, or with children."""
+    """Not before whoever uses it lets go."""
+    LAST = enum.auto()
+    """Only when nothing else may: it has children, and what is there of a chain should
+    stay a prefix."""
     LATER = enum.auto()
     """Once it is written to the next tier."""
 
@@ -101,16 +104,18 @@ class Pool:
         Those found in use on the way count as used now, so that they are not looked
         at again and again."""
         in_use: list[Replica] = []
-        found = None
+        found = last_resort = None
         for replica in islice(self.candidates(space_class), SCANNED):
             verdict = may_go(replica)
             if verdict is Verdict.GO:
                 found = replica
                 break
-            if verdict is Verdict.IN_USE:
+            if verdict is Verdict.LAST and last_resort is None:
+                last_resort = replica
+            elif verdict is not Verdict.LATER:
                 in_use.append(replica)
         self.touch_run(in_use, space_class)
-        return found
+        return found or last_resort
 
     def candidates(self, space_class: SpaceClass) -> Iterator[Replica]:
         """READY replicas of a class in eviction order."""

@@ -479,13 +479,13 @@ class Residency:
             return Verdict.GO
         if self.can_save:
             return Verdict.LATER
-        return Verdict.IN_USE if replica.block.children else Verdict.GO
+        return Verdict.LAST if replica.block.children else Verdict.GO
 
     def _may_leave_nvme(self, replica: Replica) -> Verdict:
         # What is in DRAM too would be dirty again and come back at once.
-        if replica.pins or replica.block.children or replica.block.dram is not None:
+        if replica.pins or replica.block.dram is not None:
             return Verdict.IN_USE
-        return Verdict.GO
+        return Verdict.LAST if replica.block.children else Verdict.GO
 
     # One replica's steps; each keeps pools, policies, catalog and dirty lists agreed
 

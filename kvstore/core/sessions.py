@@ -47,6 +47,8 @@ class Session:
     local: bool
     closed: bool = False
     leases: dict[int, Lease] = field(default_factory=dict)
+    leased: int = 0
+    """Blocks of all its leases together."""
     reservations: set[Reservation] = field(default_factory=set)
     slots: dict[int, Reservation] = field(default_factory=dict)
     """Every open slot, by id."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-MAX_MESSAGE_BYTES = 16 << 20
+MAX_MESSAGE_BYTES = 4 << 20
 MAX_CHUNK_BYTES = 1 << 20
 """Of a block's bytes in one message of Read or Write."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from kvstore.core import leases as leases_module
 from kvstore.core.lifecycle import State
 from kvstore.errors import (
     BadRequest,
@@ -584,3 +585,49 @@ def test_memory_that_the_machine_refuses_shrinks_the_tier_and_nothing_else(shell
     shell.planner.extent_failed(Tier.DRAM, number)
     assert shell.put(client, lid, [key(2)]) == [DENIED]
     shell.planner.check_integrity()
+
+
+def test_parents_in_a_ring_do_not_hold_their_slots_for_ever(dram_only: Shell) -> None:
+    shell = dram_only
+    client, lid = shell.session(1), a_layout(shell)
+    for number in range(8):
+        # Parents are what clients say they are: here each block its own.
+        slots = shell.slots(client, lid)
+        shell.commit(client, lid, [key(number)], slots, parent=key(number))
+    assert shell.put(client, lid, [key(100)]) == [STORED]
+    shell.planner.check_integrity()
+
+
+def test_the_blocks_a_session_holds_are_bounded(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases_module, "MAX_LEASED", 6)
+    client, lid, keys = shell.session(1), a_layout(shell), chain(1, 4)
+    shell.put(client, lid, keys)
+    grant = shell.acquire(client, [lid], keys).answer[0]  # type: ignore[index]
+    with pytest.raises(TooMany):
+        shell.acquire(client, [lid], keys)
+    assert shell.acquire(client, [lid], keys[:2]).answer is not None
+    shell.planner.release(client, [grant.lease_id])
+    assert shell.acquire(client, [lid], keys).answer is not None
+    shell.planner.close_session(client)
+    assert client.leased == 0
+
+
+def test_clears_that_nobody_waits_for_do_not_pile_up(shell: Shell) -> None:
+    client, lid = shell.session(1), a_layout(shell)
+    shell.put(client, lid, chain(1, 4))
+    shell.planner.chores.part = 1
+    first = shell.planner.clear("t")
+    for _ in range(100):
+        shell.planner.give_up(shell.planner.clear("t"), shell.now_ns)
+    last = shell.planner.clear("t")
+    assert len(shell.planner.chores) == 1
+    while shell.planner.chores:
+        shell.planner.chores.go_on()
+    shell.run()
+    shell.settle()
+    assert first.answer == 4
+    assert last.answer == 0
+    assert shell.held(client, lid, chain(1, 4)) == 0
+    assert shell.planner.clear("nobody").answer == 0
