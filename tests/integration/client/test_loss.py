@@ -118,6 +118,11 @@ def test_a_hung_server_costs_the_timeout_and_is_used_again_when_it_goes_on(
         fresh_server.send(signal.SIGCONT)
     assert eventually(lambda: client.get(layout, key(1))) == block(1, 5000)
     assert eventually(lambda: client.put(layout, key(9), block(9, 5000))) is PutOutcome.STORED
+    # Whatever the server granted without being heard went with its session.
+    deadline = time.monotonic() + 5
+    while client.stats().reservations:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def test_a_hung_server_does_not_hang_a_new_client(
