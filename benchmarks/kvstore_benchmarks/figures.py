@@ -72,12 +72,11 @@ def machine() -> dict[str, Any]:
     }
 
 
-def figure_text(value: float | None, of: float | None, digits: int = 2) -> str:
+def figure_text(value: float | None, of: float | None) -> str:
     """A figure and, in brackets, a ratio."""
     if value is None:
         return "-"
-    text = f"{value:.{digits}f}"
-    return text if of is None else f"{text} ({of:.2f}x)"
+    return f"{value:.2f}" if of is None else f"{value:.2f} ({of:.2f}x)"
 
 
 def jain(shares: Sequence[float]) -> float:

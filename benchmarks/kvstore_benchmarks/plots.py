@@ -79,10 +79,12 @@ class Plots:
     def clients(self, figures: dict[str, Any]) -> None:
         """`kvstore bench clients`: clients.png, rude.png, clients.json."""
         self._write("clients.json", figures)
-        picture = self._new(10, 4)
-        left, right = picture.subplots(1, 2)
+        picture = self._new(12, 4)
+        left, middle, right = picture.subplots(1, 3)
         _throughput(left, figures)
-        _many(right, figures)
+        _many(middle, figures["clients"], "on the same cores as the server")
+        _many(right, figures["apart"], "the server on a core of its own")
+        middle.sharey(right)
         self._save(picture, "clients.png")
         picture = self._new(10, 4)
         _beside(picture.subplots(), figures["rude"])
@@ -146,15 +148,22 @@ def _lookup(axes: Axes, figures: dict[str, Any], kind: str) -> None:
 
 
 def _throughput(axes: Axes, figures: dict[str, Any]) -> None:
+    """Beside each other: on the same cores as the server, and apart from it (hatched)."""
     counts = list(figures["clients"])
-    bottom = [0.0] * len(counts)
-    for name, kind in (("gbps_out", "get"), ("gbps_in", "put")):
-        heights = [one[name] for one in figures["clients"].values()]
-        axes.bar(counts, heights, 0.6, bottom=bottom, label=kind, color=CALL_COLORS[kind])
-        bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
+    for place, (group, hatch) in enumerate((("clients", ""), ("apart", "//"))):
+        at = [index + (place - 0.5) * 0.4 for index in range(len(counts))]
+        bottom = [0.0] * len(counts)
+        for name, kind in (("gbps_out", "get"), ("gbps_in", "put")):
+            heights = [one[name] for one in figures[group].values()]
+            label = None if place else kind
+            style: dict[str, Any] = {"color": CALL_COLORS[kind], "hatch": hatch}
+            axes.bar(at, heights, 0.36, bottom, label=label, edgecolor="white", **style)
+            bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
+    axes.set_xticks(range(len(counts)))
+    axes.set_xticklabels(counts)
     copy = figures["memcpy_gbps"]
     axes.axhline(copy, color=COLORS["memcpy"], linestyle="--", label=LABELS["memcpy"])
-    axes.set_title("all clients together", **TITLE)
+    axes.set_title("all clients together\n(hatched: the server on a core of its own)", **TITLE)
     axes.set_xlabel("clients")
     axes.set_ylabel("GB/s")
     axes.margins(y=0.15)
@@ -163,11 +172,11 @@ def _throughput(axes: Axes, figures: dict[str, Any]) -> None:
     axes.grid(axis="y", alpha=0.3)
 
 
-def _many(axes: Axes, figures: dict[str, Any]) -> None:
+def _many(axes: Axes, by_count: dict[str, Any], where: str) -> None:
     """Lines of p50, shaded up to p99, by the number of clients."""
-    counts = [int(count) for count in figures["clients"]]
+    counts = [int(count) for count in by_count]
     for kind, color in CALL_COLORS.items():
-        taken = [one[f"{kind}_us"] for one in figures["clients"].values()]
+        taken = [one[f"{kind}_us"] for one in by_count.values()]
         p50, p99 = ([_ms(each[p]) for each in taken] for p in ("p50", "p99"))
         axes.plot(counts, p50, marker="o", markersize=4, color=color, label=kind)
         axes.plot(counts, p99, marker="^", markersize=4, color=color, linestyle=":")
@@ -175,9 +184,9 @@ def _many(axes: Axes, figures: dict[str, Any]) -> None:
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xticks(counts)
-    axes.set_xticklabels(list(figures["clients"]))
+    axes.set_xticklabels(list(by_count))
     axes.minorticks_off()
-    axes.set_title("a call of one client: p50 (●) to p99 (▲)", **TITLE)
+    axes.set_title(f"a call, p50 (●) to p99 (▲),\n{where}", **TITLE)
     axes.set_xlabel("clients")
     axes.set_ylabel("ms")
     axes.legend(fontsize=8)

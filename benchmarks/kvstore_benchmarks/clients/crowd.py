@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -51,6 +51,7 @@ class Crowd:
         self._seed = seed
         self._stack = ExitStack()
         self._workers: list[Pipe] = []
+        self._apart = False
 
     def __enter__(self) -> Self:
         return self
@@ -71,6 +72,14 @@ class Crowd:
                 self._workers.append(self._stack.enter_context(self._worker(number)))
             for worker in self._workers[first:]:
                 _answer(worker, START_TIMEOUT_S)
+                self._place(worker.pid)
+
+    def apart(self, apart: bool) -> None:
+        """Whether the server has a core to itself and the clients the others, or all run
+        wherever the kernel puts them. With one core there is no difference."""
+        self._apart = apart
+        for pid in (self._server_pid, *(worker.pid for worker in self._workers)):
+            self._place(pid)
 
     def fill(self) -> None:
         """Put what the prompts have in common."""
@@ -86,6 +95,7 @@ class Crowd:
         """The first `count` clients work beside a rude one that comes for this."""
         with self._worker(len(self._workers)) as rude:
             _answer(rude, START_TIMEOUT_S)
+            self._place(rude.pid)
             return self._shift(count, seconds, (rude, way))
 
     def _shift(self, count: int, seconds: float, rude: tuple[Pipe, str] | None) -> Shift:
@@ -111,6 +121,16 @@ class Crowd:
             os.kill(rude[0].pid, signal.SIGCONT)
             said = {"stopped": stopped, **_answer(rude[0], seconds + SPARE_S)}
         return Shift(seconds, tallies, cpu, said)
+
+    def _place(self, pid: int) -> None:
+        every = os.sched_getaffinity(0)
+        cores = every
+        if self._apart and len(every) > 1:
+            first = {min(every)}
+            cores = first if pid == self._server_pid else every - first
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            with suppress(ProcessLookupError):  # Threads come and go.
+                os.sched_setaffinity(int(thread.name), cores)
 
     def _worker(self, number: int) -> Pipe:
         command = [sys.executable, "-m", "kvstore_benchmarks.clients.worker"]

@@ -72,16 +72,19 @@ def _figures(options: Options, step: Progress) -> dict[str, Any]:
         crowd = stack.enter_context(Crowd(server.endpoint, server.pid, SEED))
         step("documents")
         crowd.fill()
-        figures["clients"] = {}
+        figures["clients"], figures["apart"] = {}, {}
         for count in sorted(options.counts):
             step(f"{count} clients start")
             crowd.grow(count)
             # New clients have yet to map the server's memory and to touch its pages.
             step(f"{count} clients, warm-up")
             crowd.work(count, options.seconds / 2)
-            step(f"{count} clients")
-            shift = crowd.work(count, options.seconds)
-            figures["clients"][str(count)] = shift_figures([shift])
+            for name, apart in (("clients", False), ("apart", True)):
+                step(f"{count} clients{', apart from the server' if apart else ''}")
+                crowd.apart(apart)
+                shift = crowd.work(count, options.seconds)
+                figures[name][str(count)] = shift_figures([shift])
+        crowd.apart(True)
         figures["rude"] = _rude(crowd, options, step)
     return figures
 

@@ -58,5 +58,6 @@ def p99_ratios(figures: dict[str, Any], base: dict[str, Any]) -> dict[str, float
 
 def faults(figures: dict[str, Any]) -> int:
     """Errors that clients met, and blocks that came back wrong: there must be none."""
-    every = [*figures["clients"].values(), *figures["rude"]["scenarios"].values()]
+    groups = (figures["clients"], figures["apart"], figures["rude"]["scenarios"])
+    every = [one for group in groups for one in group.values()]
     return sum(one["wrong_blocks"] + sum(one["errors"].values()) for one in every)

@@ -17,20 +17,24 @@ SCENARIOS = {
 
 
 def show(figures: dict[str, Any], console: Console) -> None:
-    console.print(_throughput(figures))
-    console.print(_latency(figures["clients"], "Calls, ms, p50 / p99", "clients"))
+    rows: dict[str, Any] = {}
+    for count, one in figures["clients"].items():
+        rows |= {count: one, f"{count}, apart": figures["apart"][count]}
+    console.print(_throughput(rows, figures["memcpy_gbps"]))
+    console.print(_latency(rows, "Calls, ms, p50 / p99", "clients"))
     rude = figures["rude"]
     console.print(_rude(rude))
     named = {SCENARIOS.get(name, name): one for name, one in rude["scenarios"].items()}
     console.print(_latency(named, f"Calls of {rude['crowd']} clients, ms, p50 / p99", "beside"))
 
 
-def _throughput(figures: dict[str, Any]) -> Table:
-    title = f"Many clients; one thread copies {figures['memcpy_gbps']:.2f} GB/s"
-    headings = ("clients", "put, GB/s", "get, GB/s", "calls/s", "Jain", "slowest")
-    table = _table(title, *headings, "server", "errors")
-    table.caption = "slowest: its completed steps to the fastest one's; server: cores that it uses"
-    for count, one in figures["clients"].items():
+def _throughput(rows: dict[str, Any], copy: float) -> Table:
+    """`slowest`: the steps it completed, to the fastest client's. `server`: the cores it
+    uses. Apart: the server has a core to itself, and the clients the others."""
+    title = f"Many clients; one thread copies {copy:.2f} GB/s"
+    headings = ("clients", "put GB/s", "get GB/s", "calls/s", "Jain", "slowest", "server")
+    table = _table(title, *headings, "errors")
+    for count, one in rows.items():
         table.add_row(
             count,
             f"{one['gbps_in']:.2f}",

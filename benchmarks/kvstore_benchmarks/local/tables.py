@@ -26,7 +26,7 @@ ON_DISK = (
     ("direct_read", ""),
     ("nvme_get", "nvme_get_to_direct"),
 )
-PEER_NAMES = {"mooncake": "Mooncake", "mooncake_shm": "Mooncake, shm", "lmcache": "LMCache"}
+PEER_NAMES = {"mooncake": "Mooncake", "mooncake_shm": "Mooncake/shm", "lmcache": "LMCache"}
 
 
 def show(figures: dict[str, Any], console: Console) -> None:
@@ -88,19 +88,18 @@ def _lookups(figures: dict[str, Any], peers: dict[str, Any]) -> Table:
 
 def _calls(figures: dict[str, Any], peers: dict[str, Any]) -> Table:
     """The smallest call over gRPC is there for scale: what asks the server costs at
-    least that. In brackets: how many times longer than ours a peer takes."""
+    least that. A lease is an acquire and a release, one block is 64 KiB. In brackets: how
+    many times longer than ours a peer takes."""
     table = _table("Calls, microseconds", "call", "p50", "p99", *map(_name, peers))
-    table.add_row("smallest call over gRPC", *_quantiles(figures["rpc_us"]))
+    table.add_row("smallest call", *_quantiles(figures["rpc_us"]))
     for length, taken in figures["acquire_release_us"].items():
-        table.add_row(f"acquire and release {length}", *_quantiles(taken))
+        table.add_row(f"lease of {length}", *_quantiles(taken))
     for way in ("put", "get"):
-        cells = [
-            figure_text(
-                peer[f"{way}_one_us"]["p50"], figures["ratios_to_peers"][name][f"{way}_one"], 0
-            )
-            for name, peer in peers.items()
-        ]
-        table.add_row(f"{way} one 64 KiB block", *_quantiles(figures[f"{way}_one_us"]), *cells)
+        cells = []
+        for name, peer in peers.items():
+            p50, times = peer[f"{way}_one_us"]["p50"], figures["ratios_to_peers"][name]
+            cells.append("-" if p50 is None else f"{p50:.0f} ({times[f'{way}_one']:.1f}x)")
+        table.add_row(f"{way} one block", *_quantiles(figures[f"{way}_one_us"]), *cells)
     return table
 
 

@@ -34,8 +34,9 @@ def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def test_every_number_of_clients_works_without_an_error(figures: dict[str, Any]) -> None:
-    assert figures["clients"].keys() == {str(count) for count in QUICK.counts}
-    for count, one in figures["clients"].items():
+    counts = {str(count) for count in QUICK.counts}
+    assert figures["clients"].keys() == figures["apart"].keys() == counts
+    for count, one in [*figures["clients"].items(), *figures["apart"].items()]:
         assert one["errors"] == {}
         assert one["wrong_blocks"] == 0
         assert one["gbps_in"] > 0 < one["gbps_out"]
@@ -128,8 +129,10 @@ def test_errors_and_wrong_blocks_anywhere_are_faults() -> None:
     wrong = shift_figures([Shift(1.0, [tally(1, wrong=3)], 0.1)])
     error = shift_figures([Shift(1.0, [tally(1, errors={"Unavailable": 2})], 0.1)])
     denied = shift_figures([Shift(1.0, [tally(1, denied=3, missed=2)], 0.1)])
-    assert faults({"clients": {"1": good}, "rude": {"scenarios": {"x": denied}}}) == 0
-    assert faults({"clients": {"1": wrong}, "rude": {"scenarios": {"x": error}}}) == 5
+    figures = {"clients": {"1": good}, "apart": {}, "rude": {"scenarios": {"x": denied}}}
+    assert faults(figures) == 0
+    figures = {"clients": {}, "apart": {"1": wrong}, "rude": {"scenarios": {"x": error}}}
+    assert faults(figures) == 5
 
 
 def test_ratios_of_latencies_are_left_out_where_nothing_was_called() -> None:

@@ -51,7 +51,9 @@ def test_pictures_of_many_clients_are_drawn(tmp_path: Path) -> None:
     tally = Tally(steps=1, bytes_in=1, lookup_us=[1.0], get_us=[2.0], put_us=[])
     one = shift_figures([Shift(1.0, [tally], 0.5)])
     rude = {"crowd": 1, "scenarios": {"nobody else": one, "flood": one}}
-    Plots(tmp_path).clients({"memcpy_gbps": 5.0, "clients": {"1": one, "4": one}, "rude": rude})
+    counts = {"1": one, "4": one}
+    figures = {"memcpy_gbps": 5.0, "clients": counts, "apart": counts, "rude": rude}
+    Plots(tmp_path).clients(figures)
     for name in ("clients.png", "rude.png"):
         assert (tmp_path / name).read_bytes().startswith(PNG)
 
