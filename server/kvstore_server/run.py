@@ -16,8 +16,8 @@ from prometheus_client import disable_created_metrics
 from kvstore.config import Config
 from kvstore.errors import KVStoreError
 from kvstore_server.app import App
-from kvstore_server.collector import no_collections, short_collections
 from kvstore_server.exits import exit_code
+from kvstore_server.interpreter import prepare_interpreter, short_collections
 from kvstore_server.logs import configure_logging
 
 _log = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ def run(config: Config) -> int:
     configure_logging(config.server.log_level)
     _allow_descriptors()
     disable_created_metrics()  # type: ignore[no-untyped-call]
-    no_collections()
+    prepare_interpreter()
     try:
         return asyncio.run(_run(config))
     except KVStoreError as error:
