@@ -79,8 +79,6 @@ SYNC_S = 2.0
 MAX_RUNNING = 4
 """Copies between tiers at a time; the executor should have as many threads and
 a few more for the tier's other work."""
-MAX_FORGETS = 64
-"""Batches of forgets under way beyond which chores wait."""
 LISTED_A_STEP = 1000
 """Blocks found at the start that go into the directory before others get their turn."""
 
@@ -479,9 +477,9 @@ class Store:
     async def _do_chores(self) -> None:
         try:
             while self._planner.chores:
-                # Faster than the tier forgets, chores would only fill memory.
-                while len(self._forgets) >= MAX_FORGETS:
-                    await asyncio.wait(self._forgets, return_when=asyncio.FIRST_COMPLETED)
+                # Threads that forget take turns with the loop: no more than one at a time.
+                if self._forgets:
+                    await asyncio.wait(self._forgets)
                 await asyncio.sleep(0)
                 self._planner.chores.go_on()
                 self._execute()
