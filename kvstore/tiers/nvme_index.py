@@ -212,14 +212,18 @@ class Index:
 
     def records(self) -> Iterator[tuple[int, BlockHeader]]:
         """(address, header) of every block, in chunks: a reader that takes its time
-        must not keep old pages of the index from being used again."""
+        must not keep old pages of the index from being used again.
+
+        The highest address first: blocks are mostly written after their children, so
+        this mostly tells of a parent first, which saves who reads it memory."""
         tenants: dict[bytes, str] = {}
         layouts: dict[bytes, bytes] = {}
-        start = 0
+        last: bytes | None = None
         while True:
             with self._env.begin() as txn, txn.cursor(self._blocks) as cursor:
-                found = cursor.set_range(_ADDRESS.pack(start))
-                chunk = list(islice(cursor, _CHUNK)) if found else []
+                beyond = last is not None and cursor.set_range(last)
+                found = cursor.prev() if beyond else cursor.last()
+                chunk = list(islice(cursor.iterprev(), _CHUNK)) if found else []
             for key, value in chunk:
                 parent_bytes, stored_key, parent, layout_id, length, checksum, _ = (
                     _RECORD.unpack_from(value)
@@ -237,7 +241,7 @@ class Index:
                 )
             if len(chunk) < _CHUNK:
                 return
-            start = _ADDRESS.unpack(chunk[-1][0])[0] + 1
+            last = chunk[-1][0]
 
     def _drop_extent(self, txn: lmdb.Transaction[bytes], extent: int) -> None:
         txn.delete(_ADDRESS.pack(extent), db=self._extents)
