@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 
-from kvstore.cli.connection import CALL_TIMEOUT_S, add_endpoint_argument, calling, endpoint_of
+from kvstore.cli.connection import add_endpoint_argument, calling, endpoint_of
 from kvstore.cli.main import COMMANDS, Subparsers
 from kvstore.wire.v1 import kvstore_pb2 as pb
 
@@ -15,6 +15,7 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
     parser = subparsers.add_parser("clear", help=COMMANDS["clear"].summary)
     add_endpoint_argument(parser)
     parser.add_argument("--yes", action="store_true", help="do it; without this nothing is done")
+    parser.add_argument("--timeout", type=float, default=600.0, metavar="S", help="seconds")
     return parser
 
 
@@ -23,6 +24,6 @@ def run(args: argparse.Namespace) -> int:
         print("kvstore: clear forgets all blocks of this tenant; say --yes", file=sys.stderr)
         return os.EX_USAGE
     with calling(endpoint_of(args)) as stub:
-        answer = stub.Clear(pb.ClearRequest(), timeout=CALL_TIMEOUT_S)
+        answer = stub.Clear(pb.ClearRequest(), timeout=args.timeout)
     print(f"{answer.blocks} blocks forgotten")
     return 0
