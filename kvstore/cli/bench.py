@@ -1,4 +1,4 @@
-"""`kvstore bench local`, `kvstore bench clients` and `kvstore bench vllm`."""
+"""`kvstore bench local`, `clients`, `index` and `vllm`."""
 
 from __future__ import annotations
 
@@ -40,6 +40,14 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
     clients.add_argument(
         "--seconds", type=float, default=5.0, metavar="S", help="each measurement; default: 5"
     )
+    index = which.add_parser("index", help="what a block costs where there are millions")
+    index.add_argument(
+        "--blocks",
+        type=_counts,
+        default=(10_000, 100_000, 1_000_000),
+        metavar="N,N",
+        help="how many, one measurement each, up to 10000000; default: 10000,100000,1000000",
+    )
     vllm = which.add_parser("vllm", help="time to first token with and without the store")
     vllm.add_argument("--rounds", type=int, default=7, metavar="N", help="default: 7")
     vllm.add_argument("--tokens", type=int, default=8192, metavar="N", help="a prompt; 8192")
@@ -47,7 +55,7 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
         benchmark.add_argument(
             "--plots", type=Path, metavar="DIR", help="draw the figures there, as PNG"
         )
-    for benchmark in (local, clients, vllm):
+    for benchmark in (local, clients, index, vllm):
         benchmark.add_argument("--json", action="store_true", help="print one object")
         benchmark.add_argument("--quick", action="store_true", help="a try-out, not a measurement")
         benchmark.add_argument(
@@ -82,6 +90,11 @@ def run(args: argparse.Namespace) -> int:
         if args.quick:
             crowds = replace(QUICK, folder=args.dir)
         return run_clients(crowds, as_object=args.json, plots=args.plots)
+    if args.benchmark == "index":
+        from kvstore_benchmarks.scale.main import QUICK as FEW
+        from kvstore_benchmarks.scale.main import run as run_index
+
+        return run_index(args.dir, FEW if args.quick else args.blocks, as_object=args.json)
     from kvstore_benchmarks.end_to_end.bench import run as run_vllm
 
     return run_vllm(args.dir, args.rounds, args.tokens, quick=args.quick, as_object=args.json)

@@ -1,0 +1,98 @@
+"""`kvstore bench index`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from kvstore.config import default_data_path
+from kvstore.errors import BadRequest
+from kvstore_benchmarks.figures import seconds_text
+from kvstore_benchmarks.scale.fill import CHAIN, MAX_BLOCKS
+
+QUICK = (2_560, 10_240)
+LEAST = 10 * CHAIN
+
+ROWS = (
+    ("memory, bytes a block", "memory_bytes_per_block"),
+    ("directory, bytes a block", "directory_bytes_per_block"),
+    ("start", "start_s"),
+    ("start, blocks a second", "start_blocks_per_s"),
+    ("start, longest stall", "start_stall_ms"),
+    ("lookup, all held", "lookup_hit_us"),
+    ("lookup, none held", "lookup_miss_us"),
+    ("lookup by RPC, without the RPC", "server_lookup_us"),
+    ("acquire", "acquire_us"),
+    ("release", "release_us"),
+    ("commit", "commit_us"),
+    ("clear of some blocks", "clear_s"),
+    ("clear, longest stall", "clear_stall_ms"),
+    ("acquire while clearing", "acquire_while_clearing_us"),
+    ("flush, longest stall", "flush_stall_ms"),
+    ("longest garbage collection", "longest_collection_ms"),
+    ("one that visits every block", "full_collection_s"),
+)
+
+
+def run(folder: Path | None, sizes: Sequence[int], *, as_object: bool) -> int:
+    """`sizes`: numbers of blocks. Raises `BadRequest`."""
+    for blocks in sizes:
+        if not LEAST <= blocks <= MAX_BLOCKS:
+            raise BadRequest(f"from {LEAST} to {MAX_BLOCKS} blocks can be measured, not {blocks}")
+    console = Console(stderr=True)
+    measured = []
+    with console.status("starting") as status:
+        for blocks in sizes:
+            status.update(f"measuring: {blocks} blocks")
+            measured.append(_measured(folder, blocks))
+    if as_object:
+        print(json.dumps({"chain": CHAIN, "sizes": measured}, indent=2))
+    else:
+        _show(measured, Console())
+    return 0
+
+
+def _measured(folder: Path | None, blocks: int) -> dict[str, Any]:
+    """In processes of their own, so that one size leaves nothing to the next."""
+    parent = folder or default_data_path().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    home = Path(tempfile.mkdtemp(prefix="kvstore-bench-", dir=parent))
+    try:
+        _child("fill", home, blocks)
+        figures: dict[str, Any] = json.loads(_child("child", home, blocks))
+        return figures
+    finally:
+        shutil.rmtree(home)
+
+
+def _child(module: str, home: Path, blocks: int) -> str:
+    name = f"kvstore_benchmarks.scale.{module}"
+    command = [sys.executable, "-m", name, str(home / "data"), str(blocks)]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def _show(measured: Sequence[dict[str, Any]], console: Console) -> None:
+    table = Table(title=f"Chains of {CHAIN} blocks; p50 / p99 where there are two")
+    table.add_column("")
+    for figures in measured:
+        table.add_column(f"{figures['blocks']:,} blocks", justify="right")
+    for title, name in ROWS:
+        table.add_row(title, *(_text(name, figures[name]) for figures in measured))
+    console.print(table)
+
+
+def _text(name: str, value: Any) -> str:
+    if isinstance(value, dict):
+        return f"{value['p50']:.4g} / {value['p99']:.4g} µs"
+    if name.endswith("_ms"):
+        return f"{value:.1f} ms"
+    return seconds_text(value) if name.endswith("_s") and "per" not in name else f"{value:,.0f}"
