@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import signal
@@ -67,17 +68,35 @@ def test_helpers_do_help() -> None:
     Crew(2).share(work, 2, 1)
 
 
-def test_helpers_are_kept_off_the_callers_core(monkeypatch: pytest.MonkeyPatch) -> None:
-    kept: dict[int, set[int]] = {}
-    monkeypatch.setattr(os, "sched_setaffinity", lambda thread, on: kept.update({thread: on}))
+def test_helpers_are_kept_off_the_callers_core_and_the_caller_on_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kept: dict[int, list[set[int]]] = {}
+    monkeypatch.setattr(
+        os, "sched_setaffinity", lambda thread, on: kept.setdefault(thread, []).append(on)
+    )
+    shared, everywhere = Crew(3), set(range(8))
     for here in (3, 3, 5):
         monkeypatch.setattr(crew, "_current_core", lambda here=here: here)
-        shared = Crew(3)
-        for _ in range(2):
-            shared.share(Busy(), 9, 1)
-        assert len(kept) == 2
-        assert all(on == set(range(8)) - {here} for on in kept.values())
-        kept.clear()
+        shared.share(Busy(), 9, 1)
+    assert kept.pop(0) == [{3}, everywhere, {3}, everywhere, {5}, everywhere]
+    assert list(kept.values()) == [[everywhere - {3}, everywhere - {5}]] * 2
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_afterwards_the_caller_may_run_where_it_might_before(
+    monkeypatch: pytest.MonkeyPatch, failing: bool
+) -> None:
+    monkeypatch.undo()
+    before = os.sched_getaffinity(0)
+
+    def work(start: int, stop: int) -> None:
+        if failing:
+            raise LookupError
+
+    with contextlib.suppress(LookupError):
+        Crew(3).share(work, 9, 1)
+    assert os.sched_getaffinity(0) == before
 
 
 def test_a_caller_with_one_core_works_alone(cores: set[int]) -> None:
