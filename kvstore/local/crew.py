@@ -22,18 +22,27 @@ import ctypes
 import os
 import threading
 from collections.abc import Callable
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 
 MOST_THREADS = 4
 """At most so many at one piece of work, the caller among them: on a large machine the
 other cores are left to the engine."""
+
+LOOK_AGAIN_S = 0.05
+"""A caller that waits for its helpers looks this often itself: a signal may have made it
+miss the news."""
 
 Work = Callable[[int, int], None]
 """(start, stop) -> None: items start to stop - 1. Called from several threads."""
 
 
 class _Job:
-    """One piece of work: `count` items, handed out in parts."""
+    """One piece of work: `count` items, handed out in parts.
+
+    A signal's handler may raise anywhere in the caller, even inside `threading`'s own
+    Python code, which would then leave a lock taken or a waiter forgotten. So there is
+    only what the interpreter does in one step, and a wait that looks again.
+    """
 
     def __init__(self, work: Work, count: int, part: int) -> None:
         self._work = work
@@ -41,13 +50,14 @@ class _Job:
         self._part = part
         self._next = 0
         self._helping = 0
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._news: SimpleQueue[None] = SimpleQueue()
         self.error: BaseException | None = None
 
     def work(self) -> None:
         """The caller's share."""
         while self._next < self._count:
-            with self._changed:
+            with self._lock:
                 start, self._next = self._next, self._next + self._part
             if start < self._count:
                 self._work(start, min(start + self._part, self._count))
@@ -55,7 +65,7 @@ class _Job:
     def help(self) -> None:
         """A helper's share. Errors are the caller's to raise."""
         while self._next < self._count:
-            with self._changed:
+            with self._lock:
                 start, self._next = self._next, self._next + self._part
                 if start >= self._count:
                     return
@@ -65,26 +75,20 @@ class _Job:
                 self._work(start, min(start + self._part, self._count))
             except BaseException as raised:  # noqa: BLE001 - the caller raises it
                 error = raised
-            with self._changed:
+            with self._lock:
                 self._helping -= 1
                 if error is not None:
                     self._next = self._count
                     self.error = self.error or error
-                self._changed.notify()
+            self._news.put(None)
 
     def end(self) -> None:
-        """Hand out no more and wait for what is under way, whatever signals arrive."""
-        interrupt: BaseException | None = None
-        while True:
-            try:
-                with self._changed:
-                    self._next = self._count
-                    self._changed.wait_for(lambda: not self._helping)
-                break
-            except BaseException as raised:  # noqa: BLE001 - raised below
-                interrupt = raised
-        if interrupt is not None:
-            raise interrupt
+        """Hand out no more and wait for what is under way."""
+        with self._lock:
+            self._next = self._count
+        while self._helping:
+            with contextlib.suppress(Empty):
+                self._news.get(timeout=LOOK_AGAIN_S)
 
 
 class Crew:
@@ -112,6 +116,7 @@ class Crew:
             return
         job = _Job(work, count, part)
         here = {_current_core()}
+        interrupt: BaseException | None = None
         try:
             _keep_on(here, 0)
             self._keep_helpers_on(cores - here)
@@ -119,10 +124,16 @@ class Crew:
                 self._jobs.put(job)
             job.work()
         finally:
-            try:
-                job.end()
-            finally:
-                _keep_on(cores, 0)
+            # Whatever signals arrive: nobody may be at work when this has ended.
+            while True:
+                try:
+                    job.end()
+                    _keep_on(cores, 0)
+                    break
+                except BaseException as raised:  # noqa: BLE001 - raised below
+                    interrupt = raised
+            if interrupt is not None:
+                raise interrupt
         if job.error is not None:
             raise job.error
 

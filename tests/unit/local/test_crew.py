@@ -171,6 +171,35 @@ def test_a_signal_is_raised_when_nobody_works_any_more() -> None:
     assert work.items.total() < 600
 
 
+def test_a_signal_while_the_end_is_awaited_does_not_cut_the_waiting_short(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Interrupted(Exception):
+        pass
+
+    raised: list[None] = []
+    end = crew._Job.end
+
+    def interrupted_end(job: crew._Job) -> None:
+        if len(raised) < 2:
+            raised.append(None)
+            raise Interrupted
+        end(job)
+
+    monkeypatch.setattr(crew._Job, "end", interrupted_end)
+    caller = threading.get_ident()
+
+    class SlowHelpers(Busy):
+        def at(self, start: int) -> None:
+            if threading.get_ident() != caller:
+                time.sleep(0.05)
+
+    work = SlowHelpers()
+    with pytest.raises(Interrupted):
+        Crew(3).share(work, 3, 1)
+    assert work.inside == 0
+
+
 def test_without_threads_to_be_had_the_caller_does_it_all(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(self: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
