@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -247,20 +247,34 @@ class AsyncClient:
         """Give slots back. They may not be written any more."""
         await self._run(calls.abort(self._core, slots, self._core.timeout_s))
 
-    async def slot(
-        self, address: int, nbytes: int, writable: bool, *, epoch: bytes | None = None
-    ) -> memoryview:
-        """Low level, local only: the memory at an address of a grant.
+    async def slot(self, address: int, nbytes: int, *, epoch: bytes | None = None) -> memoryview:
+        """Low level, local only: the memory at an address of a lease, read-only.
 
         The first use of an extent maps it, which asks the server. Raises
         `LeaseExpired` when the session was lost since the last call. An address
         that another process was granted needs that process's `epoch` beside it:
         where that is not the epoch of the server there is now, `LeaseExpired`.
         """
-        view = connecting.slot_at_hand(self._core, address, nbytes, writable, epoch)
+        view = connecting.slot_at_hand(self._core, address, nbytes, epoch)
         if view is not None:
             return view
-        return await self._run(connecting.slot(self._core, address, nbytes, writable, epoch))
+        return await self._run(connecting.slot(self._core, address, nbytes, epoch))
+
+    async def write_slots(
+        self,
+        slots: Sequence[int],
+        addresses: Sequence[int],
+        nbytes: int,
+        write: Callable[[list[memoryview]], T],
+    ) -> T:
+        """Low level, local only: call `write` with the memory of reserved slots,
+        `nbytes` of each, and return what it returns.
+
+        The session does not end meanwhile, so the slots are nobody else's until
+        `write` returns; the views are not to be used after that. Raises
+        `LeaseExpired` when the slots were reserved in an earlier session.
+        """
+        return await self._run(connecting.write_slots(self._core, slots, addresses, nbytes, write))
 
     async def prefetch(self, layouts: Layout | Sequence[Layout], keys: Sequence[bytes]) -> int:
         """Ask for a chain to be brought up into DRAM; how many blocks are on the way."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -176,9 +176,7 @@ def local_arena(link: Link) -> Arena:
     return link.arena
 
 
-def slot_at_hand(
-    core: Core, address: int, nbytes: int, writable: bool, epoch: bytes | None
-) -> memoryview | None:
+def slot_at_hand(core: Core, address: int, nbytes: int, epoch: bytes | None) -> memoryview | None:
     """The view if it takes no waiting for the server, else None: then `slot` is needed.
 
     An epoch that fits is proof enough that the address means this link's memory.
@@ -189,12 +187,10 @@ def slot_at_hand(
         return None
     if link.epoch != epoch if epoch is not None else not link.alive():
         return None
-    return link.arena.view_mapped(address, nbytes, writable=writable)
+    return link.arena.view_mapped(address, nbytes, writable=False)
 
 
-def slot(
-    core: Core, address: int, nbytes: int, writable: bool, epoch: bytes | None
-) -> Flow[memoryview]:
+def slot(core: Core, address: int, nbytes: int, epoch: bytes | None) -> Flow[memoryview]:
     """A view of the arena, of which an extent may have to be mapped first.
 
     After a loss this opens a new session, but does not look for the address of
@@ -207,5 +203,36 @@ def slot(
     if link.epoch != epoch if epoch is not None else link is not before:
         raise LeaseExpired("the address was granted in an earlier session with the server")
     arena = link.arena
-    view: memoryview = yield Work(lambda: arena.view(address, nbytes, writable=writable))
+    view: memoryview = yield Work(lambda: arena.view(address, nbytes, writable=False))
     return view
+
+
+def write_slots(
+    core: Core,
+    slots: Sequence[int],
+    addresses: Sequence[int],
+    nbytes: int,
+    write: Callable[[list[memoryview]], T],
+) -> Flow[T]:
+    """What `write` returns for the memory of slots, whose session is held meanwhile.
+
+    Once a session ends its slots are others'. It must be the very one that granted
+    them, which their ids tell, and must not end before `write` has.
+    """
+    core.check_open()
+    link = core.link
+    if link is None or not all(map(link.owns, slots)):
+        raise LeaseExpired("the slots were reserved in an earlier session with the server")
+    if link.arena is None:
+        raise BadRequest("slots need a server on this host")
+    arena = link.arena
+
+    def held() -> T:
+        link.hold()
+        try:
+            return write(arena.views(addresses, nbytes, writable=True))
+        finally:
+            link.let_go()
+
+    result: T = yield Work(held)
+    return result

@@ -14,13 +14,10 @@ import time
 from collections import deque
 from dataclasses import dataclass
 
-from vllm.logger import init_logger
-
 from kvstore.errors import KVStoreError
 from kvstore.types import ChainQuery, LeaseGrant
 from kvstore_connectors.vllm.link import Attached, StoreLink, is_loss
-
-logger = init_logger("vllm.kvstore")
+from kvstore_connectors.vllm.threads import outlive
 
 MAX_KEYS = 65536
 """Keys in one call, counted once for each shard: the server's limit."""
@@ -72,8 +69,14 @@ class AcquireQueue:
         self._seen_answers = 0
         self._closing = False
         self.errors = 0
+        """Calls that failed."""
         self._threads = [
-            threading.Thread(target=self._run, name=f"kvstore-acquire-{index}", daemon=True)
+            threading.Thread(
+                target=outlive,
+                args=(self._run, self._count_error),
+                name=f"kvstore-acquire-{index}",
+                daemon=True,
+            )
             for index in range(threads)
         ]
 
@@ -138,15 +141,20 @@ class AcquireQueue:
                     return
                 tickets = self._take_asked()
                 returned = [] if tickets else self._take_returned()
+            answered = False
             try:
                 if tickets:
                     self._acquire(tickets)
                 else:
                     self._release(returned)
-            except Exception:
-                # A bug must cost hits, not the engine's leases for good.
-                logger.exception("Asking the KV store failed in an unforeseen way.")
-                self._answer(tickets, None, None)
+                answered = True
+            finally:
+                if not answered:
+                    self._answer(tickets, None, None)
+
+    def _count_error(self) -> None:
+        with self._condition:
+            self.errors += 1
 
     def _take_asked(self) -> list[Ticket]:
         budget = MAX_KEYS // max(1, len(self._link.specs))

@@ -102,9 +102,14 @@ class StoreClient(Protocol):
         self, layout: Layout, segments: Sequence[Segment], *, ahead: int
     ) -> CommitAnswer: ...
     def abort(self, slots: Sequence[int]) -> None: ...
-    def slot(
-        self, address: int, nbytes: int, writable: bool, *, epoch: bytes | None = None
-    ) -> memoryview: ...
+    def slot(self, address: int, nbytes: int, *, epoch: bytes | None = None) -> memoryview: ...
+    def write_slots(
+        self,
+        slots: Sequence[int],
+        addresses: Sequence[int],
+        nbytes: int,
+        write: Callable[[list[memoryview]], None],
+    ) -> None: ...
 
 
 Connect = Callable[[], StoreClient]

@@ -22,6 +22,7 @@ from vllm.logger import init_logger
 from kvstore.errors import KVStoreError
 from kvstore.local import copy
 from kvstore_connectors.vllm.stats import ConnectorStats
+from kvstore_connectors.vllm.threads import outlive
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -51,7 +52,9 @@ class Loader:
         self._failed_blocks: set[int] = set()
         self._closing = False
         self.stats = ConnectorStats()
-        self._thread = threading.Thread(target=self._run, name="kvstore-load", daemon=True)
+        self._thread = threading.Thread(
+            target=outlive, args=(self._run, self._count_error), name="kvstore-load", daemon=True
+        )
         self._thread.start()
 
     @property
@@ -101,9 +104,12 @@ class Loader:
                 good = self._load(job)
             except KVStoreError as error:
                 logger.debug("A load from the KV store failed: %s", error)
-            except Exception:
-                logger.exception("A load from the KV store failed in an unforeseen way.")
-            self._report(job, good, started_s)
+            finally:
+                self._report(job, good, started_s)
+
+    def _count_error(self) -> None:
+        with self._condition:
+            self.stats.add(thread_errors=1)
 
     def _load(self, job: LoadJob) -> int:
         """How many blocks of the job's front are loaded and right."""
@@ -129,7 +135,7 @@ class Loader:
         addresses, checksums = job.addresses[self._shard], job.checksums[self._shard]
         block_bytes = self._blocks.block_bytes
         for index in range(start, stop):
-            slot = attached.client.slot(addresses[index], block_bytes, False, epoch=job.epoch)
+            slot = attached.client.slot(addresses[index], block_bytes, epoch=job.epoch)
             self._blocks.load(job.block_ids[index], slot)
             if xxhash.xxh3_64_intdigest(slot) != checksums[index]:
                 with self._condition:

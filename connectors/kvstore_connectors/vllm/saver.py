@@ -31,6 +31,7 @@ from kvstore_connectors.vllm.link import is_loss
 from kvstore_connectors.vllm.metadata import JobReport
 from kvstore_connectors.vllm.slots import Slot, SlotsAhead
 from kvstore_connectors.vllm.stats import ConnectorStats
+from kvstore_connectors.vllm.threads import outlive
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -97,7 +98,9 @@ class Saver:
         self._max_queued_blocks = max(1, MAX_QUEUED_BYTES // blocks.block_bytes)
         self._chunk = max(1, min(CHUNK_BLOCKS, CHUNK_BYTES // blocks.block_bytes))
         self._slots = SlotsAhead(self._chunk)
-        self._thread = threading.Thread(target=self._run, name="kvstore-save", daemon=True)
+        self._thread = threading.Thread(
+            target=outlive, args=(self._run, self._count_error), name="kvstore-save", daemon=True
+        )
         self._thread.start()
 
     def submit(self, job: StoreJob) -> None:
@@ -214,16 +217,18 @@ class Saver:
 
     def _run(self) -> None:
         while self._wait_for_work():
-            with self._condition:
-                parts = self._take()
-            started_s = time.monotonic()
-            stored = False
-            try:
-                stored = self._save(parts)
-            except KVStoreError as error:
-                logger.debug("A store to the KV store failed: %s", error)
-            except Exception:
-                logger.exception("A store to the KV store failed in an unforeseen way.")
+            self._work()
+
+    def _work(self) -> None:
+        with self._condition:
+            parts = self._take()
+        started_s = time.monotonic()
+        stored = False
+        try:
+            stored = self._save(parts)
+        except KVStoreError as error:
+            logger.debug("A store to the KV store failed: %s", error)
+        finally:
             with self._condition:
                 self.stats.add(store_seconds=time.monotonic() - started_s)
                 for part in parts:
@@ -232,6 +237,10 @@ class Saver:
                     if save.taken == len(save.job.keys):
                         self._report(save, lost=save.lost)
             self._on_done()
+
+    def _count_error(self) -> None:
+        with self._condition:
+            self.stats.add(thread_errors=1)
 
     def _wait_for_work(self) -> bool:
         """False when the thread is to end."""
@@ -292,18 +301,22 @@ class Saver:
 
     def _copy(self, attached: Attached, parts: list[_Part], slots: list[Slot]) -> None:
         """Fill slots, taken from the end of `slots`, with the blocks of the parts."""
-        block_bytes = self._blocks.block_bytes
-        for part in parts:
-            for index in range(part.start, part.stop):
-                if part.save.cancelled or not slots:
-                    break
-                if attached.dropped or self._closing:
-                    raise Unavailable("the connection was given up")
-                slot = slots.pop()
-                part.slots.append(slot)
-                view = self._slots.view(attached, slot, block_bytes)
-                self._blocks.save(part.save.job.block_ids[index], view)
-                part.checksums.append(xxhash.xxh3_64_intdigest(view))
+
+        def fill(views: list[memoryview]) -> None:
+            for part in parts:
+                for index in range(part.start, part.stop):
+                    if part.save.cancelled or not slots:
+                        break
+                    if attached.dropped or self._closing:
+                        raise Unavailable("the connection was given up")
+                    part.slots.append(slots.pop())
+                    view = views.pop()
+                    self._blocks.save(part.save.job.block_ids[index], view)
+                    part.checksums.append(xxhash.xxh3_64_intdigest(view))
+
+        if slots:
+            ids, addresses = [slot.id for slot in slots], [slot.address for slot in slots]
+            attached.client.write_slots(ids, addresses, self._blocks.block_bytes, fill)
 
     def _commit(self, attached: Attached, parts: list[_Part]) -> list[CommitOutcome]:
         """Publish what was copied of jobs that are still wanted."""

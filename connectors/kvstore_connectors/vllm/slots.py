@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
-from kvstore.errors import KVStoreError, LeaseExpired
+from kvstore.errors import KVStoreError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -32,8 +32,8 @@ class Slot(NamedTuple):
 
 class SlotsAhead:
     """Used by one thread. Slots belong to one session with the server and are forgotten
-    with it, which gives them back: others may have them from then on. A client opens
-    another session by itself, and counts."""
+    with it, which gives them back. A client opens another session by itself, and counts;
+    what slips through here is refused by `write_slots`."""
 
     def __init__(self, most: int, now_ns: Callable[[], int] = time.monotonic_ns) -> None:
         """`most`: how many to have at hand, at most."""
@@ -65,15 +65,6 @@ class SlotsAhead:
         # Those that expire first, first.
         taken, self._slots = self._slots[:count], self._slots[count:]
         return taken[::-1]
-
-    def view(self, attached: Attached, slot: Slot, nbytes: int) -> memoryview:
-        """A slot that was taken, to be written. Raises `LeaseExpired` when the session it
-        was reserved in has ended."""
-        # Without an epoch, which would fit the same server's next session as well.
-        view = attached.client.slot(slot.address, nbytes, True)
-        if attached.client.counters.connects != self._session:
-            raise LeaseExpired("the slot was reserved in an earlier session with the server")
-        return view
 
     def _follow(self, attached: Attached) -> None:
         session = attached.client.counters.connects

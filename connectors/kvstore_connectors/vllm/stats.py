@@ -35,6 +35,7 @@ COUNTERS = {
     "store_seconds": "Seconds spent storing.",
     "present_blocks": "Blocks offered that the store already had or was just getting.",
     "denied_blocks": "Blocks the store had no space for.",
+    "thread_errors": "Errors nobody foresaw, survived; each is in the log.",
     "skipped_blocks": "Blocks not stored: too far behind, preempted, or no server.",
 }
 

@@ -100,7 +100,10 @@ def test_a_block_that_another_client_stores_meanwhile_is_present(
     n = layout.block_bytes
     with kvstore.Client(server.socket) as writer:
         grant = writer.reserve(layout, 1, 0)
-        copy_checked(writer.slot(grant.addresses[0], n, True), memoryview(block(1, n)))
+        data = memoryview(block(1, n))
+        writer.write_slots(
+            [grant.first_slot], grant.addresses, n, lambda views: copy_checked(views[0], data)
+        )
         assert client.get(layout, key(1)) is None, "nothing is there before the commit"
         assert client.put(layout, key(1), block(1, n)) is PutOutcome.STORED
         segment = Segment(b"", [key(1)], [grant.first_slot], [checksum(block(1, n))])

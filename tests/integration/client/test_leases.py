@@ -16,7 +16,7 @@ from kvstore.errors import (
     LeaseExpired,
     ReservationExpired,
 )
-from tests.integration.client.conftest import Server, block, key, layout_of
+from tests.integration.client.conftest import Server, block, key, layout_of, until_nothing_is_held
 
 
 @pytest.fixture
@@ -144,19 +144,21 @@ def test_a_connector_writes_slots_itself_and_other_processes_read_them(
 ) -> None:
     if place == "remote":
         with pytest.raises(BadRequest):
-            client.slot(0, 10, False)
+            client.slot(0, 10)
         return
     n = layout.block_bytes
     slots = client.reserve(layout, 2, 0)
     for pair in range(0, 6, 2):
         assert len(slots.addresses) == 2
-        sums = []
-        for number in range(2):
-            view = client.slot(slots.addresses[number], n, True, epoch=client.epoch)
-            view[:] = block(pair + number, n)
-            sums.append(xxhash.xxh3_64_intdigest(view))
-        parent = key(pair - 1) if pair else b""
         ids = [slots.first_slot, slots.first_slot + 1]
+
+        def write(views: list[memoryview], first: int = pair) -> list[int]:
+            for number, view in enumerate(views):
+                view[:] = block(first + number, n)
+            return [xxhash.xxh3_64_intdigest(view) for view in views]
+
+        sums = client.write_slots(ids, slots.addresses, n, write)
+        parent = key(pair - 1) if pair else b""
         segment = Segment(parent, [key(pair), key(pair + 1)], ids, sums)
         # The slots for the next two come with the answer.
         answer = client.commit(layout, [segment], ahead=2)
@@ -171,10 +173,27 @@ def test_a_connector_writes_slots_itself_and_other_processes_read_them(
     (lease,) = client.acquire_many([ChainQuery([layout.id], keys)], 0)
     assert lease.held == 6
     for number, address in enumerate(lease.addresses):
-        assert bytes(client.slot(address, n, False)) == block(number, n)
+        assert bytes(client.slot(address, n)) == block(number, n)
     client.release([lease.lease_id])
     with pytest.raises(LeaseExpired):
-        client.slot(lease.addresses[1], n, False, epoch=b"another")
+        client.slot(lease.addresses[1], n, epoch=b"another")
+
+
+def test_slots_are_nobody_elses_while_they_are_being_written(
+    client: Any, layout: kvstore.Layout, server: Server
+) -> None:
+    """A client that is closed, or finds its session gone, in the middle of a copy."""
+    writer = kvstore.Client(server.socket)
+    grant = writer.reserve(layout, 1, 0)
+    kept = []
+
+    def write(views: list[memoryview]) -> None:
+        writer.close()
+        kept.append(client.stats().reservations)
+
+    writer.write_slots([grant.first_slot], grant.addresses, layout.block_bytes, write)
+    assert kept == [1]
+    until_nothing_is_held(client)
 
 
 def test_a_block_damaged_in_memory_is_a_miss_and_counted(

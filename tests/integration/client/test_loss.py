@@ -87,7 +87,9 @@ def test_a_killed_and_restarted_server_is_found_again(
     client.abort([current_grant.first_slot])
     if place == "local":
         with pytest.raises(LeaseExpired):
-            client.slot(grant.addresses[0], 5000, True, epoch=epoch)
+            client.slot(grant.addresses[0], 5000, epoch=epoch)
+        with pytest.raises(LeaseExpired):
+            client.write_slots([grant.first_slot], grant.addresses, 5000, print)
 
 
 def test_a_hung_server_costs_the_timeout_and_is_used_again_when_it_goes_on(

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +15,7 @@ import xxhash
 
 from kvstore.client.lease import Layout
 from kvstore.client.link import Counters
-from kvstore.errors import KVStoreError
+from kvstore.errors import KVStoreError, LeaseExpired
 from kvstore.types import (
     ChainPresence,
     ChainQuery,
@@ -190,6 +190,7 @@ class FakeStore:
         self.gate = threading.Event()
         self.gate.set()
         self.before_slot: Any = None
+        self.on_call: Any = None
         self.room = 1 << 20
         """Slots that can still be granted."""
         self.epoch = b"epoch"
@@ -216,6 +217,8 @@ class FakeStore:
     def _pass(self, call: str) -> None:
         self.calls.append(call)
         self.gate.wait(10)
+        if self.on_call is not None:
+            self.on_call(call)
         if self.error is not None:
             raise self.error
 
@@ -286,11 +289,24 @@ class FakeStore:
         for slot in slots:
             self.reserved.pop(slot, None)
 
-    def slot(
-        self, address: int, nbytes: int, writable: bool, *, epoch: bytes | None = None
-    ) -> memoryview:
+    def slot(self, address: int, nbytes: int, *, epoch: bytes | None = None) -> memoryview:
         if self.before_slot is not None:
             self.before_slot()
         view = memoryview(self.slots[address])
         assert view.nbytes == nbytes
-        return view if writable else view.toreadonly()
+        return view.toreadonly()
+
+    def write_slots(
+        self,
+        slots: Sequence[int],
+        addresses: Sequence[int],
+        nbytes: int,
+        write: Callable[[list[memoryview]], None],
+    ) -> None:
+        if self.before_slot is not None:
+            self.before_slot()
+        if not all(slot in self.reserved for slot in slots):
+            raise LeaseExpired("of an earlier session")
+        views = [memoryview(self.slots[address]) for address in addresses]
+        assert all(view.nbytes == nbytes for view in views)
+        write(views)

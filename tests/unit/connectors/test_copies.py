@@ -13,6 +13,7 @@ import xxhash
 from kvstore.errors import BadRequest, Unavailable
 from kvstore_connectors.vllm import saver as saver_module
 from kvstore_connectors.vllm import slots as slots_module
+from kvstore_connectors.vllm import threads as threads_module
 from kvstore_connectors.vllm.blocks import HostBlocks
 from kvstore_connectors.vllm.layout import Geometry, Piece
 from kvstore_connectors.vllm.link import StoreLink
@@ -229,6 +230,30 @@ def test_a_session_that_is_lost_while_slots_are_taken_ends_the_copy(rank: Rank) 
     eventually(rank.saver.take_reports)
     assert not rank.store.blocks
     assert not any(map(any, rank.store.slots.values()))
+
+
+def test_a_bug_costs_a_store_and_not_the_thread(
+    rank: Rank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(threads_module, "PAUSE_S", 0.001)
+    monkeypatch.setattr(saver_module, "IDLE_S", 0.01)
+    failing = ["abort", "commit"]
+
+    def bug(call: str) -> None:
+        if failing[:1] == [call]:
+            del failing[0]
+            raise RuntimeError("a bug")
+
+    rank.store.on_call = bug
+    for job_id in (1, 2, 3):
+        # Slots at hand are given back in between, which fails the first time.
+        rank.saver.submit(rank.store_job(job_id, [5]))
+        eventually(rank.saver.take_reports)
+        eventually(lambda: not rank.saver._slots)
+    assert set(rank.store.blocks) == {b"\x01\x05", b"\x03\x05"}
+    stats = rank.saver.take_stats()
+    assert stats is not None
+    assert stats.data["thread_errors"] == 2
 
 
 def test_a_job_that_is_only_partly_given_room_is_lost_and_the_others_are_not(rank: Rank) -> None:
