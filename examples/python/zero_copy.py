@@ -4,7 +4,8 @@
 
 Needs a server on this host. The rules that keep this safe:
 
-  * write only into slots that were reserved, and never after `commit` or `abort`;
+  * write only into slots that were reserved, inside `write_slots`, and never after `commit`
+    or `abort`;
   * use what a view shows only if the lease has not `expired` *after* it was used;
   * never keep a view beyond its lease.
 """
@@ -30,17 +31,20 @@ def write_in_place(client: kvstore.Client, layout: kvstore.Layout, keys: list[by
     # There may be fewer than asked for: the first blocks of the chain come first.
     slots = [grant.first_slot + index for index in range(len(grant.addresses))]
     try:
-        checksums: list[int] = []
-        for index, address in enumerate(grant.addresses):
-            slot = client.slot(address, BLOCK_BYTES, writable=True)
-            np.frombuffer(slot, np.float16).reshape(SHAPE)[:] = index
-            checksums.append(xxhash.xxh3_64_intdigest(slot))
+        checksums = client.write_slots(slots, grant.addresses, BLOCK_BYTES, compute)
         segment = kvstore.Segment(b"", keys[: len(slots)], slots, checksums)
         answer = client.commit(layout, [segment])
     except BaseException:
         client.abort(slots)
         raise
     print("committed:", [outcome.name for outcome in answer.outcomes])
+
+
+def compute(blocks: list[memoryview]) -> list[int]:
+    """Fill the blocks' memory; the checksum of each."""
+    for index, block in enumerate(blocks):
+        np.frombuffer(block, np.float16).reshape(SHAPE)[:] = index
+    return [xxhash.xxh3_64_intdigest(block) for block in blocks]
 
 
 def sum_in_place(client: kvstore.Client, layout: kvstore.Layout, keys: list[bytes]) -> list[float]:

@@ -87,6 +87,7 @@ class AsyncClient:
         self._core.closed = True
         if self._core.link is not None:
             self._core.link.retire()
+            self._core.link.hang_up()
         for undoing in self._undoing:
             undoing.cancel()
         if self._transport is not None:

@@ -102,7 +102,7 @@ def begin_acquire(
     """What `end_acquire` wants; with `Drop` the leases are given back."""
     request = _acquire_message(budget, chains, wait_ms)
     undo = partial(_undo_leases, core, link)
-    return (yield Begin(Call("Acquire", request, link.session, budget.left(), undo=undo)))
+    return (yield Begin(link.call("Acquire", request, budget.left(), undo=undo)))
 
 
 def end_acquire(link: Link, begun: Any) -> Flow[list[LeaseGrant] | None]:
@@ -125,7 +125,7 @@ def _undo_leases(core: Core, link: Link, response: pb.AcquireResponse | None) ->
     if not any(ids):
         return None
     request = pb.ReleaseRequest(lease_ids=filter(None, ids))
-    return Call("Release", request, link.session, core.timeout_s)
+    return link.call("Release", request, core.timeout_s)
 
 
 def renew(core: Core, lease_ids: Sequence[int]) -> Flow[int]:
@@ -135,7 +135,7 @@ def renew(core: Core, lease_ids: Sequence[int]) -> Flow[int]:
         raise LeaseExpired("the lease's session with the server has ended")
     request = pb.RenewRequest(lease_ids=map(link.bare, lease_ids))
     try:
-        response = yield Call("Renew", request, link.session, Budget(core.timeout_s).left())
+        response = yield link.call("Renew", request, Budget(core.timeout_s).left())
     except NoSession as error:
         link.retire()
         raise LeaseExpired("the lease's session with the server has ended") from error
@@ -152,7 +152,7 @@ def release(core: Core, lease_ids: Sequence[int], timeout_s: float) -> Flow[None
         return
     request = pb.ReleaseRequest(lease_ids=current)
     try:
-        yield Call("Release", request, link.session, timeout_s)
+        yield link.call("Release", request, timeout_s)
     except NoSession:
         link.retire()
 
@@ -163,7 +163,7 @@ def release_soon(core: Core, link: Link, lease_ids: Sequence[int]) -> Flow[None]
     current = [link.bare(number) for number in lease_ids if link.owns(number)]
     if current and link.alive():
         request = pb.ReleaseRequest(lease_ids=current)
-        yield Drop((yield Begin(Call("Release", request, link.session, core.timeout_s))))
+        yield Drop((yield Begin(link.call("Release", request, core.timeout_s))))
 
 
 def reserve(
@@ -185,7 +185,7 @@ def reserve(
 def _pay_aborts(link: Link, budget: Budget) -> Flow[None]:
     owed = list(link.owed_aborts)[: link.info.max_blocks]
     try:
-        yield Call("Abort", pb.AbortRequest(slots=owed), link.session, budget.left())
+        yield link.call("Abort", pb.AbortRequest(slots=owed), budget.left())
     except NoSession:
         link.retire()
     link.owed_aborts.difference_update(owed)
@@ -238,7 +238,7 @@ def begin_commit(
         layout_id=layout_id, segments=wire.segment_messages(segments, link.tag), reserve=ahead
     )
     undo = partial(_undo_slots, core, link)
-    return (yield Begin(Call("Commit", request, link.session, budget.left(), undo=undo)))
+    return (yield Begin(link.call("Commit", request, budget.left(), undo=undo)))
 
 
 def end_commit(link: Link, begun: Any) -> Flow[CommitAnswer]:
@@ -261,7 +261,7 @@ def _undo_slots(
     if not grant.addresses:
         return None
     ids = range(grant.first_slot, grant.first_slot + len(grant.addresses))
-    return Call("Abort", pb.AbortRequest(slots=ids), link.session, core.timeout_s)
+    return link.call("Abort", pb.AbortRequest(slots=ids), core.timeout_s)
 
 
 def abort(core: Core, slots: Sequence[int], timeout_s: float) -> Flow[None]:
@@ -275,7 +275,7 @@ def abort(core: Core, slots: Sequence[int], timeout_s: float) -> Flow[None]:
     request = pb.AbortRequest(slots=current)
     try:
         # Begun, so that it gets through even where its caller is interrupted.
-        yield End((yield Begin(Call("Abort", request, link.session, timeout_s))))
+        yield End((yield Begin(link.call("Abort", request, timeout_s))))
     except NoSession:
         link.retire()
     except ClientError:

@@ -7,6 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from kvstore.client import wire
+from kvstore.client.lines import Lines
 from kvstore.client.link import Budget, Core, Link
 from kvstore.client.presence import Presence
 from kvstore.client.steps import Call, Connect, Flow, OpenSession, SessionStream, Work
@@ -53,7 +54,7 @@ def call(
 
     def over(link: Link) -> Call:
         on_leaving = None if undo is None else partial(undo, link)
-        return Call(method, make_request(), link.session, budget.left(), undo=on_leaving)
+        return link.call(method, make_request(), budget.left(), on_leaving)
 
     link = yield from current_link(core, budget)
     try:
@@ -90,24 +91,27 @@ def connect(core: Core, budget: Budget) -> Flow[Link]:
 def _new_link(core: Core, budget: Budget) -> Flow[Link]:
     attachment = yield from _attach(core, budget)
     stream: SessionStream | None = None
+    lines: Lines | None = None
     try:
         if attachment is not None:
-            session = attachment.session
+            session, lines = attachment.session, Lines(attachment)
         else:
             session, stream = yield OpenSession(budget.left())
         # Whoever just handed out a session is there, even where gRPC still holds
         # its last failure to connect against it.
         response = yield Call(
-            "GetServerInfo", pb.GetServerInfoRequest(), session, budget.left(), True
+            "GetServerInfo", pb.GetServerInfoRequest(), session, budget.left(), True, lines=lines
         )
         info = wire.server_info(response)
         if attachment is not None and attachment.epoch != info.epoch:
             raise Unavailable("the server restarted while it was being attached to")
         for spec in list(core.layouts.values()):
             request = pb.RegisterLayoutRequest(layout=wire.layout_message(spec))
-            yield Call("RegisterLayout", request, session, budget.left())
+            yield Call("RegisterLayout", request, session, budget.left(), lines=lines)
         presence: Presence | None = yield from _presence(core, budget, attachment)
     except BaseException:
+        if lines is not None:
+            lines.close()
         if attachment is not None:
             attachment.close()
         if stream is not None:
@@ -118,6 +122,7 @@ def _new_link(core: Core, budget: Budget) -> Flow[Link]:
         session=session,
         info=info,
         attachment=attachment,
+        lines=lines,
         arena=None if attachment is None else _arena(attachment, core.timeout_s),
         presence=presence,
         stream=stream,

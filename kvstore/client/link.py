@@ -13,16 +13,21 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
+from kvstore.client.lines import Lines
 from kvstore.client.presence import Presence
 from kvstore.client.rpc import Endpoint
-from kvstore.client.steps import SessionStream
+from kvstore.client.steps import Call, SessionStream
 from kvstore.client.wire import ServerInfo
 from kvstore.clock import Clock, MonotonicClock
 from kvstore.errors import BadRequest, Unavailable
 from kvstore.local.arena import Arena
 from kvstore.local.attach import Attachment
 from kvstore.types import LayoutSpec
+
+if TYPE_CHECKING:
+    from google.protobuf.message import Message
 
 _TAG_SHIFT = 64
 _CLEAN_UP_SHARE = 0.1
@@ -46,6 +51,7 @@ class Link:
         session: bytes,
         info: ServerInfo,
         attachment: Attachment | None,
+        lines: Lines | None,
         arena: Arena | None,
         presence: Presence | None,
         stream: SessionStream | None,
@@ -56,6 +62,7 @@ class Link:
         self.arena = arena
         self.presence = presence
         self._attachment = attachment
+        self._lines = lines
         self._stream = stream
         self._lock = threading.Lock()
         self._holders = 0
@@ -67,6 +74,16 @@ class Link:
     @property
     def epoch(self) -> bytes:
         return self.info.epoch
+
+    def call(
+        self,
+        method: str,
+        request: Message,
+        timeout_s: float,
+        undo: Callable[[Any | None], Call | None] | None = None,
+    ) -> Call:
+        """The step that makes a call of this session."""
+        return Call(method, request, self.session, timeout_s, undo=undo, lines=self._lines)
 
     def alive(self) -> bool:
         """Whether the session is open as far as can be told without asking."""
@@ -106,7 +123,13 @@ class Link:
         if last:
             self._end()
 
+    def hang_up(self) -> None:
+        """End the calls under way with `Unavailable`, and let there be no more."""
+        if self._lines is not None:
+            self._lines.close()
+
     def _end(self) -> None:
+        self.hang_up()
         if self.arena is not None:
             self.arena.close()
         if self._attachment is not None:

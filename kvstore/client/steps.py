@@ -18,13 +18,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 if TYPE_CHECKING:
     from google.protobuf.message import Message
 
+    from kvstore.client.lines import Lines
+
 T = TypeVar("T")
 
 
 class Call(NamedTuple):
     """One unary RPC; its result is the response message.
 
-    `session` is empty for a call without one. With `wait_for_ready` the call
+    `session` is empty for a call without one. `lines`: those of the session, where the
+    call is made on one of them; otherwise it goes over gRPC, and with `wait_for_ready`
     waits, within its time, for the server to be reachable.
 
     A call that grants something has an `undo`: from its response, the call that
@@ -40,6 +43,7 @@ class Call(NamedTuple):
     timeout_s: float
     wait_for_ready: bool = False
     undo: Callable[[Any | None], Call | None] | None = None
+    lines: Lines | None = None
 
 
 class Begin(NamedTuple):

@@ -90,6 +90,7 @@ class Client:
         self._core.closed = True
         if self._core.link is not None:
             self._core.link.retire()
+            self._core.link.hang_up()
         self._transport.close()
 
     @property
@@ -334,6 +335,7 @@ class Client:
         def let_go() -> None:
             if link is not None:
                 link.retire()
+                link.hang_up()
             transport.close()
 
         threading.Thread(target=let_go, name="kvstore-let-go", daemon=True).start()

@@ -1,4 +1,4 @@
-"""The synchronous driver's gRPC."""
+"""The synchronous driver's calls: on lines where there are any, else over gRPC."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import grpc
 
 from kvstore.client.background import Background, Outcome
 from kvstore.client.failures import typed_error
+from kvstore.client.lines import Exchange
 from kvstore.client.rpc import CHANNEL_OPTIONS, Endpoint, Stubs, metadata
 from kvstore.client.steps import Call, OpenSession, ReadStream, WriteStream
 from kvstore.errors import BadRequest, KVStoreError, Unavailable
@@ -32,6 +33,11 @@ class SyncTransport:
         self._background = Background()
 
     def call(self, step: Call) -> Any:
+        if step.lines is not None:
+            return self.begin(step).end()
+        return self._call(step)
+
+    def _call(self, step: Call) -> Any:
         try:
             return self._stubs.unary[step.method](
                 step.request,
@@ -48,7 +54,11 @@ class SyncTransport:
             raise _closed(error) from error
 
     def begin(self, step: Call) -> Begun:
-        return Begun(self, step, self.start(partial(self.call, step)))
+        if step.lines is not None:
+            exchange = Exchange(step.lines, step.method, step.request, step.timeout_s)
+            return Begun(self, step, exchange.end, exchange.leave)
+        outcome = self.start(partial(self._call, step))
+        return Begun(self, step, partial(outcome.wait, step.timeout_s + _GRACE_S), _nothing)
 
     def start(self, work: Callable[[], T]) -> Outcome[T]:
         """Have `work` done while the caller goes on."""
@@ -106,22 +116,31 @@ class SyncTransport:
 class Begun:
     """A call under way."""
 
-    def __init__(self, transport: SyncTransport, step: Call, outcome: Outcome[Any]) -> None:
+    def __init__(
+        self,
+        transport: SyncTransport,
+        step: Call,
+        wait: Callable[[], Any],
+        leave: Callable[[], None],
+    ) -> None:
         self._transport = transport
         self._step = step
-        self._outcome = outcome
+        self._wait = wait
+        self._leave = leave
 
     def end(self) -> Any:
         """Its response."""
         try:
-            return self._outcome.wait(self._step.timeout_s + _GRACE_S)
+            return self._wait()
         except Unavailable:
             _unheard(self._step)
             raise
 
     def drop(self) -> None:
         """Have given back what it grants, if it does. Does not wait."""
-        if self._step.undo is not None:
+        if self._step.undo is None:
+            self._leave()
+        else:
             self._transport.start(partial(self._undo, self._step.undo))
 
     def _undo(self, undo: Callable[[Any | None], Call | None]) -> None:
@@ -145,6 +164,10 @@ class _Stream:
 
     def cancel(self) -> None:
         self._call.cancel()
+
+
+def _nothing() -> None:
+    return
 
 
 def _unheard(step: Call) -> None:

@@ -1,14 +1,20 @@
-"""The asynchronous driver's gRPC. Everything here belongs to one event loop."""
+"""The asynchronous driver's calls: on lines where there are any, else over gRPC.
+
+Everything here belongs to one event loop.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import socket
 from typing import Any
 
 import grpc
 import grpc.aio
 
+from kvstore.client import lines as lines_
 from kvstore.client.failures import typed_error
+from kvstore.client.lines import Lines
 from kvstore.client.rpc import CHANNEL_OPTIONS, Endpoint, Stubs, metadata
 from kvstore.client.steps import Call, OpenSession, ReadStream, WriteStream
 from kvstore.errors import BadRequest, KVStoreError, Unavailable
@@ -22,8 +28,11 @@ class AsyncTransport:
     def __init__(self, endpoint: Endpoint) -> None:
         self._channel = grpc.aio.insecure_channel(endpoint.target, options=CHANNEL_OPTIONS)
         self._stubs = Stubs(self._channel)
+        self._turns = asyncio.Semaphore(lines_.MOST_LINES)
 
     async def call(self, step: Call) -> Any:
+        if step.lines is not None:
+            return await self._call_on_line(step, step.lines)
         try:
             return await self._stubs.unary[step.method](
                 step.request,
@@ -35,6 +44,23 @@ class AsyncTransport:
             raise _typed(step.method, error) from error
         except (ValueError, grpc.aio.UsageError) as error:
             raise _closed(error) from error
+
+    async def _call_on_line(self, step: Call, lines: Lines) -> Any:
+        call = lines_.encode_call(step.method, step.request)
+        try:
+            async with asyncio.timeout(step.timeout_s), self._turns:
+                line = lines.at_hand()
+                if line is None:
+                    line = await asyncio.to_thread(lines.take, step.timeout_s)
+                try:
+                    number, message = await _exchange(step.method, line.socket, call)
+                except BaseException:
+                    lines.discard(line)
+                    raise
+                lines.give_back(line)
+        except TimeoutError:
+            raise Unavailable(f"{step.method}: no answer in time") from None
+        return lines_.decode_answer(step.method, number, message)
 
     async def read(self, step: ReadStream) -> None:
         try:
@@ -84,6 +110,25 @@ class AsyncTransport:
     async def close(self) -> None:
         """Ends every RPC under way. Idempotent."""
         await self._channel.close(None)
+
+
+async def _exchange(method: str, line: socket.socket, call: bytes) -> tuple[int, memoryview]:
+    """The answer to a call, as `lines.split` gives it."""
+    loop = asyncio.get_running_loop()
+    line.setblocking(False)
+    try:
+        await loop.sock_sendall(line, call)
+    except OSError as error:
+        raise lines_.unsent(method, error) from error
+    answer = bytearray()
+    missing = lines_.FIRST_BYTES
+    try:
+        while missing:
+            answer += await loop.sock_recv(line, max(missing, lines_.FIRST_BYTES))
+            missing = lines_.missing_of(answer)
+    except OSError as error:
+        raise lines_.unheard(method, error) from error
+    return lines_.split(answer)
 
 
 class _Stream:

@@ -4,11 +4,12 @@ JSON datagrams of at most 4096 bytes over an AF_UNIX SOCK_SEQPACKET socket besid
 the gRPC socket. The client speaks first and the server answers every request, in
 order, once:
 
-    {"op":"attach","protocol":1}  -> {"op":"attached","session":"<32 hex>",
+    {"op":"attach","protocol":2}  -> {"op":"attached","session":"<32 hex>",
                                       "epoch":"<hex>","extent_bytes":N,"tenant":"..."}
     {"op":"map","extent":7}       -> {"op":"extent","extent":7,"bytes":N}  + one descriptor
     {"op":"directory"}            -> {"op":"directory","bytes":N,
                                       "secret":"<hex>"}                    + one descriptor
+    {"op":"line"}                 -> {"op":"line"}                         + one descriptor
     anything that fails           -> {"op":"error","code":"BAD_REQUEST","message":"..."}
 
 The connection is the session: when it closes, for whatever reason, the session's
@@ -42,7 +43,7 @@ from kvstore.errors import (
 )
 from kvstore.types import SESSION_ID_BYTES
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAX_DATAGRAM_BYTES = 4096
 MAX_UNIX_PATH_BYTES = 107
 ATTACH_SUFFIX = ".attach"
@@ -65,6 +66,10 @@ class MapRequest(NamedTuple):
 
 class DirectoryRequest(NamedTuple):
     """Asks for the directory as it is now; it may be replaced later."""
+
+
+class LineRequest(NamedTuple):
+    """Asks for a socket to make calls on (`kvstore.wire.frames`)."""
 
 
 class Attached(NamedTuple):
@@ -91,6 +96,10 @@ class DirectoryReply(NamedTuple):
     secret: bytes
 
 
+class LineReply(NamedTuple):
+    """Comes with exactly one descriptor, of a connected stream socket."""
+
+
 class ErrorReply(NamedTuple):
     """`code` is a name of the wire's `ErrorCode`."""
 
@@ -98,8 +107,8 @@ class ErrorReply(NamedTuple):
     message: str
 
 
-Request = AttachRequest | MapRequest | DirectoryRequest
-Reply = Attached | ExtentReply | DirectoryReply | ErrorReply
+Request = AttachRequest | MapRequest | DirectoryRequest | LineRequest
+Reply = Attached | ExtentReply | DirectoryReply | LineReply | ErrorReply
 
 
 def attach_path(socket_path: str) -> str:
@@ -115,6 +124,8 @@ def encode_request(request: Request) -> bytes:
             return _encode({"op": "map", "extent": extent})
         case DirectoryRequest():
             return _encode({"op": "directory"})
+        case LineRequest():
+            return _encode({"op": "line"})
 
 
 def decode_request(datagram: bytes) -> Request:
@@ -127,8 +138,10 @@ def decode_request(datagram: bytes) -> Request:
             return MapRequest(_number(fields, "extent"))
         case "directory":
             return DirectoryRequest()
+        case "line":
+            return LineRequest()
         case _:
-            raise BadRequest('a request\'s "op" is "attach", "map" or "directory"')
+            raise BadRequest('a request\'s "op" is "attach", "map", "directory" or "line"')
 
 
 def encode_reply(reply: Reply) -> bytes:
@@ -147,6 +160,8 @@ def encode_reply(reply: Reply) -> bytes:
             return _encode({"op": "extent", "extent": extent, "bytes": nbytes})
         case DirectoryReply(nbytes, secret):
             return _encode({"op": "directory", "bytes": nbytes, "secret": secret.hex()})
+        case LineReply():
+            return _encode({"op": "line"})
         case ErrorReply(code, message):
             # A long message must not make the error itself undeliverable.
             return _encode({"op": "error", "code": code, "message": message[:500]})
@@ -163,6 +178,8 @@ def decode_reply(datagram: bytes) -> Reply:
                 return ExtentReply(_number(fields, "extent"), _number(fields, "bytes"))
             case "directory":
                 return DirectoryReply(_number(fields, "bytes"), _hex(fields, "secret"))
+            case "line":
+                return LineReply()
             case "error":
                 return ErrorReply(_text(fields, "code"), _text(fields, "message"))
     except BadRequest as error:
@@ -252,6 +269,18 @@ class Attachment:
             os.close(descriptor)
             raise InternalError("the attach socket did not hand out the directory")
         return descriptor, reply.secret
+
+    def fetch_line(self, timeout_s: float) -> int:
+        """Descriptor of a socket to make this session's calls on. The caller owns it.
+
+        Raises `Unavailable` when the server is gone or does not answer in time,
+        `TooMany` when the session has as many as it may.
+        """
+        reply, descriptor = self._fetch(LineRequest(), timeout_s)
+        if not isinstance(reply, LineReply):
+            os.close(descriptor)
+            raise InternalError("the attach socket did not hand out a line")
+        return descriptor
 
     def _fetch(self, request: Request, timeout_s: float) -> tuple[Reply, int]:
         """The reply, and the one descriptor that comes with it."""

@@ -37,6 +37,7 @@ from kvstore_server import limits
 from kvstore_server.admin import AdminServer, Health
 from kvstore_server.attach import AttachServer
 from kvstore_server.endpoint import GrpcEndpoint
+from kvstore_server.lines import Lines
 from kvstore_server.principals import Principals
 from kvstore_server.service import KVStoreService, ServerInfo
 from kvstore_server.sockets import SocketClaim, listen_seqpacket
@@ -177,6 +178,7 @@ class App:
             self.store,
             principals,
             self.metrics,
+            Lines(self._service.unary(), self._service.calls),
             max_connections=server.max_sessions + limits.SPARE_CONNECTIONS,
         )
         self._undo.callback(self._attach.close)

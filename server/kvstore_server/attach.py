@@ -26,6 +26,8 @@ from kvstore.local.attach import (
     DirectoryReply,
     ErrorReply,
     ExtentReply,
+    LineReply,
+    LineRequest,
     MapRequest,
     Reply,
     decode_request,
@@ -33,7 +35,9 @@ from kvstore.local.attach import (
 )
 from kvstore.metrics import Metrics
 from kvstore.store import Session, Store
-from kvstore_server.limits import ATTACH_TIMEOUT_S
+from kvstore_server.callers import AttachedCaller
+from kvstore_server.limits import ATTACH_TIMEOUT_S, MAX_LINES
+from kvstore_server.lines import Line, Lines
 from kvstore_server.principals import LocalUser, Principals
 from kvstore_server.status import INTERNAL, WireError, wire_error
 
@@ -56,10 +60,12 @@ class AttachServer:
         store: Store,
         principals: Principals,
         metrics: Metrics,
+        lines: Lines,
         *,
         max_connections: int,
     ) -> None:
         self.store = store
+        self.lines = lines
         self.principals = principals
         self.metrics = metrics
         self.loop = asyncio.get_running_loop()
@@ -108,6 +114,7 @@ class Connection:
         self._server = server
         self._peer = peer
         self._session: Session | None = None
+        self._lines: set[Line] = set()
         credentials = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
         _, uid, _ = _UCRED.unpack(credentials)
         self._principal = LocalUser(uid)
@@ -123,6 +130,8 @@ class Connection:
         self._patience.cancel()
         self._server.loop.remove_reader(self._peer)
         self._peer.close()
+        for line in list(self._lines):
+            line.close()
         if self._session is not None:
             self._server.store.close_session(self._session)
 
@@ -161,6 +170,8 @@ class Connection:
             self._attach(request)
         elif isinstance(request, MapRequest):
             self._map(request)
+        elif isinstance(request, LineRequest):
+            self._line()
         else:
             self._directory()
 
@@ -191,6 +202,17 @@ class Connection:
         descriptor = store.directory_fd()
         nbytes = os.fstat(descriptor).st_size
         self._send(DirectoryReply(nbytes, store.tenant_secret(self._session)), descriptor)
+
+    def _line(self) -> None:
+        if self._session is None:
+            raise BadRequest("attach first")
+        if len(self._lines) >= MAX_LINES:
+            raise TooMany(f"a session may have {MAX_LINES} lines")
+        caller = AttachedCaller(self._server.store, self._session)
+        line, theirs = self._server.lines.open(caller, self._lines.discard)
+        self._lines.add(line)
+        with theirs:
+            self._send(LineReply(), theirs.fileno())
 
     def _fail(self, error: WireError) -> None:
         self._server.metrics.rejected(error.code)

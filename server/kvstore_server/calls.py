@@ -10,35 +10,52 @@ import asyncio
 import inspect
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import grpc
 import grpc.aio
+from google.protobuf.message import Message
 
 from kvstore.errors import KVStoreError
 from kvstore.metrics import Metrics
 from kvstore.wire.v1 import kvstore_pb2 as pb
+from kvstore_server.callers import Caller, Context
 from kvstore_server.status import INTERNAL, WireError, wire_error
 
 _log = logging.getLogger(__name__)
 
-SERVICE_NAME = pb.DESCRIPTOR.services_by_name["KVStore"].full_name
+_SERVICE = pb.DESCRIPTOR.services_by_name["KVStore"]
+SERVICE_NAME = _SERVICE.full_name
+METHODS: dict[str, Any] = {method.name: method for method in _SERVICE.methods}
+"""Descriptors of the .proto's methods by name."""
 
-Context = grpc.aio.ServicerContext[Any, Any]
-Behaviour = Callable[[Any, Context], Any]
+_MARKS = frozenset({"OpenSession"})
+"""Streams that only mark a session's life. They are not counted as running: they end
+when the server says so."""
+
+
+class UnaryMethod:
+    """A method that takes one message and answers with one.
+
+    `behaviour`: a function, plain or async (then `waits`), from (request, caller) to
+    the response.
+    """
+
+    def __init__(self, name: str, request: type[Message], behaviour: Callable[..., Any]) -> None:
+        self.name = name
+        self.parse: Callable[[bytes], Message] = request.FromString
+        self.behaviour = behaviour
+        self.waits = inspect.iscoroutinefunction(behaviour)
 
 
 class Calls:
-    """Runs handlers, and knows how many are running.
+    """Runs handlers, and knows how many are running."""
 
-    Streams that only mark a session's life are not counted as running: they end
-    when the server says so.
-    """
-
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: Metrics, caller_of: Callable[[Context], Caller]) -> None:
         self._metrics = metrics
+        self._caller_of = caller_of
         self._running = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -52,73 +69,78 @@ class Calls:
         """Until no call is running."""
         await self._idle.wait()
 
-    @asynccontextmanager
-    async def answering(self, name: str, context: Context) -> AsyncIterator[None]:
-        """Around a handler: errors leave as their statuses."""
+    @contextmanager
+    def running(self, name: str) -> Iterator[None]:
+        """Around a call, from its request to its response."""
         began = time.perf_counter()
         self._running += 1
         self._idle.clear()
         try:
-            async with self.translating(name, context):
-                yield
+            yield
         finally:
             self._running -= 1
             if not self._running:
                 self._idle.set()
             self._metrics.call_done(name, time.perf_counter() - began)
 
-    @asynccontextmanager
-    async def translating(self, name: str, context: Context) -> AsyncIterator[None]:
-        try:
-            yield
-        except KVStoreError as error:
-            answer = wire_error(error)
-            if answer is INTERNAL:
-                self._report(name, error)
-            await self._abort(context, answer)
-        except (asyncio.CancelledError, grpc.aio.BaseError):
-            raise  # The client went away, or the answer could not be sent.
-        except Exception as error:  # noqa: BLE001
-            # The outermost frame of every call.
-            self._report(name, error)
-            await self._abort(context, INTERNAL)
-
-    def _report(self, name: str, error: Exception) -> None:
-        self._metrics.unexpected("call")
-        _log.error("a fault while answering %s", name, exc_info=error)
-
-    async def _abort(self, context: Context, answer: WireError) -> None:
+    def failed(self, name: str, error: Exception) -> WireError:
+        """What a client is told of an error that escaped a handler."""
+        answer = wire_error(error) if isinstance(error, KVStoreError) else INTERNAL
+        if answer is INTERNAL:
+            self._metrics.unexpected("call")
+            _log.error("a fault while answering %s", name, exc_info=error)
         self._metrics.rejected(answer.code)
-        await context.abort(answer.status, answer.message, answer.trailing_metadata)
+        return answer
 
-    def handler_for(self, method: Any, behaviour: Behaviour, **codec: Any) -> Any:
+    def handler_for(self, method: Any, behaviour: Callable[..., Any], **codec: Any) -> Any:
         """The gRPC handler of a method of the .proto.
 
         `method`: its descriptor. `behaviour`: for a unary answer a function, plain
-        or async, from (request, context) to the response; for a stream an async
-        function that writes to the context itself and does its own translating.
+        or async, from (request, caller) to the response; for a stream an async
+        function of (request, caller, context) that writes to the context itself.
         `codec` overrides the (de)serializers.
         """
-        request_type, response_type = _message(method.input_type), _message(method.output_type)
         codec = {
-            "request_deserializer": request_type.FromString,
-            "response_serializer": response_type.SerializeToString,
+            "request_deserializer": message_class(method.input_type).FromString,
+            "response_serializer": message_class(method.output_type).SerializeToString,
             **codec,
         }
-        if method.server_streaming:
-            return grpc.unary_stream_rpc_method_handler(behaviour, **codec)
         name: str = method.name
         waits = inspect.iscoroutinefunction(behaviour)
 
         async def answer(request: Any, context: Context) -> Any:
-            async with self.answering(name, context):
-                response = behaviour(request, context)
-                return await response if waits else response
+            with self.running(name):
+                try:
+                    response = behaviour(request, self._caller_of(context))
+                    return await response if waits else response
+                except Exception as error:  # noqa: BLE001 - the outermost frame of a call
+                    await self._refuse(name, context, error)
 
+        async def stream(request: Any, context: Context) -> None:
+            try:
+                await behaviour(request, self._caller_of(context), context)
+            except Exception as error:  # noqa: BLE001 - the outermost frame of a call
+                await self._refuse(name, context, error)
+
+        async def counted_stream(request: Any, context: Context) -> None:
+            with self.running(name):
+                await stream(request, context)
+
+        if method.server_streaming:
+            handler = stream if name in _MARKS else counted_stream
+            return grpc.unary_stream_rpc_method_handler(handler, **codec)
         if method.client_streaming:
             return grpc.stream_unary_rpc_method_handler(answer, **codec)
         return grpc.unary_unary_rpc_method_handler(answer, **codec)
 
+    async def _refuse(self, name: str, context: Context, error: Exception) -> None:
+        if isinstance(error, grpc.aio.BaseError):
+            raise error  # The client went away, or the answer could not be sent.
+        answer = self.failed(name, error)
+        await context.abort(answer.status, answer.message, answer.trailing_metadata)
 
-def _message(descriptor: Any) -> Any:
-    return getattr(pb, descriptor.name)
+
+def message_class(descriptor: Any) -> type[Message]:
+    """The generated class of a message of the .proto."""
+    generated: type[Message] = getattr(pb, descriptor.name)
+    return generated

@@ -31,6 +31,8 @@ MIN_CLIENT_PING_MS = 5_000
 
 ATTACH_TIMEOUT_S = 5.0
 """How long a connection to the attach socket may stay silent before it attaches."""
+MAX_LINES = 32
+"""Of one session: calls it may have under way at a time."""
 SPARE_CONNECTIONS = 64
 """Connections to the attach socket that are not sessions (yet)."""
 

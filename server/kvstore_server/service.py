@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import grpc
@@ -17,7 +18,6 @@ from kvstore.errors import (
     BadRequest,
     BadSize,
     Draining,
-    NoSession,
     TooLarge,
 )
 from kvstore.metrics import Metrics
@@ -26,11 +26,11 @@ from kvstore.types import KEY_BYTES, ChainQuery, LayoutSpec, Segment, SlotGrant,
 from kvstore.wire.columns import pack_numbers, unpack_keys, unpack_numbers
 from kvstore.wire.v1 import kvstore_pb2 as pb
 from kvstore_server import limits
-from kvstore_server.calls import SERVICE_NAME, Calls, Context
+from kvstore_server.callers import Caller, Context, GrpcCaller
+from kvstore_server.calls import METHODS, SERVICE_NAME, Calls, UnaryMethod, message_class
 from kvstore_server.framing import frame_read, parse_write
-from kvstore_server.principals import Principals, TcpPeer
+from kvstore_server.principals import Principals
 
-SESSION_METADATA = "kvstore-session-bin"
 _NUMBER_BYTES = 8
 """Of a column of numbers (`columns`)."""
 
@@ -51,9 +51,8 @@ class KVStoreService:
     def __init__(
         self, store: Store, principals: Principals, metrics: Metrics, info: ServerInfo
     ) -> None:
-        self.calls = Calls(metrics)
+        self.calls = Calls(metrics, partial(GrpcCaller, store, principals))
         self._store = store
-        self._principals = principals
         self._metrics = metrics
         self._info = info
         self._ending = asyncio.Event()
@@ -65,59 +64,39 @@ class KVStoreService:
             "Write": {"request_deserializer": None},
         }
         handlers = {}
-        for method in pb.DESCRIPTOR.services_by_name["KVStore"].methods:
-            behaviour = getattr(self, _snake(method.name))
-            codec = codecs.get(method.name, {})
-            handlers[method.name] = self.calls.handler_for(method, behaviour, **codec)
+        for name, method in METHODS.items():
+            codec = codecs.get(name, {})
+            handlers[name] = self.calls.handler_for(method, self._behaviour(name), **codec)
         return grpc.method_handlers_generic_handler(SERVICE_NAME, handlers)
+
+    def unary(self) -> dict[str, UnaryMethod]:
+        """The methods that take one message and answer with one, by name."""
+        return {
+            name: UnaryMethod(name, message_class(method.input_type), self._behaviour(name))
+            for name, method in METHODS.items()
+            if not (method.client_streaming or method.server_streaming)
+        }
+
+    def _behaviour(self, name: str) -> Any:
+        return getattr(self, _snake(name))
 
     def end_sessions(self) -> None:
         """End the streams that keep remote sessions open."""
         self._ending.set()
 
-    # Who is calling
-
-    def _session(self, context: Context) -> Session:
-        session = self._session_or_none(context)
-        if session is None:
-            raise NoSession(f"this call needs a session, as {SESSION_METADATA} metadata")
-        return session
-
-    def _session_or_none(self, context: Context) -> Session | None:
-        for name, value in context.invocation_metadata() or ():
-            if name == SESSION_METADATA and isinstance(value, bytes):
-                session = self._store.session(value)
-                if session.local and isinstance(self._peer(context), TcpPeer):
-                    # Its owner is a process of this host, known to the kernel.
-                    # Whoever shows the id from elsewhere is not.
-                    raise NoSession("no such session; attach again")
-                return session
-        return None
-
-    def _tenant(self, context: Context) -> str:
-        session = self._session_or_none(context)
-        if session is not None:
-            return session.tenant
-        return self._principals.tenant_of(self._peer(context))
-
-    def _peer(self, context: Context) -> Any:
-        return self._principals.of_peer(context.peer())
-
     # Sessions and layouts
 
     def get_server_info(
-        self, request: pb.GetServerInfoRequest, context: Context
+        self, request: pb.GetServerInfoRequest, caller: Caller
     ) -> pb.GetServerInfoResponse:
         # Answered on the Unix socket before anybody has said who they are: it is
         # how a client learns where to attach.
-        peer = self._peer(context)
-        remote = isinstance(peer, TcpPeer)
-        if remote:
-            self._principals.tenant_of(peer)
+        if caller.remote:
+            caller.tenant()
         return pb.GetServerInfoResponse(
             version=self._info.version,
             epoch=self._store.epoch,
-            attach_path="" if remote else self._info.attach_path,
+            attach_path="" if caller.remote else self._info.attach_path,
             max_block_bytes=self._store.extent_bytes,
             max_keys=limits.MAX_KEYS,
             max_blocks=limits.MAX_BLOCKS,
@@ -125,19 +104,19 @@ class KVStoreService:
             reservation_ms=self._info.reservation_ms,
         )
 
-    async def open_session(self, request: pb.OpenSessionRequest, context: Context) -> None:
-        async with self.calls.translating("OpenSession", context):
-            tenant = self._principals.tenant_of(self._peer(context))
-            session = self._store.open_session(tenant, local=False)
-            try:
-                await context.write(pb.OpenSessionResponse(session=session.id))
-                await self._ending.wait()
-                raise Draining("the server is shutting down")
-            finally:
-                self._store.close_session(session)
+    async def open_session(
+        self, request: pb.OpenSessionRequest, caller: Caller, context: Context
+    ) -> None:
+        session = self._store.open_session(caller.tenant(), local=False)
+        try:
+            await context.write(pb.OpenSessionResponse(session=session.id))
+            await self._ending.wait()
+            raise Draining("the server is shutting down")
+        finally:
+            self._store.close_session(session)
 
     def register_layout(
-        self, request: pb.RegisterLayoutRequest, context: Context
+        self, request: pb.RegisterLayoutRequest, caller: Caller
     ) -> pb.RegisterLayoutResponse:
         wanted = request.layout
         spec = LayoutSpec(
@@ -152,20 +131,20 @@ class KVStoreService:
             group=wanted.group,
             backend=wanted.backend,
         )
-        layout_id = self._store.register_layout(self._tenant(context), spec)
+        layout_id = self._store.register_layout(caller.tenant(), spec)
         return pb.RegisterLayoutResponse(layout_id=layout_id)
 
     # Chains
 
-    def lookup(self, request: pb.LookupRequest, context: Context) -> pb.LookupResponse:
-        found = self._store.lookup(self._tenant(context), _chains(request.chains))
+    def lookup(self, request: pb.LookupRequest, caller: Caller) -> pb.LookupResponse:
+        found = self._store.lookup(caller.tenant(), _chains(request.chains))
         return pb.LookupResponse(
             chains=[pb.ChainPresence(held=p.held, in_dram=p.in_dram) for p in found]
         )
 
-    async def acquire(self, request: pb.AcquireRequest, context: Context) -> pb.AcquireResponse:
+    async def acquire(self, request: pb.AcquireRequest, caller: Caller) -> pb.AcquireResponse:
         grants = await self._store.acquire(
-            self._session(context), _chains(request.chains), _wait_ms(request.wait_ms)
+            caller.session(), _chains(request.chains), _wait_ms(request.wait_ms)
         )
         return pb.AcquireResponse(
             leases=[
@@ -181,49 +160,48 @@ class KVStoreService:
             ]
         )
 
-    def renew(self, request: pb.RenewRequest, context: Context) -> pb.RenewResponse:
+    def renew(self, request: pb.RenewRequest, caller: Caller) -> pb.RenewResponse:
         _check_count(len(request.lease_ids))
-        expires_ns = self._store.renew(self._session(context), request.lease_ids)
+        expires_ns = self._store.renew(caller.session(), request.lease_ids)
         return pb.RenewResponse(expires_ns=expires_ns)
 
-    def release(self, request: pb.ReleaseRequest, context: Context) -> pb.ReleaseResponse:
+    def release(self, request: pb.ReleaseRequest, caller: Caller) -> pb.ReleaseResponse:
         _check_count(len(request.lease_ids))
-        self._store.release(self._session(context), request.lease_ids)
+        self._store.release(caller.session(), request.lease_ids)
         return pb.ReleaseResponse()
 
-    def prefetch(self, request: pb.PrefetchRequest, context: Context) -> pb.PrefetchResponse:
-        started = self._store.prefetch(self._tenant(context), _chains(request.chains))
+    def prefetch(self, request: pb.PrefetchRequest, caller: Caller) -> pb.PrefetchResponse:
+        started = self._store.prefetch(caller.tenant(), _chains(request.chains))
         return pb.PrefetchResponse(started=started)
 
     # Writing
 
-    async def reserve(self, request: pb.ReserveRequest, context: Context) -> pb.ReserveResponse:
+    async def reserve(self, request: pb.ReserveRequest, caller: Caller) -> pb.ReserveResponse:
         _check_blocks(request.count)
         grant = await self._store.reserve(
-            self._session(context), request.layout_id, request.count, _wait_ms(request.wait_ms)
+            caller.session(), request.layout_id, request.count, _wait_ms(request.wait_ms)
         )
         return pb.ReserveResponse(slots=_slots(grant))
 
-    def commit(self, request: pb.CommitRequest, context: Context) -> pb.CommitResponse:
+    def commit(self, request: pb.CommitRequest, caller: Caller) -> pb.CommitResponse:
         _check_blocks(request.reserve)
         answer = self._store.commit(
-            self._session(context), request.layout_id, _segments(request), request.reserve
+            caller.session(), request.layout_id, _segments(request), request.reserve
         )
         return pb.CommitResponse(outcomes=bytes(answer.outcomes), slots=_slots(answer.slots))
 
-    def abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:
+    def abort(self, request: pb.AbortRequest, caller: Caller) -> pb.AbortResponse:
         _check_blocks(len(request.slots))
-        self._store.abort(self._session(context), request.slots)
+        self._store.abort(caller.session(), request.slots)
         return pb.AbortResponse()
 
     # Bytes
 
-    async def read(self, request: pb.ReadRequest, context: Context) -> None:
-        async with self.calls.answering("Read", context):
-            session = self._session(context)
-            _check_count(len(request.indices))
-            for index in request.indices or range(_blocks_of(session, request.lease_id)):
-                await self._send_block(session, request.lease_id, index, context)
+    async def read(self, request: pb.ReadRequest, caller: Caller, context: Context) -> None:
+        session = caller.session()
+        _check_count(len(request.indices))
+        for index in request.indices or range(_blocks_of(session, request.lease_id)):
+            await self._send_block(session, request.lease_id, index, context)
 
     async def _send_block(
         self, session: Session, lease_id: int, index: int, context: Context
@@ -241,8 +219,8 @@ class KVStoreService:
             if offset >= len(block):
                 return
 
-    async def write(self, messages: AsyncIterator[bytes], context: Context) -> pb.WriteResponse:
-        session = self._session(context)
+    async def write(self, messages: AsyncIterator[bytes], caller: Caller) -> pb.WriteResponse:
+        session = caller.session()
         current = offset = length = 0
         async for message in messages:
             chunk = parse_write(message)
@@ -264,8 +242,8 @@ class KVStoreService:
 
     # Administration
 
-    def get_stats(self, request: pb.GetStatsRequest, context: Context) -> pb.GetStatsResponse:
-        stats = self._store.stats(self._tenant(context))
+    def get_stats(self, request: pb.GetStatsRequest, caller: Caller) -> pb.GetStatsResponse:
+        stats = self._store.stats(caller.tenant())
         return pb.GetStatsResponse(
             uptime_seconds=stats.uptime_seconds,
             tiers=[
@@ -292,13 +270,11 @@ class KVStoreService:
             tenant_blocks=stats.tenant_blocks,
         )
 
-    async def clear(self, request: pb.ClearRequest, context: Context) -> pb.ClearResponse:
-        return pb.ClearResponse(blocks=await self._store.clear(self._tenant(context)))
+    async def clear(self, request: pb.ClearRequest, caller: Caller) -> pb.ClearResponse:
+        return pb.ClearResponse(blocks=await self._store.clear(caller.tenant()))
 
-    async def flush(self, request: pb.FlushRequest, context: Context) -> pb.FlushResponse:
-        return pb.FlushResponse(
-            written=await self._store.flush(self._tenant(context), request.drop)
-        )
+    async def flush(self, request: pb.FlushRequest, caller: Caller) -> pb.FlushResponse:
+        return pb.FlushResponse(written=await self._store.flush(caller.tenant(), request.drop))
 
 
 def _enum(value: int) -> Any:

@@ -137,7 +137,7 @@ class RawAttachment:
 async def attached(app: App) -> AsyncIterator[tuple[RawAttachment, dict[str, Any], Metadata]]:
     raw = await in_thread(RawAttachment, app.config.attach_path)
     try:
-        answer = await in_thread(raw.ask, {"op": "attach", "protocol": 1})
+        answer = await in_thread(raw.ask, {"op": "attach", "protocol": 2})
         yield raw, answer, (("kvstore-session-bin", bytes.fromhex(answer["session"])),)
     finally:
         raw.close()

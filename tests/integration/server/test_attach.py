@@ -36,7 +36,7 @@ from tests.integration.server.harness import (
     unix_target,
 )
 
-ATTACH = {"op": "attach", "protocol": 1}
+ATTACH = {"op": "attach", "protocol": 2}
 
 
 @in_loop
@@ -112,7 +112,7 @@ async def test_another_protocol_version_is_told_both(tmp_path: Path) -> None:
         raw = await in_thread(RawAttachment, app.config.attach_path)
         answer = await in_thread(raw.ask, {"op": "attach", "protocol": 7, "new": True})
         assert answer["code"] == "BAD_REQUEST"
-        assert "7" in answer["message"] and "1" in answer["message"]
+        assert "7" in answer["message"] and "2" in answer["message"]
         assert await in_thread(raw.read) is None
         raw.close()
 

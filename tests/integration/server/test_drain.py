@@ -58,7 +58,7 @@ async def test_a_draining_server_refuses_new_work_and_finishes_what_runs(tmp_pat
         assert await refused(reserve(stub, session, layout_id, 1)) == DRAINING
         assert await refused(stub.OpenSession(pb.OpenSessionRequest()).read()) == DRAINING
         raw = await in_thread(RawAttachment, app.config.attach_path)
-        answer = await in_thread(raw.ask, {"op": "attach", "protocol": 1})
+        answer = await in_thread(raw.ask, {"op": "attach", "protocol": 2})
         assert answer["code"] == "DRAINING"
         raw.close()
 

@@ -30,7 +30,7 @@ async def hold(socket_path, local):
     async with stub_for(f"unix:{socket_path}") as stub:
         if local:
             raw = RawAttachment(socket_path + ".attach")
-            session_id = bytes.fromhex(raw.ask({"op": "attach", "protocol": 1})["session"])
+            session_id = bytes.fromhex(raw.ask({"op": "attach", "protocol": 2})["session"])
         else:
             stream = stub.OpenSession(pb.OpenSessionRequest())
             session_id = (await stream.read()).session
@@ -127,7 +127,7 @@ def test_a_server_without_sessions_ends_by_itself(tmp_path: Path) -> None:
         server.wait_ready()
         peer = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         peer.connect(f"{server.socket_path}.attach")
-        peer.send(b'{"op":"attach","protocol":1}')
+        peer.send(b'{"op":"attach","protocol":2}')
         assert b"attached" in peer.recv(4096)
         with pytest.raises(subprocess.TimeoutExpired):
             server.process.wait(timeout=2)

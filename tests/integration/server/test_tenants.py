@@ -192,7 +192,7 @@ import os, socket, sys
 os.setuid(int(sys.argv[2]))
 peer = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 peer.connect(sys.argv[1])
-peer.send(b'{"op":"attach","protocol":1}')
+peer.send(b'{"op":"attach","protocol":2}')
 print(peer.recv(4096).decode())
 """
 

@@ -26,6 +26,7 @@ def make(stream: Stream, number: int = 0) -> Link:
         session=b"",
         info=info(),
         attachment=None,
+        lines=None,
         arena=None,
         presence=None,
         stream=stream,
