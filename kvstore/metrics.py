@@ -11,13 +11,14 @@ key, a session, a tenant or anything else that a caller can make up.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from kvstore.clock import Clock
 from kvstore.errors import WIRE_ERRORS
 from kvstore.types import StoreStats, Tier
 
@@ -147,6 +148,11 @@ class Metrics:
         """Read the store's figures at every scrape from now on."""
         self.registry.register(StoreCollector(stats, stalled_seconds))
 
+    def watch_wear(self, wear: Callable[[], Mapping[str, int]], clock: Clock) -> None:
+        """Read at every scrape what was written to NVMe since now: bytes by purpose,
+        of which "store" is what was asked for."""
+        self.registry.register(WearCollector(wear, clock))
+
 
 class StoreCollector(Collector):
     """`Store.stats()` as metrics, read when scraped."""
@@ -174,6 +180,38 @@ class StoreCollector(Collector):
         )
         yield committed
         yield from _tiers(stats)
+
+
+class WearCollector(Collector):
+    """What the NVMe tier wrote, and how fast that uses up a drive."""
+
+    def __init__(self, wear: Callable[[], Mapping[str, int]], clock: Clock) -> None:
+        self._wear = wear
+        self._clock = clock
+        self._since_ns = clock.now_ns()
+
+    def collect(self) -> Iterable[Metric]:
+        wear = self._wear()
+        family = CounterMetricFamily(
+            "kvstore_nvme_written_bytes",
+            "Bytes written to the segments: asked for (store), to win room (move), notes (note).",
+            labels=["purpose"],
+        )
+        for purpose, nbytes in wear.items():
+            family.add_metric([purpose], nbytes)
+        yield family
+        written = sum(wear.values())
+        yield _gauge(
+            "kvstore_nvme_write_amplification",
+            "Bytes written for each that was asked for, since the start.",
+            written / wear["store"] if wear["store"] else 1.0,
+        )
+        days = (self._clock.now_ns() - self._since_ns) / 86_400e9
+        yield _gauge(
+            "kvstore_nvme_written_bytes_per_day",
+            "Bytes written a day at the rate since the start.",
+            written / days if days > 0 else 0.0,
+        )
 
 
 def _gauge(name: str, help_text: str, value: float) -> Metric:

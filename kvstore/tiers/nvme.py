@@ -1,24 +1,23 @@
-"""NVMe: blocks in preallocated files, read and written with O_DIRECT, over restarts.
+"""NVMe: blocks in an append-only log of preallocated segments, over restarts.
 
-*Capacity.* Extent files, the index at its largest and some small files together
-never exceed `capacity_bytes`; what is left for extents is `usable_bytes`.
+*Capacity.* Segments, the index at its largest and some small files together never
+exceed `capacity_bytes`; what is left for extents is `usable_bytes`. The log keeps a
+sixteenth of the segments to work with (`nvme_log`).
 
-*Truth is in the slot.* Each slot describes itself and carries two checksums
-(`nvme_slot`). A read gets exactly the block it asked for or `CorruptBlock`,
-whatever the index, the disk or a crash did. The index (`nvme_index`) only says
-where to look after a restart.
+*Truth is in the slot.* Each slot says which block it holds, where it is and in which
+life of its segment it was written, under two checksums (`nvme_slot`). A read gets
+exactly the block it asked for or `CorruptBlock`, whatever the index, the disk or a
+crash did. What fails is not read or written again: its place is marked bad.
 
-*Order of writes.* Slots are written at once; what the index shall say about them
-waits in a batch. A batch goes in only after fdatasync of every file it names, so
-the index does not, after a crash, point at data that never arrived.
+*Order of writes.* A slot is written at once. What shall be known of it after a
+restart waits in a batch, and a flush makes that durable in this order: the slots and
+the summaries of their segments, with fdatasync; then the index, which so never
+points at data that did not arrive; then segments that were emptied may be used
+again.
 
-*A slot used again.* `forget` puts the removal into the batch and the slot may be
-overwritten before the batch is on disk. If the server dies in between, the index
-names block A at a slot that holds B, half of B, or still A. Reading A there
-compares the slot's header and both checksums with A's: B or half of B is
-`CorruptBlock`, a miss; A is A. The index is keyed by address, so A and B can
-never both claim the slot. The same holds for an extent closed and opened again
-before the batch is on disk: its file is new, and what is old is not found there.
+*After a crash* the index is behind at most. What it does not tell of is read from
+the segments' headers (`nvme_recovery`); what was forgotten and synced is marked in
+the summaries and stays forgotten, with a stale index or none.
 
 *Failure.* No room is `TierFull`. Any other error of the disk is `TierFailed`, for
 good: after a failed fdatasync nobody knows what is on disk, and asking again
@@ -28,12 +27,11 @@ would be answered with a success that means nothing.
 from __future__ import annotations
 
 import errno
-import itertools
 import logging
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
-from os import fdatasync
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -47,25 +45,14 @@ from kvstore.errors import (
     TierFailed,
     TierFull,
 )
-from kvstore.tiers import nvme_slot
+from kvstore.tiers import nvme_recovery, nvme_slot
 from kvstore.tiers.base import BlockHeader, Recovered
-from kvstore.tiers.nvme_file import (
-    ExtentFile,
-    direct_io_works,
-    extent_of,
-    file_name,
-    read_all,
-    write_all,
-)
-from kvstore.tiers.nvme_home import DataHome, sync_directory, unusable
-from kvstore.tiers.nvme_index import (
-    Batch,
-    Index,
-    decode_layout,
-    encode_layout,
-    encode_record,
-    map_bytes_for,
-)
+from kvstore.tiers.nvme_disk import Directory, Disk, direct_io_works, read_all, write_all
+from kvstore.tiers.nvme_home import SMALL_FILES_BYTES, DataHome, unusable
+from kvstore.tiers.nvme_index import DAMAGED, Batch, Index, map_bytes_for, start_over
+from kvstore.tiers.nvme_log import Log, spare_segments
+from kvstore.tiers.nvme_segment import Geometry, Segment, number_of
+from kvstore.tiers.nvme_slot import Place
 from kvstore.types import ALIGNMENT
 
 _log = logging.getLogger(__name__)
@@ -74,46 +61,60 @@ BATCH_ENTRIES = 256
 _BATCH_ENTRIES_MAX = 4 * BATCH_ENTRIES
 """From here on a writer waits for the batch before it instead of adding to this one."""
 
-_SMALL_FILES_BYTES = 512 << 10
-"""Kept for LOCK, VERSION, secret, LMDB's lock file and the directories."""
-
 _FULL = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE))
 _MISUSE = frozenset((errno.EINVAL, errno.EBADF, errno.EFAULT))
 
 
+def segments_of(capacity_bytes: int, extent_bytes: int, max_blocks: int) -> int:
+    """How many segments a capacity has room for."""
+    left = capacity_bytes - map_bytes_for(capacity_bytes, max_blocks) - SMALL_FILES_BYTES
+    return max(0, left) // Geometry(extent_bytes).file_bytes
+
+
 def usable_bytes_of(capacity_bytes: int, extent_bytes: int, max_blocks: int) -> int:
     """What is left for extents of a capacity, in whole extents."""
-    left = capacity_bytes - map_bytes_for(capacity_bytes, max_blocks) - _SMALL_FILES_BYTES
-    return max(0, left) // extent_bytes * extent_bytes
+    segments = segments_of(capacity_bytes, extent_bytes, max_blocks)
+    return max(0, segments - spare_segments(segments)) * extent_bytes
 
 
 class NvmeTier:
     """A `StorageTier` in a directory. Made by `open`."""
 
     def __init__(
-        self, home: DataHome, index: Index, *, extent_bytes: int, usable_bytes: int, direct: bool
+        self,
+        home: DataHome,
+        disk: Disk,
+        open_index: Callable[[], Index],
+        *,
+        extent_bytes: int,
+        most_segments: int,
+        direct: bool,
     ) -> None:
+        """Recovers what is there. Raises `DataError`, `TierError`, OSError; then all
+        but `home` is closed."""
         self.extent_bytes = extent_bytes
-        self.usable_bytes = usable_bytes
+        self.usable_bytes = (most_segments - spare_segments(most_segments)) * extent_bytes
         self.direct = direct
         """False where the file system refuses O_DIRECT."""
-        self.unindexed_blocks = 0
-        """Blocks that are readable now but, the index being full, not after a restart."""
         self._home = home
-        self._index = index
-        self._files: dict[int, ExtentFile] = {}
+        self._disk = disk
+        self._geometry = Geometry(extent_bytes)
+        self._most_segments = most_segments
         self._scratch = nvme_slot.ScratchPool()
-        # Sequences of a later life are larger than all of an earlier one.
-        self._sequence = itertools.count(index.life << 40)
-        # Held through the making and removing of files, so that both never count at
-        # once; `_lock` only guards the tables and is never held during I/O.
-        self._changing_extents = threading.Lock()
-        self._lock = threading.Lock()
-        self._batch = Batch()
-        self._unsynced: set[ExtentFile] = set()
+        self._summary = nvme_slot.aligned(self._geometry.summary_bytes)
+        self._noted_bytes = 0
+        # (segment, life) of which the index could not be told all.
+        self._untold: set[tuple[int, int]] = set()
+        self._remembering = threading.Lock()
         self._flushing = threading.Lock()
         self._failed: TierFailed | None = None
         self._closed = False
+        self._layouts = home.read_layouts()
+        try:
+            self._index, self._log = self._take_over(open_index)
+        except (*DAMAGED, TierFailed) as error:
+            start_over(home.index, f"the index is damaged ({error})")
+            self._index, self._log = self._take_over(open_index)
 
     @classmethod
     def open(
@@ -124,43 +125,75 @@ class NvmeTier:
         max_blocks: int,
         *,
         direct: bool = True,
+        disk: Disk | None = None,
+        open_index: Callable[[Path, int], Index] = Index.open,
     ) -> NvmeTier:
         """Open or make the tier in directory `path`.
 
         `max_blocks`: the most that the index must have room for. `direct=False` goes
-        through the page cache even where O_DIRECT works.
+        through the page cache even where O_DIRECT works. `disk` holds the segments
+        instead of the directory.
         Raises `DataInUse`, `DataVersion`, `DataUnusable`.
         """
         path = Path(path).absolute()
-        usable_bytes = usable_bytes_of(capacity_bytes, extent_bytes, max_blocks)
         if extent_bytes <= 0 or extent_bytes % ALIGNMENT:
             raise DataUnusable(f"an extent is a multiple of {ALIGNMENT} bytes, not {extent_bytes}")
-        if not usable_bytes:
+        if not usable_bytes_of(capacity_bytes, extent_bytes, max_blocks):
             raise DataUnusable(
-                f"a capacity of {capacity_bytes} bytes has no room for one extent of "
+                f"a capacity of {capacity_bytes} bytes has no room for extents of "
                 f"{extent_bytes}; give more capacity, or smaller extents"
             )
         with ExitStack() as undo:
             home = DataHome.open(path)
             undo.callback(home.close)
             try:
-                if direct and not direct_io_works(home.extents):
-                    direct = False
-                    _log.warning("no O_DIRECT in %s: reads and writes are cached", path)
-                map_bytes = map_bytes_for(capacity_bytes, max_blocks)
-                index = Index.open(home.index, map_bytes, extent_bytes)
-                undo.callback(index.close)
+                if disk is None:
+                    if direct and not direct_io_works(home.segments):
+                        direct = False
+                        _log.warning("no O_DIRECT in %s: reads and writes are cached", path)
+                    disk = Directory(home.segments, direct=direct)
                 tier = cls(
-                    home, index, extent_bytes=extent_bytes, usable_bytes=usable_bytes, direct=direct
+                    home,
+                    disk,
+                    partial(open_index, home.index, map_bytes_for(capacity_bytes, max_blocks)),
+                    extent_bytes=extent_bytes,
+                    most_segments=segments_of(capacity_bytes, extent_bytes, max_blocks),
+                    direct=direct,
                 )
-                undo.callback(tier._close_files)
-                tier._reconcile()
             except OSError as error:
                 raise unusable(path, error) from error
             except (TierFull, TierFailed) as error:
                 raise DataUnusable(f"data directory {path}: {error}") from error
             undo.pop_all()
         return tier
+
+    def _take_over(self, open_index: Callable[[], Index]) -> tuple[Index, Log]:
+        with ExitStack() as undo:
+            index = open_index()
+            undo.callback(index.close)
+            segments = nvme_recovery.open_segments(self._disk, self._geometry, self._most_segments)
+            for segment in segments:
+                undo.callback(segment.file.close)
+            life = nvme_recovery.next_life(index, segments)
+            log = Log(
+                self._disk,
+                self._geometry,
+                most_segments=self._most_segments,
+                first_sequence=nvme_recovery.first_sequence(life),
+                flush=self._flush,
+            )
+            clean = index.clean and index.life == life - 1
+            try:
+                found = nvme_recovery.tell_index(index, segments, clean=clean)
+                if found:
+                    _log.info("%d blocks were found that the index did not tell of", found)
+            except TierFull as error:
+                _log.warning("%s: some of what is stored is not found", error)
+            nvme_recovery.find_blocks(index, log, segments, clean=clean)
+            with suppress(TierFull):
+                index.begin_life(life)
+            undo.pop_all()
+        return index, log
 
     def secret(self) -> bytes:
         """32 bytes, made when the directory was first used. Raises `DataUnusable`."""
@@ -170,89 +203,84 @@ class NvmeTier:
     def healthy(self) -> bool:
         return self._failed is None
 
+    def wear(self) -> dict[str, int]:
+        """Bytes written to the segments since the start: because the store asked for
+        it, to win segments, and for summaries."""
+        return {
+            "store": self._log.stored_bytes,
+            "move": self._log.moved_bytes,
+            "note": self._noted_bytes,
+        }
+
     def slot_bytes(self, block_bytes: int) -> int:
         return nvme_slot.slot_bytes(block_bytes)
 
     def open_extent(self, extent: int, slot_bytes: int) -> None:
         self._check_usable()
-        with self._changing_extents:
-            if extent in self._files:
-                raise InternalError(f"extent {extent} is open already")
-            if (len(self._files) + 1) * self.extent_bytes > self.usable_bytes:
-                raise TierFull("all the capacity is in open extents")
-            try:
-                file = ExtentFile.create(
-                    self._file(extent), self.extent_bytes, slot_bytes, direct=self.direct
-                )
-            except OSError as error:
-                self._raise("making an extent", error)
-            with self._lock:
-                self._files[extent] = file
-                self._batch.opened[extent] = slot_bytes
+        try:
+            self._log.open_extent(extent, slot_bytes)
+        except OSError as error:
+            self._raise("making a segment", error)
 
     def close_extent(self, extent: int) -> None:
-        with self._changing_extents:
-            with self._lock:
-                file = self._files.pop(extent, None)
-                if file is None:
-                    raise InternalError(f"extent {extent} is not open")
-                batch = self._batch
-                for address in [a for a in batch.blocks if a // self.extent_bytes == extent]:
-                    del batch.blocks[address]
-                batch.opened.pop(extent, None)
-                batch.closed.add(extent)
-                self._unsynced.discard(file)
-            try:
-                file.remove()
-            except OSError as error:
-                self._raise("removing an extent", error)
+        self._log.close_extent(extent)
 
     def write(self, address: int, header: BlockHeader, payload: memoryview) -> None:
         self._check_usable()
-        length = header.length
-        if len(payload) < length:
-            raise BadSize(f"a payload of {len(payload)} bytes for a block of {length}")
-        file, offset = self._locate(address, length)
-        if self._index.room <= len(self._batch.blocks):
+        if len(payload) < header.length:
+            raise BadSize(f"a payload of {len(payload)} bytes for a block of {header.length}")
+        if self._index.room <= self._log.pending_blocks:
             self._flush()  # The batch may hold removals.
             if not self._index.room:
                 raise TierFull("the index is full")
-        sequence = next(self._sequence)
         with self._scratch.take() as scratch:
-            nvme_slot.encode_header(scratch.header, header, sequence)
-            scratch.fill_tail(payload, length)
             try:
-                with file.held() as fd:
-                    write_all(fd, scratch.buffers(payload, length), offset)
+                self._log.write(address, header, payload, scratch)
             except OSError as error:
                 self._raise("writing", error)
-        with self._lock:
-            self._batch.blocks[address] = encode_record(header, sequence)
-            self._unsynced.add(file)
         self._flush_if_due()
 
     def read(self, address: int, header: BlockHeader, into: memoryview) -> None:
         self._check_usable()
-        length = header.length
-        if len(into) < length:
-            raise BadSize(f"room of {len(into)} bytes for a block of {length}")
-        file, offset = self._locate(address, length)
-        with self._scratch.take() as scratch:
+        if len(into) < header.length:
+            raise BadSize(f"room of {len(into)} bytes for a block of {header.length}")
+        where = self._log.where(address)
+        while where is not None:
+            damage: CorruptBlock | None = None
             try:
-                with file.held() as fd:
-                    whole = read_all(fd, scratch.buffers(into, length), offset)
+                if self._read(*where, header, into):
+                    return
+            except CorruptBlock as error:
+                damage = error
             except OSError as error:
                 self._raise("reading", error)
-            if not whole:
+            # It may have been appended again meanwhile, and another be there now.
+            before, where = where, self._log.where(address)
+            if where == before:
+                if damage is None:
+                    raise CorruptBlock("another block is stored there")
+                _, place = before
+                _log.error("slot %d of segment %d: %s", place.slot, place.segment, damage)
+                self._log.lose(address, place)
+                raise damage
+        raise CorruptBlock("no block was written there")
+
+    def _read(self, segment: Segment, place: Place, header: BlockHeader, into: memoryview) -> bool:
+        """False when another block is there. Raises `CorruptBlock` when none is."""
+        length = header.length
+        with self._scratch.take() as scratch:
+            buffers = scratch.buffers(into, length)
+            if not read_all(segment.file, buffers, segment.offset(place.slot)):
                 raise CorruptBlock("the file ends before the block does")
-            nvme_slot.check_header(scratch.header, header)
+            if nvme_slot.decode_header_at(scratch.header, place).header != header:
+                return False
             scratch.take_tail(into, length)
         if xxhash.xxh3_64_intdigest(into[:length]) != header.checksum:
             raise CorruptBlock("the payload fails its checksum")
+        return True
 
     def forget(self, address: int, header: BlockHeader) -> None:
-        with self._lock:
-            self._batch.blocks[address] = None
+        self._log.forget(address)
         # A failure is raised by the next write or sync; here nothing is lost by it.
         with suppress(TierFailed):
             self._flush_if_due()
@@ -267,30 +295,36 @@ class NvmeTier:
             raise
 
     def remember_layout(self, tenant: str, layout_id: bytes, spec: dict[str, object]) -> None:
-        key, value = encode_layout(tenant, layout_id, spec)
-        with self._lock:
-            self._batch.layouts[key] = value
+        with self._remembering:
+            if self._layouts.get((tenant, layout_id)) == spec:
+                return
+            layouts = {**self._layouts, (tenant, layout_id): spec}
+            try:
+                self._home.write_layouts(layouts)
+            except OSError as error:
+                self._raise("keeping a layout", error)
+            self._layouts = layouts
 
     def recovered_layouts(self) -> Iterable[tuple[str, dict[str, object]]]:
-        return [decode_layout(value) for value in self._index.layouts()]
+        return [(tenant, spec) for (tenant, _), spec in self._layouts.items()]
 
     def recovered_extents(self) -> Iterable[tuple[int, int]]:
-        return list(self._index.extents().items())
+        return [(number, extent.slot_bytes) for number, extent in self._log.extents.items()]
 
     def recovered_blocks(self) -> Iterable[Recovered]:
         """As the contract says; entries that cannot be right are forgotten instead."""
-        for address, header in self._index.records():
-            file = self._files.get(address // self.extent_bytes)
-            offset = address % self.extent_bytes
-            if (
-                file is not None
-                and offset % ALIGNMENT == 0
-                and nvme_slot.slot_bytes(header.length) <= file.slot_bytes
-                and offset + file.slot_bytes <= self.extent_bytes
-            ):
-                yield Recovered(header, address)
-            else:
-                self.forget(address, header)
+        for segment in sorted(self._log.segments.values(), key=lambda s: s.life, reverse=True):
+            if not segment.living:
+                continue
+            owners, slots = segment.owners, segment.slots
+            for slot, life, header in self._index.records(segment.number):
+                owner = owners[slot] if slot < slots else 0
+                if not owner or life != segment.life:
+                    continue
+                if nvme_slot.slot_bytes(header.length) <= segment.slot_bytes:
+                    yield Recovered(header, owner - 1)
+                else:
+                    self._log.forget(owner - 1)
 
     def close(self) -> None:
         if self._closed:
@@ -298,116 +332,75 @@ class NvmeTier:
         try:
             if self._failed is None:
                 self.sync()
-        except TierFailed as error:
-            _log.error("the last blocks were not made durable: %s", error)
+                if not self._untold:
+                    self._index.end_life()
+                    self._index.sync()
+                    self._index.vouch()
+        except (OSError, TierFull, TierFailed) as error:
+            _log.error("the index was not closed cleanly: %s", error)
         finally:
             self._closed = True
-            self._close_files()
+            self._log.close()
             self._index.close()
             self._home.close()
 
     def check_integrity(self) -> None:
-        """Raise `InternalError` if files and table differ, or exceed the capacity."""
-        with self._lock:
-            on_disk = {extent_of(file.name) for file in self._home.extents.iterdir()}
-            if on_disk != set(self._files):
-                raise InternalError("the files on disk are not the open extents")
-            if len(self._files) * self.extent_bytes > self.usable_bytes:
-                raise InternalError("more extents are open than the capacity allows")
-            if any(a // self.extent_bytes not in self._files for a in self._batch.blocks):
-                raise InternalError("a pending entry names an extent that is not open")
+        """Raise `InternalError` if tables or files differ, or exceed the capacity."""
+        self._log.check_integrity()
+        on_disk = {number_of(name) for name in self._disk.names()}
+        if on_disk != set(self._log.segments):
+            raise InternalError("the files on disk are not the segments")
 
-    def _locate(self, address: int, length: int) -> tuple[ExtentFile, int]:
-        extent, offset = divmod(address, self.extent_bytes)
-        file = self._files.get(extent)
-        if file is None:
-            raise InternalError(f"extent {extent} is not open")
-        if offset % ALIGNMENT or offset + file.slot_bytes > self.extent_bytes:
-            raise InternalError("not the address of a slot")
-        if nvme_slot.slot_bytes(length) > file.slot_bytes:
-            raise InternalError("the block is larger than the extent's slots")
-        return file, offset
+    # Flushing
 
     def _flush_if_due(self) -> None:
-        pending = len(self._batch)
+        pending = self._log.pending
         if pending >= BATCH_ENTRIES:
             self._flush(wait=pending >= _BATCH_ENTRIES_MAX)
 
     def _flush(self, *, wait: bool = True) -> None:
-        """Put the batch into the index, its data first. Raises `TierFailed`."""
+        """Make durable what was done so far. Raises `TierFailed`."""
         if not self._flushing.acquire(blocking=wait):
             return
         try:
-            with self._lock:
-                batch, self._batch = self._batch, Batch()
-                files, self._unsynced = self._unsynced, set()
-            if not len(batch):
-                return
             self._check_usable()
-            self._sync_data(files, names=bool(batch.opened or batch.closed))
-            self._apply(batch)
+            todo = self._log.take_flushed()
+            try:
+                for segment, summary, offset in todo.summaries:
+                    self._summary[:] = summary
+                    write_all(segment.file, [self._summary], offset)
+                    self._noted_bytes += len(summary)
+                for segment, _, _ in todo.segments:
+                    segment.file.fdatasync()
+                if todo.names:
+                    self._disk.sync_names()
+            except OSError as error:
+                # A full disk too: what is preallocated does not run out of room.
+                raise TierFailed(f"syncing failed: {error.strerror}", error.errno or 0) from error
+            self._tell_index(todo.batch)
+            self._log.flushed(todo)
         except TierFailed as error:
             self._failed = error
             raise
         finally:
             self._flushing.release()
 
-    def _sync_data(self, files: Iterable[ExtentFile], *, names: bool) -> None:
-        try:
-            for file in files:
-                try:
-                    with file.held() as fd:
-                        fdatasync(fd)
-                except OSError as error:
-                    if error.errno != errno.EBADF:  # Closed meanwhile, its blocks with it.
-                        raise
-            if names:
-                sync_directory(self._home.extents)
-        except OSError as error:
-            raise TierFailed(f"syncing failed: {error.strerror}", error.errno or 0) from error
-
-    def _apply(self, batch: Batch) -> None:
-        """Put it into the index, or as much as goes in: what the index then says
-        wrongly costs misses after a restart, and nothing else."""
+    def _tell_index(self, batch: Batch) -> None:
+        """Put it into the index, or as much as goes in. Of which segments it then
+        does not tell all, a start after this reads the headers."""
+        for number, (life, _) in list(batch.segments.items()):
+            if (number, life) in self._untold:
+                del batch.segments[number]
+        if not len(batch):
+            return
         try:
             self._index.apply(batch)
             return
         except TierFull as error:
-            lost = sum(record is not None for record in batch.blocks.values())
-            self.unindexed_blocks += lost
-            _log.warning("%s: %d blocks will not survive a restart", error, lost)
-        try:
+            _log.warning("%s: the next start will take longer", error)
+            self._untold |= {(number, life) for number, (life, _) in batch.segments.items()}
+        with suppress(TierFull):
             self._index.apply(batch.without_new_blocks())
-        except TierFull as error:
-            _log.warning("%s: removals will be found out as misses after a restart", error)
-
-    def _reconcile(self) -> None:
-        """Make files and index agree, and both fit the capacity."""
-        known = self._index.extents()
-        most = self.usable_bytes // self.extent_bytes
-        batch = Batch()
-        for extent, slot_bytes in known.items():
-            file = self._file(extent)
-            whole = file.is_file() and file.stat().st_size == self.extent_bytes
-            if whole and len(self._files) < most:
-                self._files[extent] = ExtentFile.reopen(file, slot_bytes, direct=self.direct)
-            else:
-                batch.closed.add(extent)
-        for file in self._home.extents.iterdir():
-            if extent_of(file.name) not in self._files:
-                file.unlink()
-        if batch.closed:
-            _log.warning("%d extents were dropped at start", len(batch.closed))
-            self._index.apply(batch)
-
-    def _file(self, extent: int) -> Path:
-        return self._home.extents / file_name(extent)
-
-    def _close_files(self) -> None:
-        with self._lock:
-            for file in self._files.values():
-                file.close()
-            self._files.clear()
 
     def _check_usable(self) -> None:
         if self._failed is not None:

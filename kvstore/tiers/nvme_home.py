@@ -3,22 +3,36 @@
 LOCK        held (flock) by the one server that uses the directory
 VERSION     the version of everything beside it
 secret      32 random bytes, from which tenants' keys are derived
+layouts     what tenants' layouts are, with a checksum
 index/      LMDB
-extents/    one file an extent
+segments/   one file a segment
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import json
+import logging
 import os
 import secrets
 from pathlib import Path
 
+import xxhash
+
 from kvstore.errors import DataError, DataInUse, DataUnusable, DataVersion
 
-DATA_VERSION = 2
+_log = logging.getLogger(__name__)
+
+DATA_VERSION = 3
 SECRET_BYTES = 32
+SMALL_FILES_BYTES = 2 << 20
+"""Kept for LOCK, VERSION, secret, layouts, LMDB's lock file and the directories."""
+
+_LAYOUTS_BYTES = SMALL_FILES_BYTES // 4  # While it is replaced, there are two.
+
+Layouts = dict[tuple[str, bytes], dict[str, object]]
+"""(tenant, layout id) -> fields of the LayoutSpec."""
 
 _VERSION_PREFIX = "kvstore-data "
 _UNCLAIMED = frozenset(("LOCK", "VERSION.tmp", "lost+found"))
@@ -48,7 +62,7 @@ class DataHome:
     def __init__(self, path: Path, lock_fd: int) -> None:
         self.path = path
         self.index = path / "index"
-        self.extents = path / "extents"
+        self.segments = path / "segments"
         self._lock_fd = lock_fd
 
     @classmethod
@@ -63,7 +77,7 @@ class DataHome:
         try:
             home._check_version()
             home.index.mkdir(mode=0o700, exist_ok=True)
-            home.extents.mkdir(mode=0o700, exist_ok=True)
+            home.segments.mkdir(mode=0o700, exist_ok=True)
         except OSError as error:
             home.close()
             raise unusable(path, error) from error
@@ -90,6 +104,29 @@ class DataHome:
             )
         return secret
 
+    def read_layouts(self) -> Layouts:
+        """What `write_layouts` kept last. Raises `DataUnusable`."""
+        file = self.path / "layouts"
+        try:
+            data = file.read_bytes() if file.exists() else b""
+        except OSError as error:
+            raise unusable(file, error) from error
+        checksum, _, text = data.partition(b"\n")
+        if not data:
+            return {}
+        if checksum != _checksum(text):
+            _log.error("%s is damaged; what is stored in these layouts is lost", file)
+            return {}
+        return {(tenant, bytes.fromhex(name)): spec for tenant, name, spec in json.loads(text)}
+
+    def write_layouts(self, layouts: Layouts) -> None:
+        """All of them, or those of before. Durable. Raises OSError."""
+        entries = [(tenant, name.hex(), spec) for (tenant, name), spec in layouts.items()]
+        text = json.dumps(entries).encode()
+        if len(text) > _LAYOUTS_BYTES:
+            raise OSError(errno.ENOSPC, "there are too many layouts")
+        _write_durably(self.path / "layouts", _checksum(text) + b"\n" + text)
+
     def _check_version(self) -> None:
         file = self.path / "VERSION"
         if not file.exists():
@@ -107,8 +144,13 @@ class DataHome:
             found = text.removeprefix(_VERSION_PREFIX) or "unknown"
             raise DataVersion(
                 f"data directory {self.path} has version {found!r}, this server needs "
-                f"{DATA_VERSION}; use the server that wrote it, or another directory"
+                f"{DATA_VERSION}; use the server that wrote it, or another directory, or, as "
+                f"it is a cache, start over: rm -r {self.path}"
             )
+
+
+def _checksum(data: bytes) -> bytes:
+    return xxhash.xxh3_64_hexdigest(data).encode()
 
 
 def _lock(path: Path) -> int:

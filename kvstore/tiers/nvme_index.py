@@ -1,16 +1,19 @@
 """Which slot holds which block: an LMDB environment, needed only at start.
 
-While the server runs, the catalog knows every address and each slot proves
-itself when it is read; nothing is looked up here. So changes are collected in a
-`Batch` and applied together, all or none, once the slots they name are on disk.
+While the server runs, the log knows every place and each slot proves itself when it
+is read; nothing is looked up here. So changes are collected in a `Batch` and applied
+together, all or none, once the slots they name are on disk.
 
-    meta      b"extent_bytes" -> u64, b"life" -> u64
-    extents   extent (u64, big-endian) -> slot_bytes (u64)
-    blocks    address (u64, big-endian) -> record
-    layouts   layout_id + tenant -> JSON
+    meta      b"life" -> u64, b"clean" -> b"" while nobody has it open
+    segments  segment (u32, big-endian) -> its life (u64), slots told of (u32)
+    blocks    segment, slot (u32, big-endian) -> record
 
-Keyed by address, `blocks` cannot name a slot twice. Big-endian keys keep an
-extent's blocks together, in order.
+Keyed by place, `blocks` cannot name a slot twice. Big-endian keys keep a segment's
+blocks together, in order.
+
+It only saves reading every slot's header at the start. What it does not tell of is
+found in the segments, and what it tells wrongly does not get past the slots'
+headers. So where it is lost, damaged or from an older time, nothing else is.
 
 LMDB is pinned to its 0.9 format, which 1.0 cannot read. `metasync=False` may
 lose the last commit when the machine crashes, but never damages the index.
@@ -19,20 +22,26 @@ lose the last commit when the machine crashes, but never damages the index.
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import shutil
 import struct
+import subprocess
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
 import lmdb
+import numpy as np
+import numpy.typing as npt
+import xxhash
 
 from kvstore.errors import DataUnusable, DataVersion, TierFailed, TierFull
+from kvstore.tiers import nvme_probe
 from kvstore.tiers.base import BlockHeader
-from kvstore.tiers.nvme_slot import MIN_SLOT_BYTES, tenant_bytes
+from kvstore.tiers.nvme_slot import MIN_SLOT_BYTES, Stored, tenant_bytes
 
 _log = logging.getLogger(__name__)
 
@@ -41,15 +50,24 @@ _MIN_MAP_BYTES = 4 << 20
 _SLACK_BYTES = 2 << 20
 """A commit writes new pages before it frees old ones, so some room stays out."""
 _ENTRY_BYTES = 256
-"""Room for a block: a record of 73 bytes and a tenant's name of at most 64, its key and
+"""Room for a block: a record of 81 bytes and a tenant's name of at most 64, its key and
 node header, in pages two thirds full. Measured: 170 to 256, by the length of the name."""
 
-_ADDRESS = struct.Struct(">Q")
+_PLACE = struct.Struct(">II")
+_NUMBER = struct.Struct(">I")
 _U64 = struct.Struct("<Q")
-_RECORD = struct.Struct("<B16s16s16sQQQ")
+_SEGMENT = struct.Struct("<QI")
+_RECORD = struct.Struct("<QQB16s16s16sQQ")
+_HEAD = struct.Struct("<QQB16s")
+"""How a record begins: life of the segment, sequence, bytes of the parent, stored key."""
 _CHUNK = 4096
 
-_DAMAGED = (
+_DATA = "data.mdb"
+_SUM = "data.sum"
+_SUM_PART_BYTES = 4 << 20
+_PROBE_S = 120.0
+
+DAMAGED = (
     lmdb.InvalidError,
     lmdb.CorruptedError,
     lmdb.PageNotFoundError,
@@ -66,11 +84,12 @@ def map_bytes_for(capacity_bytes: int, max_blocks: int) -> int:
     return min(wanted, capacity_bytes // 4) // 4096 * 4096
 
 
-def encode_record(header: BlockHeader, sequence: int) -> bytes:
+def encode_record(stored: Stored) -> bytes:
+    header = stored.header
     return (
         _RECORD.pack(
-            len(header.parent), header.stored_key, header.parent, header.layout_id,
-            header.length, header.checksum, sequence,
+            stored.place.life, stored.sequence, len(header.parent), header.stored_key,
+            header.parent, header.layout_id, header.length, header.checksum,
         )
         + tenant_bytes(header.tenant)
     )  # fmt: skip
@@ -78,87 +97,99 @@ def encode_record(header: BlockHeader, sequence: int) -> bytes:
 
 @dataclass(slots=True)
 class Batch:
-    """Changes not yet in the index; the last word on each address and extent.
+    """Changes not yet in the index; the last word on each slot and segment.
 
-    Applied in this order: `closed` extents lose their blocks, `opened` ones
-    appear, then `blocks` are set (or, where None, removed).
+    `blocks`: (segment, slot) -> record, or None to remove it. `segments`: number ->
+    (life, slots below which the index then tells all).
     """
 
-    closed: set[int] = field(default_factory=set)
-    opened: dict[int, int] = field(default_factory=dict)
-    blocks: dict[int, bytes | None] = field(default_factory=dict)
-    layouts: dict[bytes, bytes] = field(default_factory=dict)
+    blocks: dict[tuple[int, int], bytes | None] = field(default_factory=dict)
+    segments: dict[int, tuple[int, int]] = field(default_factory=dict)
 
     def __len__(self) -> int:
-        return len(self.closed) + len(self.opened) + len(self.blocks) + len(self.layouts)
+        return len(self.blocks) + len(self.segments)
 
     def without_new_blocks(self) -> Batch:
-        """The same, adding no block."""
-        removed: dict[int, bytes | None] = dict.fromkeys(self.blocks)
-        return Batch(self.closed, self.opened, removed, self.layouts)
+        """The same, adding no block: a start finds those in their segments."""
+        return Batch(blocks=dict.fromkeys(self.blocks))
 
 
 class Index:
     """An open index. One thread at a time applies batches; reads are for start."""
 
-    def __init__(self, env: lmdb.Environment, extent_bytes: int, map_bytes: int) -> None:
+    def __init__(self, env: lmdb.Environment, map_bytes: int) -> None:
         self._env = env
-        self._extent_bytes = extent_bytes
         self._meta = env.open_db(b"meta")
-        self._extents = env.open_db(b"extents")
+        self._segments = env.open_db(b"segments")
         self._blocks = env.open_db(b"blocks")
-        self._layouts = env.open_db(b"layouts")
         slack = min(_SLACK_BYTES, map_bytes // 2)
         self._max_blocks = (map_bytes - slack) // _ENTRY_BYTES
         with env.begin() as txn:
             self.blocks = txn.stat(self._blocks)["entries"]
-            found = txn.get(b"extent_bytes", db=self._meta)
-            self.recorded_extent_bytes = _U64.unpack(found)[0] if found else extent_bytes
             found = txn.get(b"life", db=self._meta)
-            self.life = (_U64.unpack(found)[0] if found else 0) + 1
-        if self.recorded_extent_bytes != extent_bytes:
-            return
-        with env.begin(write=True) as txn:
-            txn.put(b"extent_bytes", _U64.pack(extent_bytes), db=self._meta)
-            txn.put(b"life", _U64.pack(self.life), db=self._meta)
+            self.life = _U64.unpack(found)[0] if found else 0
+            """How often the directory was opened before, as far as it is known here."""
+            self.clean = txn.get(b"clean", db=self._meta) is not None
+            """Nothing happened since it was last told all."""
 
     @classmethod
-    def open(cls, path: Path, map_bytes: int, extent_bytes: int) -> Index:
-        """The index in directory `path`, emptied where it cannot be used: a cache
-        may lose what it holds, but must neither exceed its capacity nor refuse to
-        start for it. Raises `DataVersion`, `DataUnusable`."""
-        data = path / "data.mdb"
+    def open(cls, path: Path, map_bytes: int) -> Index:
+        """The index in directory `path`, emptied where it cannot be used: it can be
+        made again, but must neither exceed its capacity nor keep a server from
+        starting. Raises `DataVersion`, `DataUnusable`."""
+        if _vouched_for(path) or ((path / _DATA).exists() and _readable(path)):
+            return cls.open_trusted(path, map_bytes)
+        if any(path.iterdir()):
+            start_over(path, "the index is damaged")
+        return cls.open_trusted(path, map_bytes)
+
+    @classmethod
+    def open_trusted(cls, path: Path, map_bytes: int) -> Index:
+        """The same, of an index that does not harm who reads it."""
+        (path / _SUM).unlink(missing_ok=True)
+        data = path / _DATA
         if data.exists() and data.stat().st_size > map_bytes:
-            _empty(path, "the index is larger than the capacity now allows")
+            start_over(path, "the index is larger than the capacity now allows")
         try:
-            index = cls._open(path, map_bytes, extent_bytes)
-            if index.recorded_extent_bytes == extent_bytes:
-                return index
-            index.close()
-            _empty(path, "extents had another size")
-        except _DAMAGED as error:
-            _empty(path, f"the index is damaged ({error})")
+            return cls._open(path, map_bytes)
+        except DAMAGED as error:
+            start_over(path, f"the index is damaged ({error})")
         except lmdb.VersionMismatchError as error:
             raise DataVersion(f"{path} is of another version: {error}") from error
         except lmdb.Error as error:
             raise DataUnusable(f"{path} cannot be opened: {error}") from error
         try:
-            return cls._open(path, map_bytes, extent_bytes)
+            return cls._open(path, map_bytes)
         except lmdb.Error as error:
             raise DataUnusable(f"{path} cannot be opened: {error}") from error
 
     @classmethod
-    def _open(cls, path: Path, map_bytes: int, extent_bytes: int) -> Index:
+    def _open(cls, path: Path, map_bytes: int) -> Index:
         env = lmdb.open(
-            str(path), map_size=map_bytes, max_dbs=4, metasync=False, mode=0o600,
+            str(path), map_size=map_bytes, max_dbs=3, metasync=False, mode=0o600,
             lib_version=_LMDB_MAJOR,
         )  # fmt: skip
         try:
             env.reader_check()
-            return cls(env, extent_bytes, map_bytes)
+            return cls(env, map_bytes)
         except (lmdb.Error, struct.error):
             env.close()
             raise
+
+    def begin_life(self, life: int) -> None:
+        """Note that it is not clean any more, before anything changes. Raises
+        `TierFull`, `TierFailed`."""
+        self.life = life
+        with self._writing() as txn:
+            txn.put(b"life", _U64.pack(life), db=self._meta)
+            txn.delete(b"clean", db=self._meta)
+        self.clean = False
+        self.sync()
+
+    def end_life(self) -> None:
+        """All that is in the segments is told. Raises `TierFull`, `TierFailed`."""
+        with self._writing() as txn:
+            txn.put(b"clean", b"", db=self._meta)
 
     @property
     def room(self) -> int:
@@ -167,20 +198,22 @@ class Index:
 
     def apply(self, batch: Batch) -> None:
         """Apply it, or raise `TierFull`, `TierFailed` and change nothing."""
+        with self._writing() as txn:
+            for number, told in batch.segments.items():
+                txn.put(_NUMBER.pack(number), _SEGMENT.pack(*told), db=self._segments)
+            for place, record in batch.blocks.items():
+                if record is None:
+                    txn.delete(_PLACE.pack(*place), db=self._blocks)
+                else:
+                    txn.put(_PLACE.pack(*place), record, db=self._blocks)
+            blocks = txn.stat(self._blocks)["entries"]
+        self.blocks = blocks
+
+    @contextmanager
+    def _writing(self) -> Iterator[lmdb.Transaction[bytes]]:
         try:
             with self._env.begin(write=True) as txn:
-                for extent in batch.closed:
-                    self._drop_extent(txn, extent)
-                for extent, slot_bytes in batch.opened.items():
-                    txn.put(_ADDRESS.pack(extent), _U64.pack(slot_bytes), db=self._extents)
-                for key, value in batch.layouts.items():
-                    txn.put(key, value, db=self._layouts)
-                for address, record in batch.blocks.items():
-                    if record is None:
-                        txn.delete(_ADDRESS.pack(address), db=self._blocks)
-                    else:
-                        txn.put(_ADDRESS.pack(address), record, db=self._blocks)
-                blocks = txn.stat(self._blocks)["entries"]
+                yield txn
         except lmdb.MapFullError as error:
             # The estimate of an entry's size was too small here: believe the fact.
             self._max_blocks = min(self._max_blocks, self.blocks)
@@ -189,7 +222,6 @@ class Index:
             if error.code in (errno.ENOSPC, errno.EDQUOT):
                 raise TierFull("the disk has no room for the index") from error
             raise TierFailed(f"the index failed: {error}", error.code) from error
-        self.blocks = blocks
 
     def sync(self) -> None:
         """Raises `TierFailed`."""
@@ -198,72 +230,120 @@ class Index:
         except lmdb.Error as error:
             raise TierFailed(f"the index failed: {error}", error.code) from error
 
+    def vouch(self) -> None:
+        """Note what its file is, to know at the next start that it still is. Nothing
+        is applied afterwards. Raises OSError."""
+        path = Path(self._env.path())
+        (path / _SUM).touch(mode=0o600)
+        (path / _SUM).write_text(_sum_of(path / _DATA))
+
     def close(self) -> None:
         self._env.close()
 
-    def extents(self) -> dict[int, int]:
-        """extent -> slot_bytes"""
-        with self._env.begin() as txn, txn.cursor(self._extents) as cursor:
-            return {_ADDRESS.unpack(key)[0]: _U64.unpack(value)[0] for key, value in cursor}
+    def segments(self) -> dict[int, tuple[int, int]]:
+        """number -> (life, slots below which all is told)"""
+        with self._env.begin() as txn, txn.cursor(self._segments) as cursor:
+            return {_NUMBER.unpack(key)[0]: _SEGMENT.unpack(value) for key, value in cursor}
 
-    def layouts(self) -> list[bytes]:
-        with self._env.begin() as txn, txn.cursor(self._layouts) as cursor:
-            return [bytes(value) for _, value in cursor]
+    def drop_segment(self, number: int) -> None:
+        """Forget a segment and all in it. Raises `TierFull`, `TierFailed`."""
+        with self._writing() as txn:
+            txn.delete(_NUMBER.pack(number), db=self._segments)
+            end = _PLACE.pack(number + 1, 0)
+            with txn.cursor(self._blocks) as cursor:
+                found = cursor.set_range(_PLACE.pack(number, 0))
+                while found and cursor.key() < end:
+                    found = cursor.delete()
 
-    def records(self) -> Iterator[tuple[int, BlockHeader]]:
-        """(address, header) of every block, in chunks: a reader that takes its time
-        must not keep old pages of the index from being used again.
+    def places(self, segment: int, life: int) -> tuple[npt.NDArray[np.int64], list[int]]:
+        """(slots of that life's blocks, slots that it tells wrongly of)"""
+        first, end = _PLACE.pack(segment, 0), _PLACE.pack(segment + 1, 0)
+        keys, lives = [], []
+        with self._env.begin() as txn, txn.cursor(self._blocks) as cursor:
+            if cursor.set_range(first):
+                for key, value in cursor:
+                    if key >= end:
+                        break
+                    if len(value) >= _RECORD.size:
+                        keys.append(key)
+                        lives.append(value[: _U64.size])
+        slots = np.frombuffer(b"".join(keys), ">u4").reshape(-1, 2)[:, 1].astype(np.int64)
+        right = np.frombuffer(b"".join(lives), "<u8") == life
+        return slots[right], slots[~right].tolist()
 
-        The highest address first: blocks are mostly written after their children, so
-        this mostly tells of a parent first, which saves who reads it memory."""
+    def names(self) -> Iterator[tuple[bytes, int, int, int, int]]:
+        """(stored key, sequence, life, segment, slot) of every block."""
+        with self._env.begin() as txn, txn.cursor(self._blocks) as cursor:
+            for key, value in cursor:
+                if len(value) < _RECORD.size:
+                    continue
+                life, sequence, _, stored_key = _HEAD.unpack_from(value)
+                yield stored_key, sequence, life, *_PLACE.unpack(key)
+
+    def records(self, segment: int) -> Iterator[tuple[int, int, BlockHeader]]:
+        """(slot, life, header) of every block of a segment, in chunks: a reader that
+        takes its time must not keep old pages of the index from being used again.
+
+        The last slot first: blocks are mostly written after their children, so this
+        mostly tells of a parent first, which saves who reads it memory."""
         tenants: dict[bytes, str] = {}
         layouts: dict[bytes, bytes] = {}
-        last: bytes | None = None
+        first, end = _PLACE.pack(segment, 0), _PLACE.pack(segment + 1, 0)
         while True:
             with self._env.begin() as txn, txn.cursor(self._blocks) as cursor:
-                beyond = last is not None and cursor.set_range(last)
-                found = cursor.prev() if beyond else cursor.last()
+                found = cursor.prev() if cursor.set_range(end) else cursor.last()
                 chunk = list(islice(cursor.iterprev(), _CHUNK)) if found else []
             for key, value in chunk:
-                parent_bytes, stored_key, parent, layout_id, length, checksum, _ = (
+                if key < first:
+                    return
+                if len(value) < _RECORD.size:
+                    continue
+                life, _, parent_bytes, stored_key, parent, layout_id, length, checksum = (
                     _RECORD.unpack_from(value)
                 )
                 tenant = tenants.get(name := value[_RECORD.size :])
                 if tenant is None:
-                    tenant = tenants[name] = name.decode()
+                    tenant = tenants[name] = name.decode(errors="replace")
                 # One object for all: millions name the same few.
                 layout_id = layouts.setdefault(layout_id, layout_id)
-                yield (
-                    _ADDRESS.unpack(key)[0],
-                    BlockHeader(
-                        stored_key, parent[:parent_bytes], layout_id, tenant, length, checksum
-                    ),
+                header = BlockHeader(
+                    stored_key, parent[:parent_bytes], layout_id, tenant, length, checksum
                 )
+                yield _NUMBER.unpack_from(key, _NUMBER.size)[0], life, header
             if len(chunk) < _CHUNK:
                 return
-            last = chunk[-1][0]
-
-    def _drop_extent(self, txn: lmdb.Transaction[bytes], extent: int) -> None:
-        txn.delete(_ADDRESS.pack(extent), db=self._extents)
-        end = _ADDRESS.pack((extent + 1) * self._extent_bytes)
-        with txn.cursor(self._blocks) as cursor:
-            found = cursor.set_range(_ADDRESS.pack(extent * self._extent_bytes))
-            while found and cursor.key() < end:
-                found = cursor.delete()
+            end = chunk[-1][0]
 
 
-def _empty(directory: Path, why: str) -> None:
-    _log.warning("%s: starting empty", why)
+def _vouched_for(path: Path) -> bool:
+    noted, data = path / _SUM, path / _DATA
+    return noted.exists() and data.exists() and noted.read_text() == _sum_of(data)
+
+
+def _sum_of(data: Path) -> str:
+    with data.open("rb") as stream:
+        digest = xxhash.xxh3_128()
+        while part := stream.read(_SUM_PART_BYTES):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def _readable(path: Path) -> bool:
+    """Whether a process that reads it survives."""
+    command = [sys.executable, "-I", nvme_probe.__file__, str(path)]
+    try:
+        probe = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, timeout=_PROBE_S, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return False
+    if probe.returncode:
+        _log.warning("the index cannot be read: %s", probe.stderr.decode(errors="replace").strip())
+    return probe.returncode == 0
+
+
+def start_over(directory: Path, why: str) -> None:
+    """Empty the directory of an index."""
+    _log.warning("%s: it is made again from the segments", why)
     shutil.rmtree(directory)
     directory.mkdir(mode=0o700)
-
-
-def encode_layout(tenant: str, layout_id: bytes, spec: dict[str, object]) -> tuple[bytes, bytes]:
-    """(key, value) of a layout's entry."""
-    value = json.dumps({"tenant": tenant, "spec": spec}, separators=(",", ":")).encode()
-    return layout_id + tenant_bytes(tenant), value
-
-
-def decode_layout(value: bytes) -> tuple[str, dict[str, object]]:
-    entry = json.loads(value)
-    return str(entry["tenant"]), dict(entry["spec"])

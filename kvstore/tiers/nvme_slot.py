@@ -10,12 +10,17 @@
     +48   16  layout_id
     +64    8  length of the payload
     +72    8  XXH3-64 of the payload
-    +80    8  sequence: grows with every write, also across restarts
-    +88       tenant, then zeros up to 4096
+    +80    8  sequence: grows with every block stored, also across restarts
+    +88    8  life of the segment
+    +96    4  number of the segment
+    +100   4  number of the slot in it
+    +104      tenant, then zeros up to 4096
 
 Integers are little-endian. The checksum covers every byte of the page, so no
-bit of it can change unseen; the payload has its own. Payload is padded to a
-page with zeros, never with what happened to follow it in memory.
+bit of it can change unseen; the payload has its own. The slot says where it is and
+in which of its segment's lives it was written, so a write that went elsewhere, or
+one of an earlier life, is never taken for the block. Payload is padded to a page
+with zeros, never with what happened to follow it in memory.
 """
 
 from __future__ import annotations
@@ -25,6 +30,7 @@ import struct
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import google_crc32c
 
@@ -34,11 +40,11 @@ from kvstore.types import ALIGNMENT, STORED_KEY_BYTES, align_up
 
 HEADER_BYTES = ALIGNMENT
 MIN_SLOT_BYTES = HEADER_BYTES + ALIGNMENT
-SLOT_VERSION = 1
+SLOT_VERSION = 2
 MAX_TENANT_BYTES = 255
 
 _MAGIC = b"KVSTSLOT"
-_FIELDS = struct.Struct("<8sIHBB16s16s16sQQQ")
+_FIELDS = struct.Struct("<8sIHBB16s16s16sQQQQII")
 _CRC_OFFSET = 8
 _NO_CRC = bytes(4)
 _ZEROS = bytes(HEADER_BYTES)
@@ -57,26 +63,43 @@ def tenant_bytes(tenant: str) -> bytes:
     return encoded
 
 
-def encode_header(page: memoryview, header: BlockHeader, sequence: int) -> None:
+class Place(NamedTuple):
+    """Where a block lies: a slot, in one life of a segment."""
+
+    segment: int
+    slot: int
+    life: int
+
+
+class Stored(NamedTuple):
+    """What a slot's header says."""
+
+    header: BlockHeader
+    sequence: int
+    place: Place
+
+
+def encode_header(page: memoryview, stored: Stored) -> None:
     """Fill `page` (4096 bytes) with the header of a block."""
+    header, sequence, place = stored
     tenant = tenant_bytes(header.tenant)
     if len(header.parent) not in (0, STORED_KEY_BYTES):
         raise BadRequest(f"a parent is a stored key of {STORED_KEY_BYTES} bytes, or nothing")
     page[:] = _ZEROS
     _FIELDS.pack_into(
         page, 0, _MAGIC, 0, SLOT_VERSION, len(header.parent), len(tenant),
-        header.stored_key, header.parent, header.layout_id,
-        header.length, header.checksum, sequence,
+        header.stored_key, header.parent, header.layout_id, header.length, header.checksum,
+        sequence, place.life, place.segment, place.slot,
     )  # fmt: skip
     page[_FIELDS.size : _FIELDS.size + len(tenant)] = tenant
     struct.pack_into("<I", page, _CRC_OFFSET, google_crc32c.value(bytes(page)))
 
 
-def decode_header(page: memoryview) -> tuple[BlockHeader, int]:
-    """(header, sequence) from a page, which is spoilt. Raises `CorruptBlock`."""
+def decode_header(page: memoryview) -> Stored:
+    """What the page says, which is spoilt. Raises `CorruptBlock`."""
     (
         magic, crc, version, parent_bytes, name_bytes, stored_key, parent, layout_id,
-        length, checksum, sequence,
+        length, checksum, sequence, life, segment, slot,
     ) = _FIELDS.unpack_from(page)  # fmt: skip
     if magic != _MAGIC:
         raise CorruptBlock("no block was written there")
@@ -87,14 +110,21 @@ def decode_header(page: memoryview) -> tuple[BlockHeader, int]:
         raise CorruptBlock(f"the header has version {version}, not {SLOT_VERSION}")
     tenant = bytes(page[_FIELDS.size : _FIELDS.size + name_bytes]).decode(errors="replace")
     header = BlockHeader(stored_key, parent[:parent_bytes], layout_id, tenant, length, checksum)
-    return header, sequence
+    return Stored(header, sequence, Place(segment, slot, life))
 
 
-def check_header(page: memoryview, expected: BlockHeader) -> None:
-    """Raise `CorruptBlock` unless `page` is the header of that very block."""
-    header, _ = decode_header(page)
-    if header != expected:
-        raise CorruptBlock("another block is stored there")
+def decode_header_at(page: memoryview, place: Place) -> Stored:
+    """`decode_header` of the page found at `place`. Raises `CorruptBlock` when it was
+    written for another."""
+    stored = decode_header(page)
+    if stored.place != place:
+        raise CorruptBlock("what is there was written for another place")
+    return stored
+
+
+def aligned(nbytes: int) -> memoryview:
+    """New memory that O_DIRECT takes."""
+    return memoryview(mmap.mmap(-1, nbytes))
 
 
 class Scratch:
@@ -104,7 +134,7 @@ class Scratch:
     __slots__ = ("header", "tail")
 
     def __init__(self) -> None:
-        pages = memoryview(mmap.mmap(-1, 2 * ALIGNMENT))
+        pages = aligned(2 * ALIGNMENT)
         self.header = pages[:ALIGNMENT]
         self.tail = pages[ALIGNMENT:]
 

@@ -137,6 +137,7 @@ class App:
                 sizes.nvme_extent_bytes,
                 sizes.max_blocks,
             )
+            self.metrics.watch_wear(nvme.wear, self._clock)
         try:
             secret = nvme.secret() if nvme is not None else secrets.token_bytes(32)
             return Store(

@@ -2,8 +2,8 @@
 
     python -m kvstore_benchmarks.scale.fill DIRECTORY BLOCKS
 
-Only the index is filled. The extents are files without contents, which a start does
-not read: no measurement here brings up a block from them.
+Only the index and the segments' summaries are filled. The slots are without contents,
+which a start does not read: no measurement here brings up a block from them.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from pathlib import Path
 from kvstore.naming import namer
 from kvstore.tiers.base import BlockHeader
 from kvstore.tiers.nvme import NvmeTier
-from kvstore.tiers.nvme_file import file_name
-from kvstore.tiers.nvme_index import Batch, Index, encode_layout, encode_record, map_bytes_for
-from kvstore.tiers.nvme_slot import slot_bytes
+from kvstore.tiers.nvme_disk import Directory, write_all
+from kvstore.tiers.nvme_index import Batch, Index, encode_record, map_bytes_for
+from kvstore.tiers.nvme_log import spare_segments
+from kvstore.tiers.nvme_segment import Geometry, Segment, file_name
+from kvstore.tiers.nvme_slot import Place, Stored, aligned, slot_bytes
 from kvstore.types import LayoutSpec
 
 BLOCK_BYTES = 4096
@@ -50,6 +52,7 @@ def chain(number: int) -> list[bytes]:
 def capacity_for(blocks: int) -> int:
     """Of a tier with room for so many blocks and a few extents more."""
     extents = -(-blocks // (EXTENT_BYTES // slot_bytes(BLOCK_BYTES))) + 4
+    extents += 2 * spare_segments(extents)
     # The index takes at most a thirty-second of it, rounded up here.
     return extents * EXTENT_BYTES * 31 // 30 + (8 << 20)
 
@@ -59,29 +62,46 @@ def fill(path: Path, blocks: int) -> None:
     capacity = capacity_for(blocks)
     tier = NvmeTier.open(path, capacity, EXTENT_BYTES, MAX_BLOCKS)
     secret = tier.secret()
-    tier.close()
-    index = Index.open(path / "index", map_bytes_for(capacity, MAX_BLOCKS), EXTENT_BYTES)
-    size = slot_bytes(BLOCK_BYTES)
-    each = EXTENT_BYTES // size
-    layouts = Batch()
     for tenant in (KEPT, CLEARED):
-        key, value = encode_layout(tenant, SPEC.layout_id, asdict(SPEC))
-        layouts.layouts[key] = value
-    for extent in range(1, -(-blocks // each) + 1):
-        layouts.opened[extent] = size
-        with (path / "extents" / file_name(extent)).open("wb") as file:
-            file.truncate(EXTENT_BYTES)
-    index.apply(layouts)
+        tier.remember_layout(tenant, SPEC.layout_id, asdict(SPEC))
+    tier.close()
+    index = Index.open(path / "index", map_bytes_for(capacity, MAX_BLOCKS))
+    index.begin_life(1)
+    disk = Directory(path / "segments", direct=False)
+    geometry = Geometry(EXTENT_BYTES)
+    size = slot_bytes(BLOCK_BYTES)
     batch = Batch()
-    for slot, header in enumerate(_headers(secret, blocks)):
-        extent, offset = divmod(slot, each)
-        batch.blocks[(1 + extent) * EXTENT_BYTES + offset * size] = encode_record(header, slot)
+    segment = None
+    for number, header in enumerate(_headers(secret, blocks)):
+        if segment is None or segment.next == segment.slots:
+            segment = _begin(disk, geometry, 0 if segment is None else segment.number + 1, size)
+            batch.segments[segment.number] = (segment.life, segment.slots)
+        place = Place(segment.number, segment.next, segment.life)
+        segment.next += 1
+        batch.blocks[place[:2]] = encode_record(Stored(header, (1 << 40) + number, place))
         if len(batch.blocks) == _BATCH:
             index.apply(batch)
             batch = Batch()
     index.apply(batch)
+    index.end_life()
     index.sync()
+    index.vouch()
     index.close()
+
+
+def _begin(disk: Directory, geometry: Geometry, number: int, size: int) -> Segment:
+    """A new segment on disk, without contents."""
+    file = disk.path / file_name(number)
+    with file.open("wb") as stream:
+        stream.truncate(geometry.file_bytes)
+    segment = Segment(number, disk.open(file.name), geometry)
+    segment.begin((1 << 40) + number, size)
+    summary, offset = segment.encode()
+    page = aligned(len(summary))
+    page[:] = summary
+    write_all(segment.file, [page], offset)
+    segment.file.close()
+    return segment
 
 
 def _headers(secret: bytes, blocks: int) -> Iterator[BlockHeader]:

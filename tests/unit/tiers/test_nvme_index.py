@@ -11,16 +11,17 @@ from kvstore.tiers import nvme_index
 from kvstore.tiers.base import BlockHeader
 from kvstore.tiers.nvme import usable_bytes_of
 from kvstore.tiers.nvme_index import Batch, Index, encode_record, map_bytes_for
-from kvstore.tiers.nvme_slot import MIN_SLOT_BYTES
+from kvstore.tiers.nvme_slot import MIN_SLOT_BYTES, Place, Stored
 
 EXTENT_BYTES = 1 << 20
+LIFE = 9
 TENANT = "t" * 64
 """The longest there is; an entry holds it."""
 
 
 def record(rng: random.Random) -> bytes:
     header = BlockHeader(rng.randbytes(16), rng.randbytes(16), b"l" * 16, TENANT, 4096, 1)
-    return encode_record(header, 1)
+    return encode_record(Stored(header, 1, Place(0, 0, LIFE)))
 
 
 @pytest.mark.parametrize("bound", ["capacity", "max_blocks"])
@@ -29,9 +30,9 @@ def test_the_index_can_name_a_block_in_every_slot_there_can_be(tmp_path: Path, b
     slots = 10_000
     capacity = slots * MIN_SLOT_BYTES * (1 if bound == "capacity" else 100)
     max_blocks = slots * (100 if bound == "capacity" else 1)
-    index = Index.open(tmp_path, map_bytes_for(capacity, max_blocks), EXTENT_BYTES)
+    index = Index.open(tmp_path, map_bytes_for(capacity, max_blocks))
     rng = random.Random(1)
-    addresses = [n * MIN_SLOT_BYTES for n in range(slots)]
+    addresses = [divmod(n, 128) for n in range(slots)]
     for gone in (1.0, 0.05, 0.5, 0.9, 0.3):
         changing = rng.sample(addresses, int(slots * gone))
         for start in range(0, len(changing), 256):
@@ -62,12 +63,37 @@ def test_blocks_are_read_in_parts_and_each_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(nvme_index, "_CHUNK", 7)
-    index = Index.open(tmp_path, 8 << 20, EXTENT_BYTES)
+    index = Index.open(tmp_path, 8 << 20)
     rng = random.Random(1)
+    others: dict[tuple[int, int], bytes | None] = {(n, 0): record(rng) for n in (1, 3)}
+    index.apply(Batch(blocks=others))
     for count in (0, 6, 7, 8, 21, 50):
-        blocks: dict[int, bytes | None] = {n * 8192: record(rng) for n in range(count)}
+        blocks: dict[tuple[int, int], bytes | None] = {(2, n): record(rng) for n in range(count)}
         index.apply(Batch(blocks=blocks))
-        found = list(index.records())
-        assert sorted(address for address, _ in found) == sorted(blocks)
-        assert {h.tenant for _, h in found} <= {TENANT}
+        found = list(index.records(2))
+        assert [(slot, life) for slot, life, _ in found] == [
+            (n, LIFE) for n in reversed(range(count))
+        ]
+        assert {header.tenant for _, _, header in found} <= {TENANT}
+        slots, wrong = index.places(2, LIFE)
+        assert (slots.tolist(), wrong) == (list(range(count)), [])
+        assert index.places(2, LIFE + 1)[1] == list(range(count))
+    index.drop_segment(2)
+    assert not list(index.records(2))
+    assert len(list(index.names())) == 2
+    index.close()
+
+
+def test_an_index_is_clean_only_between_two_lives(tmp_path: Path) -> None:
+    index = Index.open(tmp_path, 8 << 20)
+    assert not index.clean
+    index.begin_life(4)
+    index.end_life()
+    index.close()
+    index = Index.open(tmp_path, 8 << 20)
+    assert (index.clean, index.life) == (True, 4)
+    index.begin_life(5)
+    index.close()
+    index = Index.open(tmp_path, 8 << 20)
+    assert (index.clean, index.life) == (False, 5)
     index.close()

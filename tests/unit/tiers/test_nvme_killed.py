@@ -25,12 +25,12 @@ def churn(path: str) -> None:
     size = tier.slot_bytes(BLOCK_BYTES)
     held = {found.address: found.header for found in tier.recovered_blocks()}
     open_already = {extent for extent, _ in tier.recovered_extents()}
-    for extent in set(range(EXTENTS)) - open_already:
+    for extent in set(range(1, EXTENTS + 1)) - open_already:
         tier.open_extent(extent, size)
     number = 1 + max([int.from_bytes(h.stored_key, "big") for h in held.values()], default=0)
     slots = [
         extent * EXTENT_BYTES + slot * size
-        for extent in range(EXTENTS)
+        for extent in range(1, EXTENTS + 1)
         for slot in range(EXTENT_BYTES // size)
     ]
     while True:

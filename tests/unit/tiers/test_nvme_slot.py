@@ -9,19 +9,22 @@ from kvstore.tiers.base import BlockHeader
 from kvstore.tiers.nvme_slot import (
     HEADER_BYTES,
     MAX_TENANT_BYTES,
+    Place,
     Scratch,
-    check_header,
+    Stored,
     decode_header,
+    decode_header_at,
     encode_header,
 )
 from kvstore.types import ALIGNMENT
 
 HEADER = BlockHeader(b"k" * 16, b"p" * 16, b"l" * 16, "alice", 123_456, (1 << 64) - 1)
+PLACE = Place(3, 17, (1 << 41) + 5)
 
 
 def page_of(header: BlockHeader, sequence: int = 7) -> bytes:
     page = Scratch().header
-    encode_header(page, header, sequence)
+    encode_header(page, Stored(header, sequence, PLACE))
     return bytes(page)
 
 
@@ -29,24 +32,37 @@ def page_of(header: BlockHeader, sequence: int = 7) -> bytes:
 @pytest.mark.parametrize("tenant", ["", "bøb", "x" * MAX_TENANT_BYTES])
 def test_a_header_comes_back_whole(parent: bytes, tenant: str) -> None:
     header = HEADER._replace(parent=parent, tenant=tenant)
-    assert decode_header(memoryview(bytearray(page_of(header, 9)))) == (header, 9)
+    assert decode_header(memoryview(bytearray(page_of(header, 9)))) == (
+        header,
+        9,
+        PLACE,
+    )
 
 
-def test_any_byte_changed_is_a_corrupt_block() -> None:
+def test_any_bit_changed_is_a_corrupt_block() -> None:
     page = page_of(HEADER)
     assert len(page) == HEADER_BYTES
-    for position in range(HEADER_BYTES):
-        for flipped in (1 << position % 8, 0xFF):
-            spoilt = bytearray(page)
-            spoilt[position] ^= flipped
-            with pytest.raises(CorruptBlock):
-                check_header(memoryview(spoilt), HEADER)
+    for bit in range(8 * HEADER_BYTES):
+        spoilt = bytearray(page)
+        spoilt[bit >> 3] ^= 1 << (bit & 7)
+        with pytest.raises(CorruptBlock):
+            decode_header(memoryview(spoilt))
+
+
+@pytest.mark.parametrize(
+    "place",
+    [PLACE._replace(segment=4), PLACE._replace(slot=16), PLACE._replace(life=PLACE.life - 1)],
+)
+def test_what_was_written_for_another_place_is_not_taken_for_what_is_here(place: Place) -> None:
+    assert decode_header_at(memoryview(bytearray(page_of(HEADER))), PLACE).header == HEADER
+    with pytest.raises(CorruptBlock, match="another place"):
+        decode_header_at(memoryview(bytearray(page_of(HEADER))), place)
 
 
 def test_a_used_page_leaves_nothing_in_the_next_header() -> None:
     scratch = Scratch()
     scratch.header[:] = b"\xff" * HEADER_BYTES
-    encode_header(scratch.header, HEADER, 7)
+    encode_header(scratch.header, Stored(HEADER, 7, PLACE))
     assert bytes(scratch.header) == page_of(HEADER)
 
 

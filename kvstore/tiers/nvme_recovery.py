@@ -1,0 +1,213 @@
+"""What is found at a start: the segments, and what the index does not tell of them.
+
+The index tells of every block below a mark in each segment, unless it is older than
+the segment's life, lost or damaged. From the mark on, and in a segment of which it
+does not know, headers are read one by one. So a start costs what was written since
+the index was last told, and a rebuild is the same with every mark at zero.
+
+A block that is not known to have been durable is read as a whole: half of it may be
+there. Of two blocks of one name, which a crash may leave, the later is kept.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from kvstore.errors import CorruptBlock
+from kvstore.tiers import nvme_slot
+from kvstore.tiers.nvme_disk import Disk, read_all
+from kvstore.tiers.nvme_index import Batch, Index, encode_record
+from kvstore.tiers.nvme_log import Log, check_payload, pack
+from kvstore.tiers.nvme_segment import Geometry, Segment, file_name, number_of
+from kvstore.tiers.nvme_slot import HEADER_BYTES, Stored
+
+_log = logging.getLogger(__name__)
+
+SCANNERS = 8
+"""Threads that read headers: the disk's latency is what a scan waits for."""
+_BATCH = 4096
+_LIFE_BITS = 40
+
+Slots = npt.NDArray[np.int64]
+
+
+def open_segments(disk: Disk, geometry: Geometry, most: int) -> list[Segment]:
+    """Those there is capacity for; every other file is removed. Raises OSError."""
+    segments: list[Segment] = []
+    for name in sorted(disk.names()):
+        number = number_of(name)
+        file = None if number is None else disk.open(name)
+        if number is None or file is None or file.nbytes != geometry.file_bytes:
+            if file is not None:
+                file.close()
+            disk.remove(name)
+            continue
+        segments.append(Segment(number, file, geometry))
+        _load_summary(segments[-1], geometry)
+    segments.sort(key=lambda s: s.life, reverse=True)
+    for segment in segments[most:]:
+        segment.file.close()
+        disk.remove(file_name(segment.number))
+    if len(segments) > most:
+        _log.warning("%d segments were dropped: less capacity than before", len(segments) - most)
+    return segments[:most]
+
+
+def _load_summary(segment: Segment, geometry: Geometry) -> None:
+    copies = []
+    page = nvme_slot.aligned(geometry.summary_bytes)
+    for copy in range(2):
+        try:
+            if read_all(segment.file, [page], copy * geometry.summary_bytes):
+                copies.append(bytes(page))
+        except OSError as error:
+            _log.error("a summary of segment %d cannot be read: %s", segment.number, error)
+    if not any(map(any, copies)):
+        return  # Preallocated, and never begun.
+    try:
+        segment.load(copies)
+    except CorruptBlock as error:
+        _log.error("segment %d is lost: %s", segment.number, error)
+
+
+def next_life(index: Index, segments: list[Segment]) -> int:
+    """A number for this opening of the directory, larger than all before."""
+    return 1 + max([index.life, *(segment.life >> _LIFE_BITS for segment in segments)])
+
+
+def first_sequence(life: int) -> int:
+    """Larger than all sequences of earlier lives."""
+    return life << _LIFE_BITS
+
+
+def tell_index(index: Index, segments: list[Segment], *, clean: bool) -> int:
+    """Let it know of every block it does not; how many those are. With `clean` it
+    knows all of the segments whose life it knows. Raises `TierError`, OSError."""
+    known = index.segments()
+    for number in known.keys() - {segment.number for segment in segments}:
+        index.drop_segment(number)
+    scans: list[tuple[Segment, int]] = []
+    sealed = Batch()
+    for segment in segments:
+        life, mark = known.get(segment.number, (0, 0))
+        if life != segment.life:
+            mark = 0
+        if mark < segment.slots and not (clean and life == segment.life):
+            scans.append((segment, mark))
+        elif mark < segment.slots:
+            sealed.segments[segment.number] = (life, segment.slots)
+    found = 0
+    with ThreadPoolExecutor(SCANNERS) as pool:
+        for (segment, _), blocks in zip(scans, pool.map(_scanned, scans), strict=True):
+            found += len(blocks)
+            for start in range(0, len(blocks), _BATCH):
+                part = blocks[start : start + _BATCH]
+                index.apply(Batch({(segment.number, b.place.slot): encode_record(b) for b in part}))
+            sealed.segments[segment.number] = (segment.life, segment.slots)
+    index.apply(sealed)
+    return found
+
+
+def _scanned(work: tuple[Segment, int]) -> list[Stored]:
+    return list(scan(*work))
+
+
+def scan(segment: Segment, start: int = 0) -> Iterator[Stored]:
+    """The blocks in a segment's slots from `start` on, by their headers."""
+    page = nvme_slot.aligned(HEADER_BYTES)
+    payload = nvme_slot.aligned(max(HEADER_BYTES, segment.slot_bytes - HEADER_BYTES))
+    for slot in range(start, segment.slots):
+        if segment.is_dead(slot):
+            continue
+        buffers = [page] if slot < segment.settled else [page, payload]
+        try:
+            if not read_all(segment.file, buffers, segment.offset(slot)):
+                continue
+            stored = nvme_slot.decode_header_at(page, segment.place(slot))
+            if slot >= segment.settled:
+                check_payload(stored.header, payload)
+        except CorruptBlock:
+            continue
+        except OSError as error:
+            _log.error("a slot of segment %d cannot be read: %s", segment.number, error.strerror)
+            continue
+        yield stored
+
+
+def find_blocks(index: Index, log: Log, segments: list[Segment], *, clean: bool) -> None:
+    """Give the log the segments, oldest first, with an address for every block."""
+    superseded = set() if clean else _superseded(index, {s.number: s for s in segments})
+    found: list[tuple[Segment, Slots]] = []
+    for segment in sorted(segments, key=lambda s: s.life):
+        told, wrong = index.places(segment.number, segment.life)
+        dead = np.unpackbits(np.frombuffer(segment.dead, np.uint8), bitorder="little")
+        there = told[told < segment.slots]
+        there = there[dead[there] == 0]
+        for slot in [*wrong, *np.setdiff1d(told, there).tolist()]:
+            log.drop_record(segment.number, slot)
+        late = (
+            [s for s in there.tolist() if (segment.number, s) in superseded] if superseded else []
+        )
+        for slot in late:
+            log.drop(segment, slot)
+        found.append((segment, np.setdiff1d(there, late) if late else there))
+    _give_addresses(log, found)
+    for segment, _ in found:
+        log.adopt(segment)
+
+
+def _give_addresses(log: Log, found: list[tuple[Segment, Slots]]) -> None:
+    """Each segment is an extent, its slots the extent's. The emptiest, of which there
+    may be more than extents, are divided among the others."""
+    used = [(segment, slots) for segment, slots in found if len(slots)]
+    fullest = sorted(used, key=lambda pair: len(pair[1]), reverse=True)
+    homes = {segment.number for segment, _ in fullest[: log.most_extents]}
+    free: dict[int, list[int]] = {}
+    number = 0
+    for segment, slots in used:
+        if segment.number not in homes:
+            continue
+        number += 1
+        extent = log.add_extent(number, segment.slot_bytes)
+        start = number * log.extent_bytes
+        np.frombuffer(extent.places, np.uint64)[slots] = pack(segment, 0) + slots
+        np.frombuffer(segment.owners, np.uint64)[slots] = start + 1 + slots * segment.slot_bytes
+        segment.living = len(slots)
+        empty = np.flatnonzero(np.frombuffer(extent.places, np.uint64) == 0)
+        free.setdefault(segment.slot_bytes, []).extend(start + empty * segment.slot_bytes)
+    for segment, slots in used:
+        if segment.number in homes:
+            continue
+        addresses = free.get(segment.slot_bytes, [])
+        for slot in slots.tolist():
+            if addresses:
+                address = int(addresses.pop())
+                extent, index = log.find(address)
+                extent.places[index] = pack(segment, slot)
+                segment.enter(slot, address)
+            else:
+                log.drop(segment, slot)
+
+
+def _superseded(index: Index, segments: dict[int, Segment]) -> set[tuple[int, int]]:
+    """(segment, slot) of blocks of which a later one has the same name."""
+    rows = [
+        (xxhash.xxh3_64_intdigest(name), sequence, number, slot)
+        for name, sequence, life, number, slot in index.names()
+        if (segment := segments.get(number)) is not None
+        and segment.life == life
+        and slot < segment.slots
+        and not segment.is_dead(slot)
+    ]
+    if not rows:
+        return set()
+    table = np.array(rows, np.uint64)
+    table = table[np.lexsort((table[:, 1], table[:, 0]))]
+    earlier = np.flatnonzero(table[:-1, 0] == table[1:, 0])
+    return {(int(row[2]), int(row[3])) for row in table[earlier]}

@@ -1,0 +1,213 @@
+"""A segment: a file of slots that are written once, in order, in each of its lives.
+
+    +0           summary, copy 0
+    +summary     summary, copy 1
+    +2*summary   slots of equal size, one after the other
+
+A segment is given a slot size and a new *life* when it begins to be filled, and is
+never written behind its head in that life. So a slot's header that names this life
+and this slot is the one thing ever written there, whatever a crash did, and a
+segment is emptied as a whole before it is used again.
+
+The summary says which life it is, which of its blocks are forgotten, and which
+parts of the file are bad. With it and the headers the segments are all the truth
+there is: the index may be lost, stale or damaged. The copies are written in turn,
+so that one of them is whole at any time.
+
+    +0     8  magic
+    +8     4  CRC-32C of the whole summary with these four bytes zero
+    +12    4  version
+    +16    4  number of the segment
+    +20    4  size of its slots in units of 4096 bytes
+    +24    8  life: 0 for none yet
+    +32    8  generation: grows with each copy written
+    +40    4  settled: slots below were durable before this copy was written
+    +44    4  zero
+    +48       a bit a slot: forgotten
+              a bit for each 8192 bytes: bad, for all lives to come
+"""
+
+from __future__ import annotations
+
+import struct
+from array import array
+
+import google_crc32c
+
+from kvstore.errors import CorruptBlock
+from kvstore.tiers.nvme_disk import DiskFile
+from kvstore.tiers.nvme_slot import MIN_SLOT_BYTES, Place
+from kvstore.types import ALIGNMENT, align_up
+
+FILE_SUFFIX = ".seg"
+SUMMARY_VERSION = 1
+
+_MAGIC = b"KVSTSEGM"
+_FIELDS = struct.Struct("<8sIIIIQQII")
+_CRC_OFFSET = 8
+_NO_CRC = bytes(4)
+
+
+def file_name(number: int) -> str:
+    return f"{number:08d}{FILE_SUFFIX}"
+
+
+def number_of(name: str) -> int | None:
+    """The segment that a file of this name holds; None for any other file."""
+    stem = name.removesuffix(FILE_SUFFIX)
+    if stem == name or not (stem.isascii() and stem.isdigit()):
+        return None
+    return int(stem) if name == file_name(int(stem)) else None
+
+
+class Geometry:
+    """Where what is in a segment whose slots take `data_bytes` together."""
+
+    def __init__(self, data_bytes: int) -> None:
+        self.data_bytes = data_bytes
+        self.units = -(-data_bytes // MIN_SLOT_BYTES)
+        self.bitmap_bytes = -(-self.units // 8)
+        self.summary_bytes = align_up(_FIELDS.size + 2 * self.bitmap_bytes)
+        self.data_offset = 2 * self.summary_bytes
+        self.file_bytes = self.data_offset + data_bytes
+
+
+class Segment:
+    """An open segment and who is in it. Its log guards it with a lock."""
+
+    __slots__ = (
+        "_geometry", "bad", "dead", "dirty", "file", "filling", "generation", "life", "living",
+        "next", "number", "owners", "settled", "slot_bytes", "slots", "unfinished",
+    )  # fmt: skip
+
+    def __init__(self, number: int, file: DiskFile, geometry: Geometry) -> None:
+        self.number = number
+        self.file = file
+        self._geometry = geometry
+        self.life = 0
+        self.generation = 0
+        self.settled = 0
+        self.bad: set[int] = set()
+        """Units of 8192 bytes that are not written again."""
+        self._shape(0)
+
+    def _shape(self, slot_bytes: int) -> None:
+        self.slot_bytes = slot_bytes
+        self.slots = self._geometry.data_bytes // slot_bytes if slot_bytes else 0
+        self.owners = array("Q", bytes(8 * self.slots))
+        """Address + 1 of the block in each slot; 0 where there is none to keep."""
+        self.dead = bytearray(self._geometry.bitmap_bytes)
+        self.next = self.slots
+        self.living = 0
+        self.unfinished: set[int] = set()
+        """Slots that are being written."""
+        self.filling = False
+        self.dirty = False
+        """The summary on disk is not what it should be."""
+
+    def begin(self, life: int, slot_bytes: int) -> None:
+        """Begin to fill it. What was in it is gone."""
+        self._shape(slot_bytes)
+        self.life = life
+        self.settled = 0
+        self.next = 0
+        self.filling = True
+        self.dirty = True
+
+    def place(self, slot: int) -> Place:
+        return Place(self.number, slot, self.life)
+
+    def offset(self, slot: int) -> int:
+        return self._geometry.data_offset + slot * self.slot_bytes
+
+    def take_slot(self) -> int | None:
+        """The next slot, to be written by the caller; None when there is no more."""
+        while self.filling and self.next < self.slots:
+            slot = self.next
+            self.next += 1
+            if self.bad and not self.bad.isdisjoint(self._units(slot)):
+                self.strike(slot)
+                continue
+            self.unfinished.add(slot)
+            return slot
+        self.filling = False
+        return None
+
+    def enter(self, slot: int, owner: int) -> None:
+        self.owners[slot] = owner + 1
+        self.living += 1
+
+    def strike(self, slot: int) -> None:
+        """What is in the slot is not wanted, now or after a crash."""
+        if self.owners[slot]:
+            self.owners[slot] = 0
+            self.living -= 1
+        self.dead[slot >> 3] |= 1 << (slot & 7)
+        self.dirty = True
+
+    def is_dead(self, slot: int) -> bool:
+        return bool(self.dead[slot >> 3] >> (slot & 7) & 1)
+
+    def spoil(self, slot: int) -> None:
+        """Never write where this slot is again."""
+        self.bad.update(self._units(slot))
+        self.dirty = True
+
+    def _units(self, slot: int) -> range:
+        start = slot * self.slot_bytes
+        return range(start // MIN_SLOT_BYTES, -(-(start + self.slot_bytes) // MIN_SLOT_BYTES))
+
+    @property
+    def finished(self) -> int:
+        """Slots below are written, or never will be."""
+        return min(self.unfinished, default=self.next)
+
+    @property
+    def waste(self) -> int:
+        """Slots that emptying it would win."""
+        return (self.next if self.filling else self.slots) - self.living
+
+    # The summary
+
+    def encode(self) -> tuple[bytes, int]:
+        """(summary, its offset) as things are now, to be written."""
+        self.generation += 1
+        self.dirty = False
+        geometry = self._geometry
+        bad = bytearray(geometry.bitmap_bytes)
+        for unit in self.bad:
+            bad[unit >> 3] |= 1 << (unit & 7)
+        page = bytearray(geometry.summary_bytes)
+        _FIELDS.pack_into(
+            page, 0, _MAGIC, 0, SUMMARY_VERSION, self.number, self.slot_bytes // ALIGNMENT,
+            self.life, self.generation, self.settled, 0,
+        )  # fmt: skip
+        page[_FIELDS.size : _FIELDS.size + 2 * len(bad)] = self.dead + bad
+        struct.pack_into("<I", page, _CRC_OFFSET, google_crc32c.value(bytes(page)))
+        return bytes(page), self.generation % 2 * geometry.summary_bytes
+
+    def load(self, copies: list[bytes]) -> None:
+        """Take over the newer of the summaries found. Raises `CorruptBlock` when
+        none is whole; the segment then holds nothing."""
+        found = [fields for page in copies if (fields := self._decode(page))]
+        if not found:
+            raise CorruptBlock("neither copy of the summary is whole")
+        self.generation, self.life, slot_bytes, self.settled, dead, bad = max(found)
+        self.bad = {
+            unit for unit in range(self._geometry.units) if bad[unit >> 3] >> (unit & 7) & 1
+        }
+        self._shape(slot_bytes)
+        self.dead[:] = dead
+
+    def _decode(self, page: bytes) -> tuple[int, int, int, int, bytes, bytes] | None:
+        if len(page) != self._geometry.summary_bytes:
+            return None
+        magic, crc, version, number, units, life, generation, settled, _ = _FIELDS.unpack_from(page)
+        blank = page[:_CRC_OFFSET] + _NO_CRC + page[_CRC_OFFSET + 4 :]
+        whole = (magic, version, number) == (_MAGIC, SUMMARY_VERSION, self.number)
+        if not whole or google_crc32c.value(blank) != crc:
+            return None
+        middle = _FIELDS.size + self._geometry.bitmap_bytes
+        dead = page[_FIELDS.size : middle]
+        bad = page[middle : middle + self._geometry.bitmap_bytes]
+        return generation, life, units * ALIGNMENT, settled, dead, bad
