@@ -28,6 +28,7 @@ import threading
 from array import array
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NamedTuple
 
 import xxhash
@@ -277,6 +278,9 @@ class Log:
                     return taken
                 self._winning = True
                 try:
+                    if len(self._free) <= _RESERVE:
+                        with suppress(OSError):  # There may be one to win all the same.
+                            self._make_segments(len(self.extents))
                     while len(self._free) <= _RESERVE:
                         self._win_segment()
                 finally:

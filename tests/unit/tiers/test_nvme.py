@@ -697,3 +697,16 @@ def test_readers_are_not_disturbed_by_blocks_that_move(tmp_path: Path) -> None:
     assert tier.wear()["move"]
     tier.check_integrity()
     tier.close()
+
+
+def test_what_is_stored_first_after_a_start_moves_nothing(tmp_path: Path) -> None:
+    """There is capacity; none of it was preallocated in the life before."""
+    tier = open_tier(tmp_path)
+    fill_more(tier, 1, slots=2)
+    tier.close()
+    again = open_tier(tmp_path)
+    size = again.slot_bytes(BLOCK_BYTES)
+    for slot in range(2, EXTENT_BYTES // size):
+        put(again, EXTENT_BYTES + slot * size, slot)
+    assert again.wear()["move"] == 0
+    again.close()
