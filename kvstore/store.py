@@ -43,7 +43,7 @@ from kvstore.core.limits import Counters, Limits
 from kvstore.core.planner import Planner
 from kvstore.core.sessions import Session
 from kvstore.core.space import Space
-from kvstore.core.tickets import AcquireTicket, ReserveTicket, Ticket
+from kvstore.core.tickets import Ticket
 from kvstore.errors import (
     BadRequest,
     CorruptBlock,
@@ -81,6 +81,8 @@ MAX_RUNNING = 4
 a few more for the tier's other work."""
 LISTED_A_STEP = 1000
 """Blocks found at the start that go into the directory before others get their turn."""
+LOOKED_AT_A_STEP = 1000
+"""Keys looked up before others get their turn: one to two milliseconds."""
 
 __all__ = ["MAX_RUNNING", "Session", "Store", "StoreObserver"]
 
@@ -283,8 +285,17 @@ class Store:
         self._execute()
         return layout_id
 
-    def lookup(self, tenant: str, chains: Sequence[ChainQuery]) -> list[ChainPresence]:
-        return self._planner.lookup(tenant, chains)
+    async def lookup(self, tenant: str, chains: Sequence[ChainQuery]) -> list[ChainPresence]:
+        """How much of each chain is held, at some moment of the call's."""
+        answers = []
+        looked_at = 0
+        for chain in chains:
+            answers.append(self._planner.lookup(tenant, chain))
+            looked_at += len(chain.layout_ids) * (1 + len(chain.keys).bit_length())
+            if looked_at >= LOOKED_AT_A_STEP:
+                looked_at = 0
+                await asyncio.sleep(0)
+        return answers
 
     async def acquire(
         self, session: Session, chains: Sequence[ChainQuery], wait_ms: int
@@ -358,11 +369,14 @@ class Store:
         replica = self._planner.slot(session, slot_id)
         return self.dram.view(replica.address, replica.block.layout.block_bytes)
 
-    def prefetch(self, tenant: str, chains: Sequence[ChainQuery]) -> int:
+    async def prefetch(self, tenant: str, chains: Sequence[ChainQuery]) -> int:
+        """Blocks that are on their way because of it."""
         self._refuse_when_draining()
-        started = self._planner.prefetch(tenant, chains)
+        ticket = self._planner.prefetch(tenant, chains)
         self._execute()
-        return started
+        await self._wait(ticket, None)
+        assert ticket.answer is not None
+        return ticket.answer
 
     async def clear(self, tenant: str) -> int:
         """Blocks forgotten. What is not in use stays forgotten across a crash."""
@@ -434,28 +448,21 @@ class Store:
         """Until the ticket is answered; when time is up, it is answered as things are."""
         if ticket.answer is not None:
             return
-        future = asyncio.get_running_loop().create_future()
-        self._waiters[ticket] = future
+        answered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiters[ticket] = answered
         try:
-            async with asyncio.timeout(timeout_s):
-                await future
-        except TimeoutError:
-            self._planner.give_up(ticket, self._clock.now_ns())
+            await asyncio.wait((answered,), timeout=timeout_s)
+            if ticket.answer is None:
+                self._planner.give_up(ticket, self._clock.now_ns())
+                self._execute()
+            if ticket.answer is None:
+                await answered
         except asyncio.CancelledError:
-            # The caller went away: nobody would give back what it is granted now.
-            self._planner.give_up(ticket, self._clock.now_ns())
-            self._return_grant(ticket)
+            self._planner.withdraw(ticket, self._clock.now_ns())
             raise
         finally:
             del self._waiters[ticket]
             self._execute()
-
-    def _return_grant(self, ticket: Ticket) -> None:
-        if isinstance(ticket, AcquireTicket) and ticket.answer is not None:
-            self._planner.release(ticket.session, [grant.lease_id for grant in ticket.answer])
-        elif isinstance(ticket, ReserveTicket) and ticket.answer is not None:
-            first, count = ticket.answer.first_slot, len(ticket.answer.addresses)
-            self._planner.abort(ticket.session, range(first, first + count))
 
     # Carrying out what the planner wants
 

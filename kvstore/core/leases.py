@@ -4,15 +4,24 @@ An acquire pins what is in DRAM, has the rest brought up, and is settled when al
 that has ended, well or badly: the longest prefix that is READY then becomes a lease.
 A chain for which there is no room in DRAM yet is *cramped*: it goes on when room is
 made, and is cut short where none can come.
+
+Pinning, settling and letting go take time for every block, so they are chores
+(`core.chores`); most acquires are over with the first part. In between, what is pinned
+stays as it is, but for one thing: it may come to be DOOMED, when somebody clears it or
+finds it damaged. Then it is held back like anything else that is not READY, or, where
+that happens after it was counted, leased all the same: pinned bytes are not touched, and
+whoever reads them compares checksums.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Generator, Iterator, Sequence
 from itertools import chain, takewhile
 
 from kvstore.core.actions import Answer
 from kvstore.core.catalog import Catalog, Layout, Replica, is_ready
+from kvstore.core.chores import CHANGED, NAMED, SEEN, Chore, Chores
 from kvstore.core.lifecycle import State
 from kvstore.core.limits import Counters, Limits
 from kvstore.core.residency import Residency
@@ -25,25 +34,33 @@ from kvstore.types import ChainQuery, LeaseGrant
 
 MAX_LEASED = 1 << 22
 """Blocks that the leases of one session may hold together, each as often as it is
-leased. Bounds memory, and what the end of a session costs: some 0.2 s."""
+leased. Bounds memory."""
+
+_NOTHING = LeaseGrant(0, 0, [], [], 0, 0)
 
 
 class Leases:
     def __init__(
         self,
         residency: Residency,
+        chores: Chores,
         limits: Limits,
         counters: Counters,
         ids: Iterator[int],
     ) -> None:
         self._residency = residency
         self._catalog: Catalog = residency.catalog
+        self._chores = chores
         self._limits = limits
         self._counters = counters
         self._ids = ids
-        self._leases: dict[int, Lease] = {}
+        # In the order in which they end, but for the moments that granting one takes.
+        self._leases: OrderedDict[int, Lease] = OrderedDict()
+        self._tickets: set[AcquireTicket] = set()
         self._filling: dict[Replica, list[AcquireTicket]] = {}
         self._cramped: list[AcquireTicket] = []
+        # Pins that nobody has a use for any more, to be taken off.
+        self._letting_go: deque[list[Replica]] = deque()
 
     def __len__(self) -> int:
         return len(self._leases)
@@ -66,41 +83,62 @@ class Leases:
             for asked, shards in zip(chains, layouts, strict=True)
         ]
         ticket = AcquireTicket(session, claims, wait=wait)
-        for claim in claims:
-            self._claim_ready(claim)
-        self._extend(ticket)
-        if self._may_get_on(ticket):
-            ticket.waited = True
-            session.tickets.add(ticket)
-            if any(claim.cramped for claim in claims):
-                self._cramped.append(ticket)
-        else:
-            self.settle(ticket, now_ns)
+        self._tickets.add(ticket)
+        session.tickets.add(ticket)
+        self._chores.add(self._claim(ticket, now_ns))
+        ticket.waited = ticket.answer is None
         return ticket
 
-    def _claim_ready(self, claim: ChainClaim) -> None:
-        """Pin the prefix that is in DRAM: the usual case, all of it in a few loops."""
-        most = len(claim.keys)
-        for number, layout in enumerate(claim.layouts):
-            claim.columns[number] = self._catalog.run_in_dram(layout, claim.keys, most)
-            most = len(claim.columns[number])
-        for column in claim.columns:
-            del column[most:]
-            self._residency.pin_all(column)
-        claim.from_dram = claim.claimed
+    # Claiming
 
-    def _extend(self, ticket: AcquireTicket) -> None:
-        """Pin what else can be pinned now; see to it that it is brought up."""
+    def _claim(self, ticket: AcquireTicket, now_ns: int) -> Chore:
+        """Pin all that can be pinned now."""
+        for claim in ticket.claims:
+            yield from self._claim_ready(claim)
+        yield from self._extend(ticket)
+        ticket.at_work = False
+        if not self._may_get_on(ticket):
+            ticket.at_work = True
+            yield from self._settle(ticket, now_ns)
+        elif any(claim.cramped for claim in ticket.claims):
+            self._cramped.append(ticket)
+
+    def _claim_ready(self, claim: ChainClaim) -> Chore:
+        """Pin the prefix that is in DRAM: the usual case, many in a few loops."""
+        piece = max(1, self._chores.piece // len(claim.layouts)) if claim.layouts else 0
+        most = piece
+        while most == piece and (keys := claim.keys[claim.claimed : claim.claimed + piece]):
+            runs = []
+            most = len(keys)
+            for layout in claim.layouts:
+                runs.append(self._catalog.run_in_dram(layout, keys, most))
+                most = len(runs[-1])
+                if not most:
+                    break
+            else:
+                for column, run in zip(claim.columns, runs, strict=True):
+                    del run[most:]
+                    self._residency.pin_all(run)
+                    column += run
+                claim.from_dram = claim.claimed
+            yield NAMED * (most + 1) * len(runs)
+
+    def _extend(self, ticket: AcquireTicket) -> Chore:
+        """Pin what else can be pinned; see to it that it is brought up."""
         for claim in ticket.claims:
             while claim.claimed < len(claim.keys) and claim.layouts:
                 position = self._claim_position(claim, ticket.wait)
                 if position is None:
+                    yield NAMED * len(claim.layouts)
                     break
+                cost = NAMED
                 for column, replica in zip(claim.columns, position, strict=True):
                     column.append(replica)
                     if replica.state is State.FILLING and replica not in ticket.missing:
                         ticket.missing.add(replica)
                         self._filling.setdefault(replica, []).append(ticket)
+                        cost = CHANGED
+                yield cost * len(position)
 
     def _claim_position(self, claim: ChainClaim, wait: bool) -> list[Replica] | None:
         """One replica a layout, pinned, or None; `claim.cramped` says whether it is
@@ -118,9 +156,11 @@ class Leases:
 
     def _may_get_on(self, ticket: AcquireTicket) -> bool:
         """The ticket has something to wait for."""
+        if not ticket.wait:
+            return False
         if ticket.missing:
             return True
-        return ticket.wait and any(c.cramped for c in ticket.claims) and self._residency.busy
+        return any(c.cramped for c in ticket.claims) and self._residency.busy
 
     def _claim_block(
         self, claim: ChainClaim, layout: Layout, key: bytes, wait: bool
@@ -142,57 +182,118 @@ class Leases:
         self._residency.pin(replica)
         return replica
 
-    def settle(self, ticket: AcquireTicket, now_ns: int) -> None:
+    # Settling
+
+    def give_up(self, ticket: AcquireTicket, now_ns: int) -> None:
+        """The caller waits for nothing more to be brought up: answer with what there is."""
+        ticket.wait = False
+        if not ticket.at_work and ticket.answer is None:
+            self._begin_settling(ticket, now_ns)
+
+    def withdraw(self, ticket: AcquireTicket, now_ns: int) -> None:
+        """The caller is gone: nobody would give back what it is granted."""
+        ticket.withdrawn = True
+        if ticket.answer is None:
+            self.give_up(ticket, now_ns)
+        else:
+            self.release(ticket.session, [grant.lease_id for grant in ticket.answer])
+
+    def end_session(self, session: Session) -> None:
+        """The client is gone: all it holds and waits for."""
+        for ticket in [t for t in session.tickets if isinstance(t, AcquireTicket)]:
+            self.give_up(ticket, 0)
+        for lease in list(session.leases.values()):
+            self.end(lease)
+
+    def _begin_settling(self, ticket: AcquireTicket, now_ns: int) -> None:
+        ticket.at_work = True
+        if ticket in self._cramped:
+            self._cramped.remove(ticket)
+        self._chores.add(self._settle(ticket, now_ns))
+
+    def _settle(self, ticket: AcquireTicket, now_ns: int) -> Chore:
         """Turn what is READY now into leases, let go of the rest, and answer."""
-        for replica in ticket.missing:
+        while ticket.missing:
+            replica = ticket.missing.pop()
             waiting = self._filling[replica]
             waiting.remove(ticket)
             if not waiting:
                 del self._filling[replica]
-        late = list(ticket.missing)
-        ticket.missing.clear()
-        if ticket in self._cramped:
-            self._cramped.remove(ticket)
-        ticket.session.tickets.discard(ticket)
+            yield SEEN
+        grants = []
         expires_ns = now_ns + self._limits.lease_ms * 1_000_000
-        ticket.answer = [self._grant(ticket, claim, expires_ns) for claim in ticket.claims]
-        for replica in late:
-            # Nobody waits for it any more: it must not go before what is waited for.
-            if replica.state is State.FILLING and not replica.pins:
-                self._residency.call_off(replica)
+        for claim in ticket.claims:
+            grants.append((yield from self._prepare(ticket, claim, expires_ns)))
+        session = ticket.session
+        self._tickets.remove(ticket)
+        session.tickets.discard(ticket)
+        if session.closed or ticket.withdrawn:
+            for claim in ticket.claims:
+                for column in claim.columns:
+                    self._let_go(column)
+            ticket.answer = [_NOTHING] * len(grants)
+        else:
+            pairs = zip(ticket.claims, grants, strict=True)
+            ticket.answer = [self._grant(session, claim, grant) for claim, grant in pairs]
+        if ticket.waited:
+            self._residency.actions.append(Answer(ticket))
 
-    def _grant(self, ticket: AcquireTicket, claim: ChainClaim, expires_ns: int) -> LeaseGrant:
-        session, held = ticket.session, 0
-        if not session.closed:
-            held = claim.from_dram
-            if ticket.waited or held < claim.claimed:
-                held = min((_leading_ready(column) for column in claim.columns), default=0)
-        for column in claim.columns:
-            for replica in column[held:]:
-                if replica.state is not State.GONE:
-                    self._residency.unpin(replica)
-            del column[held:]
-        from_dram = min(claim.from_dram, held)
-        self._counters.acquired_positions += len(claim.keys)
-        self._counters.acquired_hits += held
-        self._counters.acquired_hits_dram += from_dram
-        if not held:
-            return LeaseGrant(0, 0, [], [], 0, 0)
+    def _prepare(
+        self, ticket: AcquireTicket, claim: ChainClaim, expires_ns: int
+    ) -> Generator[int, None, LeaseGrant]:
+        """The grant of a chain, without its number. Leaves it in the claim what it is for."""
+        held = claim.from_dram
+        if ticket.waited or held < claim.claimed:
+            held = yield from self._leading_ready(claim)
+        if held < claim.claimed:
+            for column in claim.columns:
+                self._let_go(column[held:])
+                del column[held:]
+        addresses: list[int] = []
+        checksums: list[int] = []
+        piece = self._chores.piece
         for layout, column in zip(claim.layouts, claim.columns, strict=True):
+            for begin in range(0, held, piece):
+                run = column[begin : begin + piece]
+                addresses += [replica.address for replica in run]
+                checksums += [replica.block.checksum or 0 for replica in run]
+                yield NAMED + SEEN * len(run)
             # The root last, so that it is the most recent (see policies.base).
-            self._residency.touch_run(layout, column[::-1])
+            for end in range(held, 0, -piece):
+                run = column[max(0, end - piece) : end]
+                run.reverse()
+                if ticket.waited:
+                    run = [replica for replica in run if is_ready(replica)]
+                self._residency.touch_run(layout, run)
+                yield NAMED + SEEN * len(run)
+        return LeaseGrant(0, held, addresses, checksums, expires_ns, min(claim.from_dram, held))
+
+    def _leading_ready(self, claim: ChainClaim) -> Generator[int, None, int]:
+        """How many positions are READY in all layouts."""
+        held, piece = claim.claimed, self._chores.piece
+        for column in claim.columns:
+            for begin in range(0, held, piece):
+                run = column[begin : min(begin + piece, held)]
+                yield SEEN * len(run)
+                ready = sum(1 for _ in takewhile(is_ready, run))
+                if ready < len(run):
+                    held = begin + ready
+                    break
+        return held
+
+    def _grant(self, session: Session, claim: ChainClaim, grant: LeaseGrant) -> LeaseGrant:
+        self._counters.acquired_positions += len(claim.keys)
+        self._counters.acquired_hits += grant.held
+        self._counters.acquired_hits_dram += grant.from_dram
+        if not grant.held:
+            return _NOTHING
         replicas = claim.columns[0] if len(claim.columns) == 1 else list(chain(*claim.columns))
-        lease = Lease(next(self._ids), session, replicas, expires_ns)
+        lease = Lease(next(self._ids), session, replicas, grant.expires_ns)
         self._leases[lease.lease_id] = session.leases[lease.lease_id] = lease
         session.leased += len(replicas)
-        return LeaseGrant(
-            lease.lease_id,
-            held,
-            [replica.address for replica in replicas],
-            [replica.block.checksum or 0 for replica in replicas],
-            expires_ns,
-            from_dram,
-        )
+        return grant._replace(lease_id=lease.lease_id)
+
+    # Leases that are held
 
     def get(self, session: Session, lease_id: int) -> Lease:
         """Raises `ForeignLease`, `LeaseExpired`."""
@@ -209,6 +310,7 @@ class Leases:
         expires_ns = now_ns + self._limits.lease_ms * 1_000_000
         for lease in leases:
             lease.expires_ns = expires_ns
+            self._leases.move_to_end(lease.lease_id)
         return expires_ns
 
     def release(self, session: Session, lease_ids: Sequence[int]) -> None:
@@ -223,7 +325,39 @@ class Leases:
         del self._leases[lease.lease_id]
         del lease.session.leases[lease.lease_id]
         lease.session.leased -= len(lease.replicas)
-        self._residency.unpin_all(lease.replicas)
+        self._let_go(lease.replicas)
+
+    def expire(self, now_ns: int) -> None:
+        """End the leases whose time is up."""
+        if self._first_expired(now_ns) is not None:
+            self._chores.add(self._expire(now_ns))
+
+    def _first_expired(self, now_ns: int) -> Lease | None:
+        lease = next(iter(self._leases.values()), None)
+        return lease if lease is not None and lease.expires_ns < now_ns else None
+
+    def _expire(self, now_ns: int) -> Chore:
+        while (lease := self._first_expired(now_ns)) is not None:
+            self._counters.expired_leases += 1
+            self.end(lease)
+            yield NAMED
+
+    def _let_go(self, replicas: list[Replica]) -> None:
+        """Take a pin off each, and each off the list, which is nobody else's any more."""
+        self._letting_go.append(replicas)
+        if len(self._letting_go) == 1:
+            self._chores.add(self._take_pins_off())
+
+    def _take_pins_off(self) -> Chore:
+        piece = self._chores.piece
+        while self._letting_go:
+            replicas = self._letting_go[0]
+            while replicas:
+                part = replicas[-piece:]
+                del replicas[-piece:]
+                given_up = self._residency.unpin_all(part)
+                yield SEEN * len(part) + CHANGED * given_up
+            self._letting_go.popleft()
 
     # Getting on with what waits
 
@@ -231,34 +365,33 @@ class Leases:
         """A replica that was being filled is READY or gone."""
         for ticket in self._filling.pop(target, ()):
             ticket.missing.discard(target)
-            if not self._may_get_on(ticket):
-                self._answer(ticket, now_ns)
+            if not ticket.at_work and not self._may_get_on(ticket):
+                self._begin_settling(ticket, now_ns)
 
     def retry(self, now_ns: int) -> None:
         """There may be room now."""
         full: set[SpaceClass] = set()
+        left = self._chores.part
         for ticket in list(self._cramped):
             classes = {layout.dram_class for claim in ticket.claims for layout in claim.layouts}
             if classes <= full:
                 continue
-            self._extend(ticket)
+            for cost in self._extend(ticket):
+                left -= cost
+                if left <= 0:
+                    # Room for so many: the next transfer that ends goes on from here.
+                    return
             if any(claim.cramped for claim in ticket.claims):
                 full |= classes
             if not self._may_get_on(ticket):
-                self._answer(ticket, now_ns)
+                self._begin_settling(ticket, now_ns)
             elif not any(claim.cramped for claim in ticket.claims):
                 self._cramped.remove(ticket)
 
     def answer_all(self, now_ns: int) -> None:
         """Nothing more will come up: settle every ticket as things are."""
         for ticket in {t for waiting in self._filling.values() for t in waiting}:
-            self._answer(ticket, now_ns)
-
-    def expire(self, now_ns: int) -> None:
-        """End the leases whose time is up."""
-        for lease in [x for x in self._leases.values() if x.expires_ns < now_ns]:
-            self._counters.expired_leases += 1
-            self.end(lease)
+            self.give_up(ticket, now_ns)
 
     def add_wanted(self, wanted: dict[SpaceClass, int]) -> None:
         """Add the slots that cramped chains lack, by class."""
@@ -268,15 +401,11 @@ class Leases:
                     lacking = len(claim.keys) - claim.claimed
                     wanted[layout.dram_class] = wanted.get(layout.dram_class, 0) + lacking
 
-    def _answer(self, ticket: AcquireTicket, now_ns: int) -> None:
-        self.settle(ticket, now_ns)
-        self._residency.actions.append(Answer(ticket))
-
     def pins(self) -> Iterator[Replica]:
-        """Every replica held by a lease, once a pin; for integrity checks."""
+        """Every replica in use, once a pin; for integrity checks."""
         for lease in self._leases.values():
             yield from lease.replicas
-
-
-def _leading_ready(column: list[Replica]) -> int:
-    return sum(1 for _ in takewhile(is_ready, column))
+        for ticket in self._tickets:
+            for claim in ticket.claims:
+                yield from chain.from_iterable(claim.columns)
+        yield from chain.from_iterable(self._letting_go)

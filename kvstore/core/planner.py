@@ -24,11 +24,13 @@ the more blocks there are (a clear, a flush, the end of a tier) is a chore, done
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import count
 
-from kvstore.core.actions import Action, Answer, Copy, Publish, RememberLayout
-from kvstore.core.catalog import Block, Catalog, Layout, Replica, is_ready
+from kvstore.core.actions import Action, Copy, Publish, RememberLayout
+from kvstore.core.catalog import Block, Catalog, Replica, is_ready
 from kvstore.core.chores import Chores
 from kvstore.core.clears import Clears
 from kvstore.core.flushes import Flushes
@@ -36,12 +38,19 @@ from kvstore.core.leases import Leases
 from kvstore.core.lifecycle import State
 from kvstore.core.limits import Counters, Limits
 from kvstore.core.policies import POLICIES
+from kvstore.core.prefetches import Prefetches
 from kvstore.core.reservations import Reservations
 from kvstore.core.residency import Residency, StoredBlock
 from kvstore.core.sessions import Lease, Session
 from kvstore.core.space import Space, SpaceClass
-from kvstore.core.tickets import AcquireTicket, ClearTicket, FlushTicket, ReserveTicket, Ticket
-from kvstore.core.transfers import TransferClass
+from kvstore.core.tickets import (
+    AcquireTicket,
+    ClearTicket,
+    FlushTicket,
+    PrefetchTicket,
+    ReserveTicket,
+    Ticket,
+)
 from kvstore.errors import BadRequest, NoSession, TooMany, UnknownLayout
 from kvstore.types import (
     ChainPresence,
@@ -75,9 +84,10 @@ class Planner:
         self.catalog = Catalog(tenant_key, limits.max_layouts, nvme_slot_bytes)
         self.residency = Residency(self.catalog, dram, nvme, POLICIES[eviction], limits.max_running)
         ids = count(first_id)
-        self.leases = Leases(self.residency, limits, self.counters, ids)
-        self.reservations = Reservations(self.residency, limits, self.counters, ids)
         self.chores = Chores()
+        self.leases = Leases(self.residency, self.chores, limits, self.counters, ids)
+        self.reservations = Reservations(self.residency, self.chores, limits, self.counters, ids)
+        self.prefetches = Prefetches(self.residency, self.chores)
         self.clears = Clears(self.residency, self.chores)
         self.flushes = Flushes(self.residency, self.chores, max_writing=2 * limits.max_running)
         self._sessions: dict[bytes, Session] = {}
@@ -85,6 +95,7 @@ class Planner:
 
     def take_actions(self) -> list[Action]:
         """What is to be done now, in order."""
+        self.chores.next_turn()
         self.flushes.go_on()
         wanted: dict[SpaceClass, int] = {}
         self.reservations.add_wanted(wanted)
@@ -120,11 +131,7 @@ class Planner:
             return
         session.closed = True
         del self._sessions[session.id]
-        for ticket in list(session.tickets):
-            self.give_up(ticket, 0)
-            self.residency.actions.append(Answer(ticket))
-        for lease in list(session.leases.values()):
-            self.leases.end(lease)
+        self.leases.end_session(session)
         self.reservations.end_session(session)
 
     @property
@@ -153,20 +160,16 @@ class Planner:
             self.residency.actions.append(RememberLayout(layout))
         return layout.layout_id
 
-    def lookup(self, tenant: str, chains: Sequence[ChainQuery]) -> list[ChainPresence]:
-        answers = []
-        for chain in chains:
-            layouts = [self.catalog.layout(tenant, i) for i in chain.layout_ids]
-            held = in_dram = 0
-            for key in chain.keys:
-                blocks = [self._readable(layout, key) for layout in layouts]
-                if not blocks or not all(blocks):
-                    break
-                if in_dram == held and all(b and is_ready(b.dram) for b in blocks):
-                    in_dram += 1
-                held += 1
-            answers.append(ChainPresence(held, in_dram))
-        return answers
+    def lookup(self, tenant: str, chain: ChainQuery) -> ChainPresence:
+        """How much of a chain all its layouts hold, by binary search: where a block was
+        lost in the middle it may be more or less. Raises `UnknownLayout`."""
+        held = in_dram = len(chain.keys) if chain.layout_ids else 0
+        for layout in [self.catalog.layout(tenant, i) for i in chain.layout_ids]:
+            find = partial(self.catalog.find, layout)
+            held = bisect_left(chain.keys, True, 0, held, key=lambda k: _absent(find(k)))
+            in_dram = min(in_dram, held)
+            in_dram = bisect_left(chain.keys, True, 0, in_dram, key=lambda k: _not_in_dram(find(k)))
+        return ChainPresence(held, in_dram)
 
     def presence(self, stored_key: bytes) -> tuple[bool, bool]:
         """Whether a block can be read from DRAM, and from behind it."""
@@ -174,10 +177,6 @@ class Planner:
         if block is None:
             return False, False
         return is_ready(block.dram), is_ready(block.nvme)
-
-    def _readable(self, layout: Layout, key: bytes) -> Block | None:
-        block = self.catalog.find(layout, key)
-        return block if block is not None and block.readable else None
 
     # Leases and reservations
 
@@ -225,24 +224,8 @@ class Planner:
 
     # Prefetch, clear, flush
 
-    def prefetch(self, tenant: str, chains: Sequence[ChainQuery]) -> int:
-        """Start bringing chains up, as far as there is room; the blocks started."""
-        started = 0
-        for chain in chains:
-            layouts = [self.catalog.layout(tenant, i) for i in chain.layout_ids]
-            for key in chain.keys:
-                for layout in layouts:
-                    block = self._readable(layout, key)
-                    if block is None:
-                        break
-                    if block.dram is None:
-                        if self.residency.bring_up(block, TransferClass.PREFETCH) is None:
-                            return started
-                        started += 1
-                else:
-                    continue
-                break
-        return started
+    def prefetch(self, tenant: str, chains: Sequence[ChainQuery]) -> PrefetchTicket:
+        return self.prefetches.prefetch(tenant, chains)
 
     def clear(self, tenant: str) -> ClearTicket:
         return self.clears.clear(tenant)
@@ -336,17 +319,31 @@ class Planner:
         self._retry(now_ns)
 
     def give_up(self, ticket: Ticket, now_ns: int) -> None:
-        """The caller waits no longer: answer with what there is."""
+        """The caller waits no longer: answer with what there is, now or (an acquire, which
+        may have much to tell) soon."""
         if ticket.answer is not None:
             return
         if isinstance(ticket, AcquireTicket):
-            self.leases.settle(ticket, now_ns)
+            self.leases.give_up(ticket, now_ns)
         elif isinstance(ticket, ReserveTicket):
             self.reservations.give_up(ticket, now_ns)
         elif isinstance(ticket, FlushTicket):
             self.flushes.give_up(ticket)
+        elif isinstance(ticket, PrefetchTicket):
+            self.prefetches.give_up(ticket)
         else:
             self.clears.give_up(ticket)
+
+    def withdraw(self, ticket: Ticket, now_ns: int) -> None:
+        """The caller is gone: as `give_up`, and what it is granted goes back."""
+        if isinstance(ticket, AcquireTicket):
+            self.leases.withdraw(ticket, now_ns)
+            return
+        self.give_up(ticket, now_ns)
+        if isinstance(ticket, ReserveTicket):
+            assert ticket.answer is not None
+            first, count = ticket.answer.first_slot, len(ticket.answer.addresses)
+            self.reservations.abort(ticket.session, range(first, first + count))
 
     def check_integrity(self) -> None:
         """Every count and link agrees; raises AssertionError. O(blocks)."""
@@ -371,11 +368,13 @@ class Planner:
     def _pinned(self) -> Iterator[Replica]:
         """Every replica in use, once a use."""
         yield from self.leases.pins()
-        for session in self._sessions.values():
-            for ticket in session.tickets:
-                if isinstance(ticket, AcquireTicket):
-                    for claim in ticket.claims:
-                        for column in claim.columns:
-                            yield from column
         for copy in self.residency.transfers.copies():
             yield copy.source
+
+
+def _absent(block: Block | None) -> bool:
+    return block is None or not block.readable
+
+
+def _not_in_dram(block: Block | None) -> bool:
+    return block is None or not is_ready(block.dram)

@@ -8,16 +8,21 @@ clients that store the same block at once both write; the second finds it presen
 A reserve grants at once what it can. Where it can grant nothing for want of space it
 waits its turn, first come, first served. What is granted is WRITING until it is
 committed, given up, or out of time.
+
+A call names so many slots at most that all are seen to at once; a client that goes, or
+runs out of time, may have had many more, which are given back in parts (`core.chores`).
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from itertools import filterfalse, islice, takewhile
+from operator import attrgetter
 
 from kvstore.core.actions import Answer
 from kvstore.core.catalog import Block, Catalog, Layout, Replica, is_ready
+from kvstore.core.chores import CHANGED, Chore, Chores
 from kvstore.core.lifecycle import Event
 from kvstore.core.limits import Counters, Limits
 from kvstore.core.residency import Residency
@@ -41,12 +46,14 @@ class Reservations:
     def __init__(
         self,
         residency: Residency,
+        chores: Chores,
         limits: Limits,
         counters: Counters,
         ids: Iterator[int],
     ) -> None:
         self._residency = residency
         self._catalog: Catalog = residency.catalog
+        self._chores = chores
         self._limits = limits
         self._counters = counters
         self._ids = ids
@@ -256,11 +263,19 @@ class Reservations:
 
     def end_session(self, session: Session) -> None:
         """The client is gone: nobody writes into its slots any more."""
-        for reservation in list(session.reservations):
-            for replica in reservation.slots.values():
-                self._residency.release_writer(replica, Event.WRITER_GONE)
-            self._forget(reservation)
-        session.slots.clear()
+        for ticket in [t for t in session.tickets if isinstance(t, ReserveTicket)]:
+            self.give_up(ticket, 0)
+            self._residency.actions.append(Answer(ticket))
+        if session.slots:
+            self._chores.add(self._give_back(session))
+
+    def _give_back(self, session: Session) -> Chore:
+        while session.slots:
+            slot_id, reservation = session.slots.popitem()
+            self._residency.release_writer(reservation.slots.pop(slot_id), Event.WRITER_GONE)
+            if not reservation.slots:
+                self._forget(reservation)
+            yield CHANGED
 
     def _forget(self, reservation: Reservation) -> None:
         del self._reservations[reservation]
@@ -268,11 +283,20 @@ class Reservations:
 
     def expire(self, now_ns: int) -> None:
         """End the reservations whose time is up."""
-        for reservation in list(self._reservations):
-            if reservation.expires_ns >= now_ns:
-                break
-            if not reservation.expired:
+        if any(self._over(now_ns)):
+            self._chores.add(self._expire(now_ns))
+
+    def _over(self, now_ns: int) -> Iterator[Reservation]:
+        """Whose time is up and who have not been told."""
+        over = takewhile(lambda r: r.expires_ns < now_ns, self._reservations)
+        return filterfalse(attrgetter("expired"), over)
+
+    def _expire(self, now_ns: int) -> Chore:
+        for reservation in list(self._over(now_ns)):
+            if reservation in self._reservations and not reservation.expired:
+                cost = CHANGED * len(reservation.slots)
                 self._expire_one(reservation)
+                yield cost
 
     def _expire_one(self, reservation: Reservation) -> None:
         self._counters.expired_reservations += 1

@@ -137,12 +137,21 @@ class Residency:
         if not replica.pins and replica.state is State.DOOMED:
             self._discard(replica)
 
-    def unpin_all(self, replicas: Iterable[Replica]) -> None:
-        doomed = State.DOOMED
+    def unpin_all(self, replicas: Iterable[Replica]) -> int:
+        """Let go of replicas in DRAM. What nobody reads any more and was only kept, or
+        was to be filled, for them is given up; returns how many those are."""
+        ready, given_up = State.READY, 0
         for replica in replicas:
             replica.pins -= 1
-            if replica.state is doomed and not replica.pins:
+            if replica.state is ready or replica.pins:
+                continue
+            if replica.state is State.DOOMED:
                 self._discard(replica)
+                given_up += 1
+            elif replica.state is State.FILLING:
+                self.call_off(replica)
+                given_up += 1
+        return given_up
 
     # Coming in
 

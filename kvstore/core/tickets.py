@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from kvstore.core.catalog import Layout, Replica
 from kvstore.core.sessions import Session
-from kvstore.types import LeaseGrant, SlotGrant
+from kvstore.types import ChainQuery, LeaseGrant, SlotGrant
 
 
 @dataclass(eq=False, slots=True)
@@ -43,8 +43,12 @@ class AcquireTicket:
     missing: set[Replica] = field(default_factory=set)
     """Replicas still being filled."""
     wait: bool = False
+    at_work: bool = True
+    """A chore sees to it: it pins more, or makes the answer."""
     waited: bool = False
     """Something may have happened to what is pinned since it was."""
+    withdrawn: bool = False
+    """The caller is gone."""
     answer: list[LeaseGrant] | None = None
 
 
@@ -79,4 +83,14 @@ class ClearTicket:
     answer: int | None = None
 
 
-Ticket = AcquireTicket | ReserveTicket | FlushTicket | ClearTicket
+@dataclass(eq=False, slots=True)
+class PrefetchTicket:
+    """The answer: blocks that are being brought up for it."""
+
+    layouts: list[list[Layout]]
+    chains: Sequence[ChainQuery]
+    started: int = 0
+    answer: int | None = None
+
+
+Ticket = AcquireTicket | ReserveTicket | FlushTicket | ClearTicket | PrefetchTicket

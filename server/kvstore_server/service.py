@@ -136,8 +136,8 @@ class KVStoreService:
 
     # Chains
 
-    def lookup(self, request: pb.LookupRequest, caller: Caller) -> pb.LookupResponse:
-        found = self._store.lookup(caller.tenant(), _chains(request.chains))
+    async def lookup(self, request: pb.LookupRequest, caller: Caller) -> pb.LookupResponse:
+        found = await self._store.lookup(caller.tenant(), _chains(request.chains))
         return pb.LookupResponse(
             chains=[pb.ChainPresence(held=p.held, in_dram=p.in_dram) for p in found]
         )
@@ -170,8 +170,8 @@ class KVStoreService:
         self._store.release(caller.session(), request.lease_ids)
         return pb.ReleaseResponse()
 
-    def prefetch(self, request: pb.PrefetchRequest, caller: Caller) -> pb.PrefetchResponse:
-        started = self._store.prefetch(caller.tenant(), _chains(request.chains))
+    async def prefetch(self, request: pb.PrefetchRequest, caller: Caller) -> pb.PrefetchResponse:
+        started = await self._store.prefetch(caller.tenant(), _chains(request.chains))
         return pb.PrefetchResponse(started=started)
 
     # Writing

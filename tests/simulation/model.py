@@ -12,7 +12,7 @@ import random
 
 from kvstore.core.actions import Answer, CloseExtent, Copy, Forget, OpenExtent
 from kvstore.core.catalog import Block
-from kvstore.core.chores import CHANGED
+from kvstore.core.chores import CHANGED, SEEN
 from kvstore.core.lifecycle import State
 from kvstore.core.limits import Limits
 from kvstore.core.planner import Planner
@@ -228,7 +228,7 @@ class Shell:
         return ticket
 
     def held(self, session: Session, layout_id: bytes, keys: list[bytes]) -> int:
-        return self.planner.lookup(session.tenant, [ChainQuery([layout_id], keys)])[0].held
+        return self.planner.lookup(session.tenant, ChainQuery([layout_id], keys)).held
 
 
 class RandomLife:
@@ -243,7 +243,7 @@ class RandomLife:
         self.shell = Shell(make_planner(rng.choice([8, 16, 32]), nvme_slots, max_slots=max_slots))
         # Parts of one to a dozen blocks, so that anything may happen in between.
         self.shell.chores_by_hand = True
-        self.shell.planner.chores.part = rng.choice([CHANGED, 12 * CHANGED])
+        self.shell.planner.chores.part = rng.choice([SEEN, CHANGED, 12 * CHANGED])
         self.clears: list[tuple[ClearTicket, list[Block]]] = []
         self.nvme = bool(nvme_slots)
         self.tenants = ["a", "b"]
