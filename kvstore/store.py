@@ -186,9 +186,9 @@ class Store:
         extents, refused = self._planner.restore(
             layouts, nvme.recovered_extents(), self._until_closed(nvme.recovered_blocks())
         )
-        for block in refused:
-            assert isinstance(block, Recovered)
-            nvme.forget(block.address, block.header)
+        for header, address in refused:
+            assert isinstance(header, BlockHeader)
+            nvme.forget(address, header)
         for extent in extents:
             nvme.close_extent(extent)
         if refused or extents:
