@@ -417,7 +417,7 @@ class Store:
             acquired_hits=counters.acquired_hits,
             acquired_hits_dram=counters.acquired_hits_dram,
             committed_blocks=counters.committed_blocks,
-            corrupt_blocks=residency.corrupt,
+            corrupt_blocks=residency.holdings.corrupt,
             tenant_blocks=0 if tenant is None else planner.catalog.tenant_blocks(tenant),
         )
 
@@ -691,10 +691,12 @@ class Store:
             else:
                 outcome = None
             if isinstance(action, OpenExtent):
-                opening = self._opening.pop(action.extent)
+                opening = self._opening[action.extent]
                 if outcome is None:
+                    del self._opening[action.extent]
                     opening.set_result(None)
                 else:
+                    # It stays: copies into this extent may yet begin.
                     opening.set_exception(outcome)
                     # Where no copy waits for it, nobody retrieves it.
                     opening.exception()

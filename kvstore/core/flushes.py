@@ -83,9 +83,9 @@ class Flushes:
             replica = flush.queue[0]
             target = replica.block.nvme
             if target is None and is_ready(replica):
-                target = self._residency.save(replica.block)
+                target = self._residency.write_back.save(replica.block)
                 if target is None:
-                    return not self._residency.can_save
+                    return not self._residency.write_back.possible
             if target is not None and target.state is State.FILLING:
                 flush.writing.add(target)
             flush.queue.popleft()

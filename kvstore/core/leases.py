@@ -49,6 +49,7 @@ class Leases:
         ids: Iterator[int],
     ) -> None:
         self._residency = residency
+        self._holdings = residency.holdings
         self._catalog: Catalog = residency.catalog
         self._chores = chores
         self._limits = limits
@@ -118,7 +119,7 @@ class Leases:
             else:
                 for column, run in zip(claim.columns, runs, strict=True):
                     del run[most:]
-                    self._residency.pin_all(run)
+                    self._holdings.pin_all(run)
                     column += run
                 claim.from_dram = claim.claimed
             yield NAMED * (most + 1) * len(runs)
@@ -149,7 +150,7 @@ class Leases:
             replica = self._claim_block(claim, layout, claim.keys[claim.claimed], wait)
             if replica is None:
                 for pinned in position:
-                    self._residency.unpin(pinned)
+                    self._holdings.unpin(pinned)
                 return None
             position.append(replica)
         return position
@@ -179,7 +180,7 @@ class Leases:
             self._residency.transfers.promote(replica)
         elif replica.state is not State.READY:
             return None
-        self._residency.pin(replica)
+        self._holdings.pin(replica)
         return replica
 
     # Settling
@@ -264,7 +265,7 @@ class Leases:
                 run.reverse()
                 if ticket.waited:
                     run = [replica for replica in run if is_ready(replica)]
-                self._residency.touch_run(layout, run)
+                self._holdings.touch_run(layout, run)
                 yield NAMED + SEEN * len(run)
         return LeaseGrant(0, held, addresses, checksums, expires_ns, min(claim.from_dram, held))
 

@@ -29,18 +29,21 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import count
 
+from kvstore.core import recovery
 from kvstore.core.actions import Action, Copy, Publish, RememberLayout
 from kvstore.core.catalog import Block, Catalog, Replica, is_ready
 from kvstore.core.chores import Chores
 from kvstore.core.clears import Clears
 from kvstore.core.flushes import Flushes
+from kvstore.core.holdings import Holdings
 from kvstore.core.leases import Leases
 from kvstore.core.lifecycle import State
 from kvstore.core.limits import Counters, Limits
 from kvstore.core.policies import POLICIES
 from kvstore.core.prefetches import Prefetches
+from kvstore.core.recovery import StoredBlock
 from kvstore.core.reservations import Reservations
-from kvstore.core.residency import Residency, StoredBlock
+from kvstore.core.residency import Residency
 from kvstore.core.sessions import Lease, Session
 from kvstore.core.space import Space, SpaceClass
 from kvstore.core.tickets import (
@@ -51,7 +54,7 @@ from kvstore.core.tickets import (
     ReserveTicket,
     Ticket,
 )
-from kvstore.errors import BadRequest, NoSession, TooMany, UnknownLayout
+from kvstore.errors import BadRequest, NoSession, TooMany
 from kvstore.types import (
     ChainPresence,
     ChainQuery,
@@ -60,9 +63,6 @@ from kvstore.types import (
     Segment,
     Tier,
 )
-
-SAVE_PAUSE_NS = 1_000_000_000
-"""How long nothing is written to NVMe after it refused a write for want of space."""
 
 
 class Planner:
@@ -82,7 +82,8 @@ class Planner:
         self.limits = limits
         self.counters = Counters()
         self.catalog = Catalog(tenant_key, limits.max_layouts, nvme_slot_bytes)
-        self.residency = Residency(self.catalog, dram, nvme, POLICIES[eviction], limits.max_running)
+        self.holdings = Holdings(self.catalog, dram, nvme, POLICIES[eviction])
+        self.residency = Residency(self.holdings, limits.max_running)
         ids = count(first_id)
         self.chores = Chores()
         self.leases = Leases(self.residency, self.chores, limits, self.counters, ids)
@@ -91,7 +92,6 @@ class Planner:
         self.clears = Clears(self.residency, self.chores)
         self.flushes = Flushes(self.residency, self.chores, max_writing=2 * limits.max_running)
         self._sessions: dict[bytes, Session] = {}
-        self._resume_saving_ns = 0
 
     def take_actions(self) -> list[Action]:
         """What is to be done now, in order."""
@@ -100,13 +100,14 @@ class Planner:
         wanted: dict[SpaceClass, int] = {}
         self.reservations.add_wanted(wanted)
         self.leases.add_wanted(wanted)
-        self.residency.write_back(wanted)
-        self.residency.actions.extend(self.residency.transfers.start())
-        if self.residency.changed:
-            changed, self.residency.changed = self.residency.changed, set()
-            self.residency.actions.append(Publish([(key, *self.presence(key)) for key in changed]))
-        actions = self.residency.actions
-        self.residency.actions = []
+        self.residency.write_back.go_on(wanted)
+        holdings = self.holdings
+        holdings.actions.extend(self.residency.transfers.start())
+        if holdings.changed:
+            changed, holdings.changed = holdings.changed, set()
+            holdings.actions.append(Publish([(key, *self.presence(key)) for key in changed]))
+        actions = holdings.actions.copy()
+        holdings.actions.clear()
         return actions
 
     # Sessions
@@ -157,7 +158,7 @@ class Planner:
             )
         layout, new = self.catalog.register_layout(tenant, spec)
         if new:
-            self.residency.actions.append(RememberLayout(layout))
+            self.holdings.actions.append(RememberLayout(layout))
         return layout.layout_id
 
     def lookup(self, tenant: str, chain: ChainQuery) -> ChainPresence:
@@ -244,8 +245,7 @@ class Planner:
     ) -> None:
         """`full`: the target tier had no room after all; it is left alone for a while."""
         if full:
-            self.residency.save_paused = True
-            self._resume_saving_ns = now_ns + SAVE_PAUSE_NS
+            self.residency.write_back.refused(now_ns)
         self.residency.fill_failed(copy, source_corrupt=source_corrupt)
         self._target_settled(copy, now_ns, written=False)
 
@@ -280,32 +280,8 @@ class Planner:
         extents: Iterable[tuple[int, int]],
         blocks: Iterable[tuple[StoredBlock, int]],
     ) -> tuple[list[int], list[tuple[StoredBlock, int]]]:
-        """Take over what an NVMe tier holds: layouts as (tenant, spec), extents as
-        (number, slot bytes), blocks with their addresses. To be called before
-        anything else. Returns the extents that do not fit (the capacity is smaller
-        now) and, in others, the blocks that do not (the layout is not known), for the
-        tier to drop. O(blocks); what was found is in the catalog, and is not published.
-        """
-        nvme = self.residency.nvme
-        assert nvme is not None
-        for tenant, spec in layouts:
-            self.catalog.register_layout(tenant, spec)
-        refused_extents: set[int] = set()
-        for number, slot_bytes in extents:
-            try:
-                nvme.space.restore_extent(number, SpaceClass("", slot_bytes))
-            except ValueError:
-                refused_extents.add(number)
-        refused_blocks = []
-        for stored, address in blocks:
-            try:
-                layout = self.catalog.layout(stored.tenant, stored.layout_id)
-                self.residency.restore(layout, stored, address)
-            except (UnknownLayout, ValueError):
-                if nvme.space.extent_of(address) not in refused_extents:
-                    refused_blocks.append((stored, address))
-        self.residency.finish_restore()
-        return sorted(refused_extents), refused_blocks
+        """See `core.recovery`. What was found is in the catalog, and is not published."""
+        return recovery.restore(self.holdings, layouts, extents, blocks)
 
     # Time
 
@@ -313,9 +289,7 @@ class Planner:
         """To be called several times a second: ends what has run out of time."""
         self.leases.expire(now_ns)
         self.reservations.expire(now_ns)
-        if self.residency.save_paused and now_ns >= self._resume_saving_ns:
-            self.residency.save_paused = False
-        self.residency.look_again()
+        self.residency.write_back.tick(now_ns)
         self._retry(now_ns)
 
     def give_up(self, ticket: Ticket, now_ns: int) -> None:
@@ -347,7 +321,7 @@ class Planner:
 
     def check_integrity(self) -> None:
         """Every count and link agrees; raises AssertionError. O(blocks)."""
-        self.residency.check_integrity()
+        self.holdings.check_integrity()
         pins: dict[Replica, int] = {}
         for replica in self._pinned():
             pins[replica] = pins.get(replica, 0) + 1

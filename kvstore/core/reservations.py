@@ -52,6 +52,7 @@ class Reservations:
         ids: Iterator[int],
     ) -> None:
         self._residency = residency
+        self._holdings = residency.holdings
         self._catalog: Catalog = residency.catalog
         self._chores = chores
         self._limits = limits
@@ -212,7 +213,7 @@ class Reservations:
     ) -> CommitOutcome:
         block = self._catalog.get(stored_key)
         if block is not None and block.readable:
-            self._residency.touch(block)
+            self._holdings.touch(block)
             if replica is not None:
                 self._residency.release_writer(replica, Event.ABORT)
             same = block.checksum == checksum
@@ -242,12 +243,12 @@ class Reservations:
                 if is_ready(block.dram):
                     run.append(block.dram)
                 else:
-                    self._residency.touch(block)
+                    self._holdings.touch(block)
                 parent = block.parent
             runs.append(run)
         # A run ends at a root, or at a block of a run before it, which is to be the
         # more recent of the two.
-        self._residency.touch_run(layout, [each for run in reversed(runs) for each in run])
+        self._holdings.touch_run(layout, [each for run in reversed(runs) for each in run])
 
     # Ending
 

@@ -1,0 +1,218 @@
+"""Every replica there is: its slot, its place in the eviction order, its block's place in
+the catalog and among what is dirty. Each method is one step of one replica (or of many
+alike) and leaves all of these agreed. Which step to take is decided elsewhere.
+
+A DRAM replica that is also on NVMe is *clean* and may be dropped by a table update; any
+other is *dirty* while there is an NVMe tier to write it to.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+
+from kvstore.core.actions import Action, Forget
+from kvstore.core.catalog import Block, Catalog, Layout, Replica
+from kvstore.core.lifecycle import Event, State
+from kvstore.core.policies import EvictionPolicy
+from kvstore.core.pool import Pool
+from kvstore.core.space import Space, SpaceClass
+from kvstore.types import Tier
+
+
+class Holdings:
+    def __init__(
+        self,
+        catalog: Catalog,
+        dram: Space,
+        nvme: Space | None,
+        make_policy: Callable[[], EvictionPolicy],
+    ) -> None:
+        self.catalog = catalog
+        self.dram = Pool(Tier.DRAM, dram, make_policy)
+        self.nvme = None if nvme is None else Pool(Tier.NVME, nvme, make_policy)
+        self.actions: list[Action] = []
+        """What the shell is to do, in order; taken out by the planner."""
+        self.changed: set[bytes] = set()
+        """Stored keys of blocks that came to or went from a tier since the planner
+        last told the shell."""
+        self.corrupt = 0
+        self.nvme_on = nvme is not None
+        self.forgetting = 0
+        """Replicas that the NVMe tier is striking."""
+        # Coldest first, per class of DRAM.
+        self._dirty: dict[SpaceClass, OrderedDict[Replica, None]] = {}
+
+    def touch(self, block: Block) -> None:
+        """The block was used."""
+        if block.dram is not None and block.dram.state is State.READY:
+            self.dram.touch(block.dram, block.layout.dram_class)
+            dirty = self._dirty.get(block.layout.dram_class)
+            if dirty is not None and block.dram in dirty:
+                dirty.move_to_end(block.dram)
+        if block.nvme is not None and block.nvme.state is State.READY:
+            assert self.nvme is not None and block.layout.nvme_class is not None
+            self.nvme.touch(block.nvme, block.layout.nvme_class)
+
+    def touch_run(self, layout: Layout, replicas: list[Replica]) -> None:
+        """Blocks of one layout that are READY in DRAM were used, the last one last."""
+        self.dram.touch_run(replicas, layout.dram_class)
+        dirty = self._dirty.get(layout.dram_class)
+        if dirty:
+            for replica in replicas:
+                if replica in dirty:
+                    dirty.move_to_end(replica)
+        if self.nvme is not None and layout.nvme_class is not None:
+            ready = State.READY
+            saved = [n for r in replicas if (n := r.block.nvme) is not None and n.state is ready]
+            self.nvme.touch_run(saved, layout.nvme_class)
+
+    def pin(self, replica: Replica) -> None:
+        replica.pins += 1
+
+    def pin_all(self, replicas: Iterable[Replica]) -> None:
+        for replica in replicas:
+            replica.pins += 1
+
+    def unpin(self, replica: Replica) -> None:
+        assert replica.pins > 0
+        replica.pins -= 1
+        if not replica.pins and replica.state is State.DOOMED:
+            self.discard(replica)
+
+    # Coming and going
+
+    def came(self, replica: Replica) -> None:
+        """It became READY."""
+        self.changed.add(replica.block.stored_key)
+        self.pool_of(replica).insert(replica, self.class_of(replica))
+        self.note_dirty(replica.block)
+
+    def goes(self, replica: Replica) -> None:
+        """It is about to stop being READY."""
+        self.changed.add(replica.block.stored_key)
+        self.pool_of(replica).withdraw(replica, self.class_of(replica))
+        if replica.tier is Tier.DRAM:
+            dirty = self._dirty.get(replica.block.layout.dram_class)
+            if dirty is not None and replica in dirty:
+                del dirty[replica]
+
+    def drop_from_dram(self, replica: Replica) -> None:
+        self.goes(replica)
+        replica.apply(Event.DROP)
+        replica.block.dram = None
+        self.dram.vacate(replica)
+        self.left_a_tier(replica.block)
+
+    def drop_from_nvme(self, replica: Replica) -> None:
+        self.goes(replica)
+        replica.apply(Event.LEAVE)
+        replica.block.nvme = None
+        self._strike(replica)
+        self.note_dirty(replica.block)
+        self.left_a_tier(replica.block)
+
+    def damaged(self, replica: Replica) -> None:
+        """Its bytes are not what was committed: nobody may find it again."""
+        self.corrupt += 1
+        found = replica.state is State.READY
+        if found:
+            self.goes(replica)
+        if replica.tier is Tier.DRAM:
+            # Memory that a client scribbled over is not bad memory: it is reused.
+            if found:
+                replica.apply(Event.DOOM)
+                replica.block.dram = None
+        elif found or replica.state is State.DOOMED:
+            replica.apply(Event.DAMAGE)
+            self._strike(replica)
+        if found:
+            if replica.tier is Tier.NVME:
+                replica.block.nvme = None
+                self.note_dirty(replica.block)
+            self.left_a_tier(replica.block)
+
+    def discard(self, replica: Replica) -> None:
+        """A DOOMED replica that nobody uses any more."""
+        if replica.tier is Tier.DRAM:
+            replica.apply(Event.UNPINNED)
+            self.dram.vacate(replica)
+        else:
+            replica.apply(Event.LEAVE)
+            self._strike(replica)
+
+    def forgotten(self, replica: Replica) -> None:
+        """The NVMe tier has struck a replica."""
+        self.forgetting -= 1
+        if replica.state is State.LEAVING:
+            replica.apply(Event.LEFT)
+            self.pool_of(replica).vacate(replica)
+
+    def left_a_tier(self, block: Block) -> None:
+        if block.dram is None and block.nvme is None and self.catalog.contains(block):
+            self.catalog.remove(block)
+
+    def _strike(self, replica: Replica) -> None:
+        self.forgetting += 1
+        self.actions.append(Forget(replica))
+
+    # What is dirty
+
+    def note_dirty(self, block: Block) -> None:
+        """Bring the block's place in the dirty list up to date."""
+        replica = block.dram
+        if not self.nvme_on or replica is None or replica.state is not State.READY:
+            return
+        dirty = self._dirty.setdefault(block.layout.dram_class, OrderedDict())
+        if block.nvme is None and replica not in dirty:
+            dirty[replica] = None
+        elif block.nvme is not None and replica in dirty:
+            del dirty[replica]
+
+    def dirty(self, space_class: SpaceClass) -> Mapping[Replica, None]:
+        """The dirty replicas of a class of DRAM, coldest first."""
+        return self._dirty.get(space_class, {})
+
+    def dirty_classes(self) -> list[SpaceClass]:
+        return list(self._dirty)
+
+    def nothing_is_dirty(self) -> None:
+        """There is nowhere to write it to any more."""
+        self._dirty.clear()
+
+    # Whose is what
+
+    def pool_of(self, replica: Replica) -> Pool:
+        if replica.tier is Tier.DRAM:
+            return self.dram
+        assert self.nvme is not None
+        return self.nvme
+
+    def class_of(self, replica: Replica) -> SpaceClass:
+        if replica.tier is Tier.DRAM:
+            return replica.block.layout.dram_class
+        assert replica.block.layout.nvme_class is not None
+        return replica.block.layout.nvme_class
+
+    def check_integrity(self) -> None:
+        """Everything that is kept twice agrees; raises AssertionError."""
+        self.catalog.check_integrity()
+        self.dram.check_integrity(self.class_of)
+        if self.nvme is not None:
+            self.nvme.check_integrity(self.class_of)
+        for block in self.catalog:
+            for replica in (block.dram, block.nvme):
+                if replica is not None and (
+                    replica.block is not block
+                    or self.pool_of(replica).space.at(replica.address) is not replica
+                ):
+                    raise AssertionError("a block names a replica that is not its own")
+        if self.nvme_on:
+            should = {
+                block.dram
+                for block in self.catalog
+                if block.dram is not None and block.dram.state is State.READY and block.nvme is None
+            }
+            listed = {r for dirty in self._dirty.values() for r in dirty}
+            if should != listed:
+                raise AssertionError("the dirty list is not what is dirty")

@@ -1,0 +1,107 @@
+"""Write-back: dirty blocks are written to NVMe ahead of need, so that dropping one from
+DRAM is a table update.
+
+A quarter of each class's slots is kept free or clean. Writing stops where NVMe has no
+room, and for a while after it refused a write for want of it.
+"""
+
+from __future__ import annotations
+
+from itertools import islice
+
+from kvstore.core.actions import Copy
+from kvstore.core.catalog import Block, Replica
+from kvstore.core.holdings import Holdings
+from kvstore.core.lifecycle import State
+from kvstore.core.nvme_room import NvmeRoom
+from kvstore.core.space import SpaceClass
+from kvstore.core.transfers import TransferClass, TransferQueue
+from kvstore.types import Tier
+
+DEPTH = 32
+"""Copies to NVMe that may be queued at a time."""
+PAUSE_NS = 1_000_000_000
+"""How long nothing is written to NVMe after it refused a write for want of space."""
+
+
+class WriteBack:
+    def __init__(self, holdings: Holdings, room: NvmeRoom | None, transfers: TransferQueue) -> None:
+        self._holdings = holdings
+        self._room = room
+        self._transfers = transfers
+        self._paused = False
+        self._resume_ns = 0
+        # Copies to NVMe that have not ended, per DRAM class of their block.
+        self._saving: dict[SpaceClass, int] = {}
+
+    @property
+    def possible(self) -> bool:
+        """Dirty replicas can be written to NVMe, now or soon."""
+        return (
+            self._holdings.nvme_on
+            and not self._paused
+            and self._room is not None
+            and not self._room.full
+        )
+
+    def refused(self, now_ns: int) -> None:
+        """The NVMe tier had no room for a write after all."""
+        self._paused = True
+        self._resume_ns = now_ns + PAUSE_NS
+
+    def tick(self, now_ns: int) -> None:
+        if self._paused and now_ns >= self._resume_ns:
+            self._paused = False
+        self.look_again()
+
+    def look_again(self) -> None:
+        """NVMe may have got something that can leave."""
+        if self._room is not None:
+            self._room.look_again()
+
+    def save(self, block: Block) -> Replica | None:
+        """Start writing a dirty block to NVMe; None when there is no room there now."""
+        source = block.dram
+        assert source is not None and source.state is State.READY and block.nvme is None
+        if self._room is None or not self._holdings.nvme_on:
+            return None
+        # What is being written must not be taken for what may leave.
+        self._holdings.pin(source)
+        target = self._room.place(block)
+        if target is None:
+            self._holdings.unpin(source)
+            return None
+        self._holdings.note_dirty(block)
+        self._transfers.push(Copy(source, target), TransferClass.WRITE_BACK)
+        self._count(block, 1)
+        return target
+
+    def ended(self, target: Replica) -> None:
+        """The writing of `target` has ended, well, badly or before it began."""
+        if target.tier is Tier.NVME:
+            self._count(target.block, -1)
+
+    def _count(self, block: Block, change: int) -> None:
+        space_class = block.layout.dram_class
+        self._saving[space_class] = self._saving.get(space_class, 0) + change
+
+    def go_on(self, wanted: dict[SpaceClass, int]) -> None:
+        """Write dirty replicas, coldest first, until every class has a quarter of its
+        slots, and at least those `wanted`, free or clean."""
+        if not self.possible:
+            return
+        holdings, space = self._holdings, self._holdings.dram.space
+        for space_class in holdings.dirty_classes():
+            dirty = holdings.dirty(space_class)
+            goal = max(1, space.total_slots(space_class) // 4, wanted.get(space_class, 0))
+            clean = holdings.dram.listed(space_class) - len(dirty)
+            lacking = goal - space.free_slots(space_class) - clean
+            room = DEPTH - self._transfers.depth(TransferClass.WRITE_BACK)
+            for replica in list(islice(dirty, max(0, min(lacking, room)))):
+                if self.save(replica.block) is None:
+                    return
+
+    def any_clean(self, space_class: SpaceClass) -> bool:
+        """Some replica of the class is clean: spares the search where none is."""
+        unsaved = len(self._holdings.dirty(space_class)) + self._saving.get(space_class, 0)
+        return self._holdings.dram.listed(space_class) > unsaved
