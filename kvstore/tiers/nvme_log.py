@@ -115,7 +115,7 @@ class Log:
         self._heads: dict[int, Segment] = {}
         self._free: deque[Segment] = deque()
         self._emptied: list[Segment] = []
-        self._touched: set[Segment] = set()
+        self._touched: dict[Segment, None] = {}  # In the order in which it was.
         self._new_names = False
         self._batch = Batch()
 
@@ -194,7 +194,7 @@ class Log:
             if segment.life != place.life:
                 return
             segment.spoil(place.slot)
-            self._touched.add(segment)
+            self._touched[segment] = None
             extent, index = self.find(address)
             if extent.places[index] == pack(segment, place.slot):
                 self._forget(extent, index)
@@ -207,7 +207,7 @@ class Log:
 
     def _strike(self, segment: Segment, slot: int) -> None:
         segment.strike(slot)
-        self._touched.add(segment)
+        self._touched[segment] = None
         self._batch.blocks[segment.number, slot] = None
 
     # Writing
@@ -239,7 +239,7 @@ class Log:
     def _enter(self, segment: Segment, slot: int, extent: Extent, index: int, owner: int) -> None:
         segment.enter(slot, owner)
         extent.places[index] = pack(segment, slot)
-        self._touched.add(segment)
+        self._touched[segment] = None
 
     def _append(
         self,
@@ -261,7 +261,7 @@ class Log:
             with self.lock:
                 segment.unfinished.discard(slot)
                 segment.strike(slot)
-                self._touched.add(segment)
+                self._touched[segment] = None
             raise
         return segment, slot
 
@@ -302,7 +302,7 @@ class Log:
             segment = self._free.popleft()
             segment.begin(next(self._sequence), slot_bytes)
             self._heads[slot_bytes] = segment
-            self._touched.add(segment)
+            self._touched[segment] = None
 
     # Winning segments. All under `_advancing`.
 
@@ -401,7 +401,7 @@ class Log:
         """All that is not durable yet. Flushes do not overlap."""
         with self.lock:
             batch, self._batch = self._batch, Batch()
-            touched, self._touched = self._touched, set()
+            touched, self._touched = self._touched, {}
             emptied, self._emptied = self._emptied, []
             names, self._new_names = self._new_names, False
             segments = [(s, s.life, s.finished) for s in touched]

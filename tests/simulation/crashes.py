@@ -1,0 +1,455 @@
+"""The whole store on a disk that fails, and a model that knows what may be answered.
+
+Real: planner, store, NVMe tier, log, recovery, and LMDB. Simulated: the disk under the
+segments (`tiers.faulty`), time and threads (`virtual`). LMDB's file is real; a crash
+takes it back to the last commit that was synced or one later, and at times it is
+lost, or comes back as it was long before. (That LMDB itself survives a crash is its
+own promise, and is tried with real processes elsewhere.)
+
+What a get may answer, after any of it: nothing, or the bytes last stored under that
+name, by that tenant, in that layout. After a restart also bytes stored before those,
+as nobody promised that their removal was durable; but nothing from before a clear.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import random
+import shutil
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import xxhash
+
+from kvstore import store as store_module
+from kvstore.config import StoreConfig
+from kvstore.core.lifecycle import State
+from kvstore.errors import DataUnusable, KVStoreError
+from kvstore.naming import namer
+from kvstore.store import Session, Store
+from kvstore.tiers.faulty import Crash, FaultyDisk, MemoryDisk, SeededFaults
+from kvstore.tiers.memory import HeapMemory
+from kvstore.tiers.nvme import NvmeTier
+from kvstore.tiers.nvme_index import Index
+from kvstore.tiers.nvme_segment import Geometry
+from kvstore.types import ChainQuery, CommitOutcome, LayoutSpec, LeaseGrant, Segment
+from tests.simulation.virtual import NoExecutor, VirtualLoop
+
+OPERATIONS = 2000
+"""Blocks put and asked for in the lives of one seed, at least."""
+
+EXTENT = 64 << 10
+CAPACITY = 4 << 20
+DRAM_SLOTS = 24
+MAX_BLOCKS = 4096
+CLIENTS = 3
+CHAINS = 6
+CHAIN = 12
+SECRET = b"s" * 32
+
+SPECS = (LayoutSpec("m", "bf16", 16, 3000), LayoutSpec("big", "bf16", 16, 9000))
+TENANTS = ("a", "b")
+
+Name = tuple[str, int, bytes]
+"""(tenant, number of the layout, key)"""
+
+CALM: dict[str, dict[str, float]] = {}
+WILD: dict[str, dict[str, float]] = {
+    "pwritev": {
+        "short": 0.02,
+        "lost": 0.004,
+        "misdirected": 0.002,
+        "flip": 0.004,
+        "error": 0.0005,
+        "full": 0.001,
+    },
+    "preadv": {"short": 0.02, "misdirected": 0.004, "flip": 0.01, "error": 0.0005},
+    "fdatasync": {"lost": 0.01, "error": 0.001},
+    "create": {"full": 0.02},
+    "sync_names": {"lost": 0.02},
+}
+
+
+class Wrong(AssertionError):
+    """The store answered what it must not."""
+
+
+class CrashingIndex(Index):
+    """The index, with the files that a crash may leave of it."""
+
+    def note(self, images: list[bytes], *, synced: bool = False) -> None:
+        """Remember the file as it is: a crash leaves it so or, unsynced, as before."""
+        image = (Path(self._env.path()) / "data.mdb").read_bytes()
+        images[:] = [image] if synced else [*images[-1:], image]
+
+
+class Seen:
+    """A `StoreObserver` that counts."""
+
+    def __init__(self) -> None:
+        self.corrupt_blocks = 0
+        self.faults: list[str] = []
+
+    def transfer_done(self, src: str, dst: str, kind: str, nbytes: int, seconds: float) -> None: ...
+    def evicted(self, tier: str, reason: str, blocks: int) -> None: ...
+    def corrupt(self, tier: str) -> None:
+        self.corrupt_blocks += 1
+
+    def io_error(self, op: str, errno_name: str) -> None:
+        if op in ("copy", "task"):
+            self.faults.append(errno_name)
+
+    def tier_off(self, tier: str) -> None: ...
+
+
+class Held(NamedTuple):
+    """What a get of one name may answer."""
+
+    current: int | None
+    """The version last stored; None where that is not known."""
+    others: frozenset[int]
+    """Versions that a restart may bring back."""
+
+
+class Life:
+    """One seed: a machine that crashes and starts again until so many blocks were put
+    or asked for."""
+
+    def __init__(self, seed: int, home: Path, operations: int, *, sabotage: bool = True) -> None:
+        self.rng = random.Random(seed)
+        self.operations = operations
+        self.done = 0
+        self.hits = 0
+        self.restarts = 0
+        self.damage_found = 0
+        self.trace = xxhash.xxh3_64()
+        self._home = home
+        self._disk = MemoryDisk()
+        self._images: list[bytes] = []
+        self._ancient: bytes | None = None
+        self._tenants = TENANTS[: self.rng.randint(1, len(TENANTS))]
+        self._specs = SPECS[: self.rng.randint(1, len(SPECS))]
+        self._wild = sabotage and self.rng.random() < 0.6
+        self._held: dict[Name, Held] = {}
+        self._versions = 0
+        self._store: Store
+        self._tier: NvmeTier
+        self._loop: VirtualLoop
+
+    def run(self) -> None:
+        while self.done < self.operations:
+            self.restarts += 1
+            self._one_run()
+            self._restarted()
+
+    # One run of the server
+
+    def _one_run(self) -> None:
+        rng = self.rng
+        faults = SeededFaults(random.Random(rng.random()), WILD if self._wild else CALM)
+        self._faults = faults
+        ends = rng.choice(["crash", "crash", "crash", "clean", "kill"])
+        if ends == "crash":
+            faults.crash_after = int(rng.expovariate(1 / 500))
+        self._budget = min(self.operations, self.done + int(rng.expovariate(1 / 500)) + 1)
+        if not self._open(faults):
+            self._crash()
+            return
+        loop = self._loop = VirtualLoop(rng)
+        asyncio.set_event_loop(loop)
+        seen = Seen()
+        self._store = Store(
+            config=StoreConfig(dram_capacity_bytes=0, lease_ms=60_000, max_blocks=MAX_BLOCKS),
+            clock=loop,
+            dram=HeapMemory(4 * 12288, DRAM_SLOTS * 4096),
+            nvme=self._tier,
+            tenant_key=lambda tenant: tenant.encode(),
+            executor=NoExecutor(),  # type: ignore[arg-type]
+            observer=seen,
+        )
+        try:
+            loop.run(self._serve(ends))
+            if seen.faults:
+                raise Wrong(f"a fault of the store itself: {seen.faults}")
+            self.damage_found += seen.corrupt_blocks
+        except Crash:
+            loop.crashed = True  # While the store was closed, which it does by itself.
+        finally:
+            died = loop.crashed
+            loop.abandon()
+            asyncio.set_event_loop(None)
+            if not self._tier._closed:
+                self._store._listing.close()
+                self._abandon_tier()
+        if died:
+            self._crash()
+        elif ends == "kill":
+            # The machine lives: all that was written stays.
+            self._images = self._images[-1:]
+
+    def _open(self, faults: SeededFaults) -> bool:
+        disk = FaultyDisk(self._disk, faults, random.Random(self.rng.random()))
+        try:
+            self._tier = NvmeTier.open(
+                self._home, CAPACITY, EXTENT, MAX_BLOCKS, disk=disk, open_index=self._open_index
+            )
+        except (Crash, DataUnusable):
+            return False
+        return True
+
+    def _open_index(self, path: Path, map_bytes: int) -> Index:
+        index = CrashingIndex.open_trusted(path, map_bytes)
+        images = self._images
+        apply, begin_life, end_life, sync = (
+            index.apply, index.begin_life, index.end_life, index.sync,
+        )  # fmt: skip
+
+        def noted(work: Callable[..., None], *, synced: bool = False) -> Callable[..., None]:
+            def run(*args: Any) -> None:
+                work(*args)
+                index.note(images, synced=synced)
+
+            return run
+
+        index.apply = noted(apply)  # type: ignore[method-assign]
+        index.end_life = noted(end_life)  # type: ignore[method-assign]
+        index.sync = noted(sync, synced=True)  # type: ignore[method-assign]
+        index.begin_life = begin_life  # type: ignore[method-assign]
+        return index
+
+    def _abandon_tier(self) -> None:
+        self._tier._log.close()
+        self._tier._index.close()
+        self._tier._home.close()
+
+    def _crash(self) -> None:
+        """The machine is off. What is on its disks now?"""
+        rng = self.rng
+        self._disk.crash(rng)
+        data = self._home / "index" / "data.mdb"
+        if self._images and data.exists():
+            data.write_bytes(rng.choice(self._images))
+        if self._wild:
+            fate = rng.random()
+            if fate < 0.1:
+                shutil.rmtree(self._home / "index", ignore_errors=True)
+            elif fate < 0.2 and self._ancient is not None and data.exists():
+                data.write_bytes(self._ancient)
+            if rng.random() < 0.2:
+                for file in self._disk.files.values():
+                    file.flip(rng.randrange(8 * file.nbytes))
+        if self._images and rng.random() < 0.2:
+            self._ancient = self._images[-1]
+        self._images.clear()
+
+    def _restarted(self) -> None:
+        """After a restart what was replaced may be back."""
+        for name, held in self._held.items():
+            if held.current is not None:
+                self._held[name] = Held(None, held.others | {held.current})
+
+    # Clients
+
+    async def _serve(self, ends: str) -> None:
+        store = self._store
+        await store.start()
+        self._tier.check_integrity()
+        await asyncio.gather(*(self._client(number) for number in range(CLIENTS)))
+        store.check_integrity()
+        self._tier.check_integrity()
+        room = sum(Geometry(EXTENT).file_bytes for _ in self._disk.files)
+        if room + self._tier._index._env.info()["map_size"] > CAPACITY:
+            raise Wrong("more room is taken than the capacity")
+        if ends == "clean":
+            if self.rng.random() < 0.7:
+                await store.drain(5)
+            await store.close()
+
+    async def _client(self, number: int) -> None:
+        rng = self.rng
+        session = self._store.open_session(self._tenants[number % len(self._tenants)], local=True)
+        ids = [self._store.register_layout(session.tenant, spec) for spec in self._specs]
+        while self.done < self._budget:
+            layout = rng.randrange(len(ids))
+            base, length = rng.randrange(CHAINS), rng.randint(1, CHAIN)
+            keys = [bytes([base, i]) + bytes(30) for i in range(length)]
+            what = rng.random()
+            if what < 0.45:
+                await self._put(session, layout, ids[layout], keys)
+            elif what < 0.95:
+                await self._get(session, layout, ids[layout], keys)
+            elif what < 0.97:
+                await asyncio.sleep(rng.expovariate(1 / 0.5))
+            elif what < 0.99:
+                await self._quietly(self._store.flush(session.tenant, rng.random() < 0.5))
+            elif rng.random() < 0.5:
+                await self._clear(session)
+
+    async def _quietly(self, call: Any) -> None:
+        try:
+            await call
+        except KVStoreError:
+            return
+
+    async def _put(
+        self, session: Session, layout: int, layout_id: bytes, keys: list[bytes]
+    ) -> None:
+        store, rng = self._store, self.rng
+        self.done += len(keys)
+        grant = await store.reserve(session, layout_id, len(keys), rng.choice([0, 1000]))
+        taken = keys[: len(grant.addresses)]
+        if not taken:
+            return
+        slots = range(grant.first_slot, grant.first_slot + len(taken))
+        versions, sums = [], []
+        for slot, key in zip(slots, taken, strict=True):
+            self._versions += 1
+            data = content(session.tenant, layout, key, self._versions)
+            store.slot_view(session, slot)[:] = data
+            versions.append(self._versions)
+            sums.append(xxhash.xxh3_64_intdigest(data))
+        answer = store.commit(session, layout_id, [Segment(b"", taken, slots, sums)], 0)
+        for key, version, outcome in zip(taken, versions, answer.outcomes, strict=True):
+            name = (session.tenant, layout, key)
+            held = self._held.get(name, Held(None, frozenset()))
+            if outcome is CommitOutcome.STORED:
+                before = {held.current} - {None}
+                self._held[name] = Held(version, held.others | before)  # type: ignore[operator]
+            elif outcome is CommitOutcome.CONFLICT and held == Held(None, frozenset()):
+                raise Wrong(f"{name} is there, and was never stored, or was cleared")
+            elif outcome is CommitOutcome.PRESENT:
+                raise Wrong(f"{name} is there with bytes that are new")
+
+    async def _get(
+        self, session: Session, layout: int, layout_id: bytes, keys: list[bytes]
+    ) -> None:
+        store = self._store
+        self.done += len(keys)
+        wait_ms = self.rng.choice([0, 50, 5000])
+        grant = (await store.acquire(session, [ChainQuery([layout_id], keys)], wait_ms))[0]
+        for index in range(grant.held):
+            self._check((session.tenant, layout, keys[index]), session, grant, index)
+        if grant.held:
+            if self.rng.random() < 0.2:
+                await asyncio.sleep(self.rng.expovariate(1 / 0.01))
+                for index in range(grant.held):
+                    name = (session.tenant, layout, keys[index])
+                    self._check(name, session, grant, index, again=True)
+            store.release(session, [grant.lease_id])
+
+    def _check(
+        self, name: Name, session: Session, grant: LeaseGrant, index: int, *, again: bool = False
+    ) -> None:
+        data = bytes(self._store.lease_view(session, grant.lease_id, index))
+        version = int.from_bytes(data[:8], "little")
+        self.trace.update(data[:8])
+        if data != content(*name, version):
+            raise Wrong(f"{name}: bytes that were never stored there")
+        held = self._held.get(name, Held(None, frozenset()))
+        if again:
+            if version not in {held.current, *held.others}:
+                return  # It was cleared while it was leased.
+        elif held.current is not None:
+            if version != held.current:
+                raise Wrong(f"{name}: version {version}, not {held.current}")
+        elif version not in held.others:
+            raise Wrong(f"{name}: version {version}, not one of {sorted(held.others)}")
+        else:
+            self._held[name] = Held(version, held.others - {version})
+        self.hits += 1
+
+    def _in_use(self) -> set[bytes]:
+        """Stored keys of blocks on NVMe, or on their way there, that somebody uses."""
+        nvme = self._store._planner.residency.nvme
+        assert nvme is not None
+        return {r.block.stored_key for r in nvme.replicas() if r.pins or r.state is not State.READY}
+
+    def _stored_key(self, session: Session, name: Name) -> bytes:
+        secret = self._store.tenant_secret(session)
+        return namer(secret, SPECS[name[1]].layout_id)(name[2])
+
+    async def _clear(self, session: Session) -> None:
+        """All of the tenant's that is not in use goes, for ever once that is answered,
+        unless the disk was failing or said that it had done what it had not."""
+        mine = {name: held for name, held in self._held.items() if name[0] == session.tenant}
+        before = self._versions
+        in_use = self._in_use()
+        await self._store.clear(session.tenant)
+        in_use |= self._in_use()
+        honest = not self._wild and self._store._planner.residency.nvme_on
+        for name, held in mine.items():
+            now = self._held[name]
+            known = {v for v in (held.current, *held.others) if v is not None}
+            newer = {v for v in (now.current, *now.others) if v is not None and v > before}
+            gone = honest and self._stored_key(session, name) not in in_use
+            keep = newer if gone else newer | known
+            current = now.current if now.current is not None and now.current in newer else None
+            self._held[name] = Held(current, frozenset(keep - {current}))
+
+
+def content(tenant: str, layout: int, key: bytes, version: int) -> bytes:
+    """What is stored under a name, different for each version."""
+    head = version.to_bytes(8, "little")
+    seed = xxhash.xxh3_128_digest(head + tenant.encode() + bytes([layout]) + key)
+    size = SPECS[layout].block_bytes
+    return (head + seed * (size // len(seed) + 1))[:size]
+
+
+class SeededSecrets:
+    """What the store draws, drawn again when the seed is run again."""
+
+    def __init__(self, seed: int) -> None:
+        self._rng = random.Random(seed)
+
+    def token_bytes(self, nbytes: int) -> bytes:
+        return self._rng.randbytes(nbytes)
+
+    def randbits(self, bits: int) -> int:
+        return self._rng.getrandbits(bits)
+
+
+def run_seed(seed: int, home: Path, operations: int) -> Life:
+    """Raises AssertionError for whatever goes wrong, with the seed in it."""
+    shutil.rmtree(home, ignore_errors=True)
+    life = Life(seed, home, operations)
+    secrets = store_module.secrets
+    store_module.secrets = SeededSecrets(seed)  # type: ignore[assignment]
+    try:
+        life.run()
+    except Exception as error:
+        raise AssertionError(f"seed {seed}: {error!r}") from error
+    finally:
+        store_module.secrets = secrets
+        shutil.rmtree(home, ignore_errors=True)
+    return life
+
+
+def main() -> int:
+    """python -m tests.simulation.crashes FIRST END [OPERATIONS]: what was done, as JSON.
+    Ends with the first seed that fails, and its error."""
+    warnings.simplefilter("ignore", RuntimeWarning)  # Of what a crash cut short.
+    logging.disable(logging.CRITICAL)
+    first, end = int(sys.argv[1]), int(sys.argv[2])
+    operations = int(sys.argv[3]) if len(sys.argv) > 3 else OPERATIONS
+    total = dict.fromkeys(("seeds", "operations", "hits", "restarts", "damage_found"), 0)
+    shared = Path("/dev/shm")
+    with TemporaryDirectory(dir=shared if shared.is_dir() else None) as folder:
+        for seed in range(first, end):
+            life = run_seed(seed, Path(folder) / "data", operations)
+            total["seeds"] += 1
+            total["operations"] += life.done
+            total["hits"] += life.hits
+            total["restarts"] += life.restarts
+            total["damage_found"] += life.damage_found
+    sys.stdout.write(json.dumps(total) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
