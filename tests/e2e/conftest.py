@@ -82,7 +82,9 @@ class Server:
 class Engine:
     """A vLLM engine, driven over pipes."""
 
-    def __init__(self, log: Path, options: dict[str, Any], environment: dict[str, str]) -> None:
+    def __init__(
+        self, log: Path, options: dict[str, Any] | None, environment: dict[str, str]
+    ) -> None:
         self._log = log
         reader, writer = os.pipe()
         with log.open("wb") as output:
@@ -122,14 +124,20 @@ class Engine:
         line, self._buffer = self._buffer.split(b"\n", 1)
         return json.loads(line)
 
-    def generate(self, *prompts: list[int], max_tokens: int = 4) -> list[Answer]:
-        self.tell(op="generate", prompts=prompts, max_tokens=max_tokens)
+    def generate(
+        self, *prompts: list[int], max_tokens: int = 4, salt: str | None = None
+    ) -> list[Answer]:
+        self.tell(op="generate", prompts=prompts, max_tokens=max_tokens, salt=salt)
         answers: list[Answer] = self.result()
         return answers
 
     def reset(self, *, connector: bool = False) -> None:
         self.tell(op="reset", connector=connector)
         assert self.result() is True
+
+    def restart(self, options: dict[str, Any]) -> None:
+        self.tell(op="restart", **options)
+        assert self.result(READY_S) == {"ready": True}
 
     def metrics(self) -> dict[str, float]:
         self.tell(op="metrics")
@@ -148,23 +156,44 @@ class Engine:
         self._results.close()
 
 
+def engine_options(
+    model: Path, store: dict[str, Any] | None, *, by_name: bool = False
+) -> dict[str, Any]:
+    """For `vllm.LLM`: small, and with the connector if there is a `store`."""
+    options: dict[str, Any] = {
+        "model": str(model),
+        "skip_tokenizer_init": True,
+        "dtype": "float32" if model.name == "llama" else "bfloat16",
+        "block_size": BLOCK,
+        "enforce_eager": True,
+        "max_model_len": 2048,
+        "max_num_batched_tokens": 512,
+        "max_num_seqs": 16,
+        "num_gpu_blocks_override": 160,
+        "disable_log_stats": False,
+    }
+    if store is not None:
+        options["kv_transfer_config"] = {
+            "kv_connector": "KVStoreConnector",
+            "kv_role": "kv_both",
+            "kv_connector_extra_config": store,
+        }
+        if not by_name:
+            path = "kvstore_connectors.vllm"
+            options["kv_transfer_config"]["kv_connector_module_path"] = path
+    return options
+
+
 StartEngine = Callable[..., Engine]
 
 
 @pytest.fixture(scope="session")
 def model_path(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    made: dict[str, Path] = {}
-
-    def path_of(family: str) -> Path:
-        if family not in made:
-            path = tmp_path_factory.mktemp("models") / family
-            # In a process of its own: importing transformers warns about this and that.
-            command = [sys.executable, str(Path(models.__file__)), family, str(path)]
-            subprocess.run(command, check=True, capture_output=True, timeout=100)
-            made[family] = path
-        return made[family]
-
-    return path_of
+    directory = tmp_path_factory.mktemp("models")
+    # In a process of its own: importing transformers warns about this and that.
+    command = [sys.executable, str(Path(models.__file__)), str(directory)]
+    subprocess.run(command, check=True, capture_output=True, timeout=100)
+    return lambda family: directory / family
 
 
 @pytest.fixture(scope="module")
@@ -180,40 +209,24 @@ def start_engine(
     tmp_path_factory: pytest.TempPathFactory, model_path: Callable[[str], Path]
 ) -> Iterator[StartEngine]:
     """Starts engines that end with the module. `store`: the connector's extra config,
-    None for a plain vLLM. Engines start side by side until `wait_ready`."""
+    None for a plain vLLM. Engines start side by side until `wait_ready`. Without a
+    `family` it is a process that waits for `Engine.restart`."""
     directory = tmp_path_factory.mktemp("engines")
     engines: list[Engine] = []
 
     def start(
-        store: dict[str, Any] | None,
+        store: dict[str, Any] | None = None,
         *,
-        family: str = "llama",
+        family: str | None = "llama",
         by_name: bool = False,
         processes: bool = False,
         environment: dict[str, str] | None = None,
         **options: Any,
     ) -> Engine:
-        everything: dict[str, Any] = {
-            "model": str(model_path(family)),
-            "skip_tokenizer_init": True,
-            "dtype": "float32" if family == "llama" else "bfloat16",
-            "block_size": BLOCK,
-            "enforce_eager": True,
-            "max_model_len": 2048,
-            "max_num_batched_tokens": 512,
-            "max_num_seqs": 16,
-            "num_gpu_blocks_override": 160,
-            "disable_log_stats": False,
-        }
-        if store is not None:
-            everything["kv_transfer_config"] = {
-                "kv_connector": "KVStoreConnector",
-                "kv_role": "kv_both",
-                "kv_connector_extra_config": store,
-            }
-            if not by_name:
-                path = "kvstore_connectors.vllm"
-                everything["kv_transfer_config"]["kv_connector_module_path"] = path
+        everything = None
+        if family is not None:
+            model = model_path(family)
+            everything = engine_options(model, store, by_name=by_name) | options
         child = os.environ | {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "1" if processes else "0",
             "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -223,7 +236,7 @@ def start_engine(
             "HF_HUB_OFFLINE": "1",
         }
         log = directory / f"engine{len(engines)}.log"
-        engine = Engine(log, everything | options, child | (environment or {}))
+        engine = Engine(log, everything, child | (environment or {}))
         engines.append(engine)
         return engine
 

@@ -7,10 +7,14 @@ output, and damaged KV would go unnoticed.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 VOCABULARY = 256
+WINDOW = 96
+"""Tokens of a sliding window: three blocks, and a small part of the prompts."""
+
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 128,
@@ -23,30 +27,98 @@ _COMMON: dict[str, Any] = {
 
 
 def build(family: str, path: Path) -> None:
-    """Write a model of `family` ("llama" or "mla") to the directory `path`."""
+    """Write a model of `family` to the directory `path`."""
     import torch
-    import transformers
 
     torch.manual_seed(7)
-    if family == "llama":
-        config = transformers.LlamaConfig(**_COMMON, num_key_value_heads=2, head_dim=32)
-        model = transformers.LlamaForCausalLM(config)
-    else:
-        config = transformers.DeepseekV2Config(
-            **_COMMON,
-            num_key_value_heads=4,
-            kv_lora_rank=512,
-            qk_rope_head_dim=64,
-            qk_nope_head_dim=32,
-            v_head_dim=32,
-            q_lora_rank=None,
-            head_dim=64,
-            first_k_dense_replace=3,
-            n_routed_experts=2,
-        )
-        model = transformers.DeepseekV2ForCausalLM(config)
-    model.to(torch.bfloat16).save_pretrained(path)
+    FAMILIES[family]().to(torch.bfloat16).save_pretrained(path)
 
+
+def _llama() -> Any:
+    """Full attention alone."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(LlamaConfig(**_COMMON, num_key_value_heads=2, head_dim=32))
+
+
+def _gemma3() -> Any:
+    """Three sliding windows to one full attention: four groups."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    kinds = ["sliding_attention"] * 3 + ["full_attention"]
+    config = Gemma3TextConfig(
+        **_COMMON | {"num_hidden_layers": 4},
+        num_key_value_heads=2,
+        head_dim=32,
+        sliding_window=WINDOW,
+        layer_types=kinds,
+    )
+    return Gemma3ForCausalLM(config)
+
+
+def _gpt_oss() -> Any:
+    """Sliding windows and full attention by turns, with attention sinks and experts."""
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    config = GptOssConfig(
+        **_COMMON | {"num_hidden_layers": 4},
+        num_key_value_heads=2,
+        head_dim=32,
+        sliding_window=WINDOW,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+    )
+    return GptOssForCausalLM(config)
+
+
+def _deepseek() -> Any:
+    """Multi-head latent attention."""
+    from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
+
+    config = DeepseekV2Config(
+        **_COMMON,
+        num_key_value_heads=4,
+        kv_lora_rank=512,
+        qk_rope_head_dim=64,
+        qk_nope_head_dim=32,
+        v_head_dim=32,
+        q_lora_rank=None,
+        head_dim=64,
+        first_k_dense_replace=3,
+        n_routed_experts=2,
+    )
+    return DeepseekV2ForCausalLM(config)
+
+
+def _qwen3_next() -> Any:
+    """Three layers of linear attention, whose state is kept, to one of full attention."""
+    from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
+
+    config = Qwen3NextConfig(
+        **_COMMON | {"num_hidden_layers": 4},
+        num_key_value_heads=2,
+        head_dim=32,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=64,
+        linear_value_head_dim=64,
+        num_experts=2,
+        num_experts_per_tok=1,
+        moe_intermediate_size=64,
+        shared_expert_intermediate_size=64,
+        decoder_sparse_step=1,
+    )
+    return Qwen3NextForCausalLM(config)
+
+
+FAMILIES: dict[str, Callable[[], Any]] = {
+    "llama": _llama,
+    "gemma3": _gemma3,
+    "gpt_oss": _gpt_oss,
+    "deepseek": _deepseek,
+    "qwen3_next": _qwen3_next,
+}
 
 if __name__ == "__main__":
-    build(sys.argv[1], Path(sys.argv[2]))
+    for name in FAMILIES:
+        build(name, Path(sys.argv[1]) / name)

@@ -164,6 +164,17 @@ def test_after_a_restart_of_the_server_blocks_come_from_nvme(engines: Pair, serv
     check([warm], engines.plain.generate(text), 0)
 
 
+def test_a_salt_keeps_its_blocks_to_itself(engines: Pair, server: Server) -> None:
+    text = prompt(40, LONG)
+    before = server.stats().tenant_blocks
+    engines.stored.generate(text, salt="ours")
+    settled(server, before + WHOLE // BLOCK)
+    engines.stored.reset()
+    for salt, cached in (("theirs", 0), (None, 0), ("ours", WHOLE)):
+        (answer,) = engines.stored.generate(text, salt=salt)
+        assert answer["cached"] == cached
+
+
 def test_a_stopped_server_costs_one_short_wait(engines: Pair, server: Server) -> None:
     text = prompt(31, LONG)
     (right,) = engines.plain.generate(text)

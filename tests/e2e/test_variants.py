@@ -1,4 +1,4 @@
-"""The other ways to run: no server given, several ranks, another attention."""
+"""The other ways to run: no server given, several ranks."""
 
 from __future__ import annotations
 
@@ -14,9 +14,6 @@ from tests.e2e.conftest import BLOCK, Engine, Server, StartEngine, difference, p
 
 LONG = 700
 WHOLE = LONG // BLOCK * BLOCK
-
-LATENT_BLOCK = 16
-"""What vLLM's CPU backend chooses for latent attention, whatever it is asked for."""
 
 
 def stored_blocks(socket: Path, blocks: int) -> None:
@@ -74,20 +71,4 @@ def test_two_ranks_load_their_own_halves(start_engine: StartEngine, server: Serv
     before = server.stats().tenant_blocks
     assert before == 0
     warm_equals_local(engine, server.socket, ranks=2)
-    engine.close()
-
-
-def test_latent_attention_is_loaded_like_any_other(
-    start_engine: StartEngine, server: Server
-) -> None:
-    engine = start_engine({"endpoint": str(server.socket)}, family="mla").wait_ready()
-    text = prompt(1, LONG)
-    before = server.stats().tenant_blocks
-    engine.generate(text)
-    (local,) = engine.generate(text)
-    stored_blocks(server.socket, before + local["cached"] // LATENT_BLOCK)
-    engine.reset()
-    (warm,) = engine.generate(text)
-    assert warm["cached"] == local["cached"] > LONG // 2
-    assert difference(local, warm) == 0
     engine.close()

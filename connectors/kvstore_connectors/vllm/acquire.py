@@ -1,9 +1,13 @@
 """Asks the store for leases without ever making the scheduler wait.
 
-The scheduler submits chains and looks at the tickets in later steps. A few threads
-take whatever is waiting and ask for all of it in one call; there are several, so
-that a chain which is being brought up from a slow tier does not hold up the ones
-asked for after it. They also give leases back, which is never urgent.
+The scheduler submits what it wants of a prompt and looks at the tickets in later steps.
+A few threads take whatever is waiting and ask for all of it in one call; there are
+several, so that a chain which is being brought up from a slow tier does not hold up the
+ones asked for after it. They also give leases back, which is never urgent.
+
+Where only full attention is stored, the store itself leases the longest prefix. Where
+windows or states are needed too, a position is looked for first (`positions`), and all
+that it needs is leased; what is gone by then sends the search to a shorter one.
 """
 
 from __future__ import annotations
@@ -12,18 +16,31 @@ import enum
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 
 from kvstore.errors import KVStoreError
 from kvstore.types import ChainQuery, LeaseGrant
+from kvstore_connectors.vllm.groups import Band, Bands
 from kvstore_connectors.vllm.link import Attached, StoreLink, is_loss
+from kvstore_connectors.vllm.positions import (
+    Query,
+    Wanted,
+    full_position,
+    longest_position,
+    queries,
+)
 from kvstore_connectors.vllm.threads import outlive
 
 MAX_KEYS = 65536
-"""Keys in one call, counted once for each shard: the server's limit."""
+"""Keys in one call, counted once for each layout: the server's limit. Longer chains are
+asked for in parts."""
 
 MAX_CHAINS = 1024
 _THREADS = 3
+_TRIES = 3
+"""Positions tried for one ticket."""
 
 
 class TicketState(enum.Enum):
@@ -35,32 +52,66 @@ class TicketState(enum.Enum):
 
 
 @dataclass(slots=True)
-class Held:
-    """A lease, and the client it was granted to."""
+class Taken:
+    """Leased blocks of a band from its block `first` on, a list for each of its layouts:
+    all shards of the first member, then of the next."""
 
-    grant: LeaseGrant
+    band: Band
+    first: int
+    addresses: list[list[int]]
+    checksums: list[list[int]]
+
+
+@dataclass(slots=True)
+class Held:
+    """Leases that together let a prompt resume at `tokens`, and whose they are.
+
+    `full_tokens`: how far full attention is held, which may be further. `dram_tokens`:
+    how far it was in DRAM when it was asked for.
+    """
+
+    tokens: int
+    full_tokens: int
+    dram_tokens: int
+    lease_ids: list[int]
+    expires_ns: int
+    taken: list[Taken]
     attached: Attached
 
 
 @dataclass(slots=True, eq=False)
 class Ticket:
-    """One chain asked for. `held` is set when `state` is ANSWERED.
+    """One prompt asked for. `held` is set when `state` is ANSWERED.
 
     `sent_s` is 0 until a thread has taken the ticket to the server.
     """
 
-    keys: list[bytes]
+    wanted: Wanted
     asked_s: float
     sent_s: float = 0.0
     state: TicketState = TicketState.WAITING
     held: Held | None = None
 
 
+@dataclass(slots=True, eq=False)
+class _Ask:
+    """What is asked for one ticket in one round, and what was granted."""
+
+    ticket: Ticket
+    position: int
+    full_tokens: int
+    queries: list[Query]
+    grants: list[LeaseGrant] = field(default_factory=list)
+
+
 class AcquireQueue:
     """Bounded by its caller: a ticket a request, and a lease a ticket."""
 
-    def __init__(self, link: StoreLink, wait_ms: int, threads: int = _THREADS) -> None:
+    def __init__(
+        self, link: StoreLink, bands: Bands, wait_ms: int, threads: int = _THREADS
+    ) -> None:
         self._link = link
+        self._bands = bands
         self._wait_ms = wait_ms
         self._condition = threading.Condition()
         self._asked: deque[Ticket] = deque()
@@ -84,18 +135,18 @@ class AcquireQueue:
         for thread in self._threads:
             thread.start()
 
-    def peek(self, keys: list[bytes]) -> int | None:
-        """How many blocks of the chain's front are held, as far as can be seen without
-        asking; None where that takes a call. Microseconds, for the engine's thread."""
+    def peek(self, wanted: Wanted) -> int | None:
+        """How far the prompt's front is held, as far as can be seen without asking, and
+        not counting windows and states; None where that takes a call. Microseconds, for
+        the engine's thread."""
         attached = self._link.current
         if attached is None:
             return None
-        presence = attached.client.peek([layout.id for layout in attached.layouts], keys)
-        return None if presence is None else presence.held
+        return full_position(self._bands, wanted, wanted.limit, self._look(attached))
 
-    def submit(self, keys: list[bytes]) -> Ticket:
-        """Ask for the longest held prefix of `keys`, all shards of it."""
-        ticket = Ticket(keys, time.monotonic())
+    def submit(self, wanted: Wanted) -> Ticket:
+        """Ask for leases on all that is needed to resume as late as possible."""
+        ticket = Ticket(wanted, time.monotonic())
         with self._condition:
             self._asked.append(ticket)
             self._condition.notify()
@@ -110,8 +161,8 @@ class AcquireQueue:
             self.release(held)
 
     def release(self, held: Held) -> None:
-        """Give a lease back, soon."""
-        if not held.grant.lease_id or held.attached.dropped:
+        """Give leases back, soon."""
+        if not held.lease_ids or held.attached.dropped:
             # Leases end with their session.
             return
         with self._condition:
@@ -150,23 +201,24 @@ class AcquireQueue:
                 answered = True
             finally:
                 if not answered:
-                    self._answer(tickets, None, None)
+                    self._answer(tickets)
 
     def _count_error(self) -> None:
         with self._condition:
             self.errors += 1
 
     def _take_asked(self) -> list[Ticket]:
-        budget = MAX_KEYS // max(1, len(self._link.specs))
+        budget = MAX_KEYS
         tickets: list[Ticket] = []
         while self._asked and len(tickets) < MAX_CHAINS:
             ticket = self._asked[0]
             if ticket.state is not TicketState.WAITING:
                 self._asked.popleft()
                 continue
-            if tickets and len(ticket.keys) > budget:
+            keys = len(self._link.specs) * max(map(len, ticket.wanted.keys.values()))
+            if tickets and keys > budget:
                 break
-            budget -= len(ticket.keys)
+            budget -= keys
             ticket.state = TicketState.SENT
             ticket.sent_s = time.monotonic()
             tickets.append(self._asked.popleft())
@@ -183,35 +235,101 @@ class AcquireQueue:
     def _acquire(self, tickets: list[Ticket]) -> None:
         with self._link.borrow() as attached:
             if attached is None:
-                self._answer(tickets, None, None)
+                self._answer(tickets)
                 return
-            layout_ids = [spec.layout_id for spec in attached.specs]
-            limit = MAX_KEYS // len(layout_ids)
-            chains = [ChainQuery(layout_ids, ticket.keys[:limit]) for ticket in tickets]
-            try:
-                grants = attached.client.acquire_many(chains, self._wait_ms)
-            except KVStoreError as error:
-                self.errors += 1
-                if is_loss(error):
-                    self._link.failed(attached, error)
-                self._answer(tickets, None, None)
-                return
-            if attached.client.epoch != attached.epoch:
-                # Granted by a life of the server whose layouts nobody registered.
-                self._answer(tickets, None, None)
-                return
-            self._answer(tickets, grants, attached)
+            asks = [self._ask(attached, ticket, ticket.wanted.limit) for ticket in tickets]
+            for _ in range(_TRIES):
+                if not asks or not self._call(attached, asks):
+                    break
+                asks = [again for ask in asks if (again := self._take_up(attached, ask))]
+            self._answer([ask.ticket for ask in asks])
 
-    def _answer(
-        self, tickets: list[Ticket], grants: list[LeaseGrant] | None, attached: Attached | None
-    ) -> None:
+    def _ask(self, attached: Attached, ticket: Ticket, limit: int) -> _Ask:
+        """What to ask for, to resume at the longest position up to `limit`."""
+        position = full = limit
+        if self._bands.partial:
+            look = self._look(attached)
+            seen = full_position(self._bands, ticket.wanted, limit, look)
+            if seen is not None:
+                full, position = seen, longest_position(self._bands, ticket.wanted, seen, look)
+        columns = partial(_layout_ids, attached, self._bands)
+        made = queries(self._bands, ticket.wanted, position, columns, MAX_KEYS)
+        return _Ask(ticket, position, full, made)
+
+    def _look(self, attached: Attached) -> Callable[[Band, Sequence[bytes]], int | None]:
+        def look(band: Band, keys: Sequence[bytes]) -> int | None:
+            seen = attached.client.peek(_layout_ids(attached, self._bands, band), keys)
+            return None if seen is None else seen.held
+
+        return look
+
+    def _call(self, attached: Attached, asks: list[_Ask]) -> bool:
+        """Get grants for all asks, with as few calls as the server allows. False when
+        that did not work; nothing is leased then."""
+        chains = [query.chain for ask in asks for query in ask.queries]
+        grants: list[LeaseGrant] = []
+        try:
+            for batch in _batches(chains):
+                grants += attached.client.acquire_many(batch, self._wait_ms)
+        except KVStoreError as error:
+            self._count_error()
+            self._let_go(attached, grants)
+            if is_loss(error):
+                self._link.failed(attached, error)
+            return False
+        if attached.client.epoch != attached.epoch:
+            # Granted by a life of the server whose layouts nobody registered.
+            return False
+        granted = iter(grants)
+        for ask in asks:
+            ask.grants = [next(granted) for _ in ask.queries]
+        return True
+
+    def _take_up(self, attached: Attached, ask: _Ask) -> _Ask | None:
+        """Answer the ticket, unless another position is to be tried: then what to ask."""
+        bands = self._bands
+        full, position = ask.full_tokens, ask.position
+        taken = _taken(ask)
+        for each in taken:
+            if each.band.rule.is_full:
+                held = bands.aligned(len(each.addresses[0]) * each.band.block_tokens)
+                position = min(position, held)
+        if bands.partial and position < ask.position:
+            full = position
+        whole = all(
+            grant.held == len(query.chain.keys)
+            for query, grant in zip(ask.queries, ask.grants, strict=True)
+        )
+        if whole or not bands.partial:
+            held_by = [grant.lease_id for grant in ask.grants if grant.lease_id]
+            ends = [grant.expires_ns for grant in ask.grants if grant.lease_id]
+            answer = Held(
+                tokens=position,
+                full_tokens=full if bands.partial else position,
+                dram_tokens=min(_dram_tokens(ask), position),
+                lease_ids=held_by,
+                expires_ns=min(ends, default=0),
+                taken=taken,
+                attached=attached,
+            )
+            self._answer([ask.ticket], answer)
+            return None
+        self._let_go(attached, ask.grants)
+        if position == ask.position:
+            # It is a window or a state that is gone.
+            position -= bands.alignment
+        again = self._ask(attached, ask.ticket, position)
+        again.full_tokens = max(again.full_tokens, min(full, ask.full_tokens))
+        return again
+
+    def _answer(self, tickets: list[Ticket], held: Held | None = None) -> None:
+        """What came of tickets: `held`, which is of one of them, or nothing."""
         with self._condition:
-            for index, ticket in enumerate(tickets):
-                held = None
-                if grants is not None and attached is not None:
-                    held = Held(grants[index], attached)
+            for ticket in tickets:
+                if ticket.state is TicketState.ANSWERED:
+                    continue
                 if ticket.state is TicketState.CANCELLED:
-                    if held is not None and held.grant.lease_id:
+                    if held is not None and held.lease_ids:
                         self._returned.append(held)
                     continue
                 ticket.held = held
@@ -223,11 +341,73 @@ class AcquireQueue:
         if not returned:
             return
         with self._link.borrow() as attached:
-            if attached is None or attached is not returned[0].attached:
-                return
-            try:
-                attached.client.release([held.grant.lease_id for held in returned])
-            except KVStoreError as error:
-                self.errors += 1
-                if is_loss(error):
-                    self._link.failed(attached, error)
+            if attached is not None and attached is returned[0].attached:
+                self._end(attached, [lease for held in returned for lease in held.lease_ids])
+
+    def _let_go(self, attached: Attached, grants: list[LeaseGrant]) -> None:
+        self._end(attached, [grant.lease_id for grant in grants if grant.lease_id])
+
+    def _end(self, attached: Attached, lease_ids: list[int]) -> None:
+        if not lease_ids:
+            return
+        try:
+            attached.client.release(lease_ids)
+        except KVStoreError as error:
+            self._count_error()
+            if is_loss(error):
+                self._link.failed(attached, error)
+
+
+def _layout_ids(attached: Attached, bands: Bands, band: Band) -> list[bytes]:
+    """Of all shards of the band's first member, then of the next."""
+    shards = len(attached.layouts) // len(bands.groups)
+    return [
+        layout.id
+        for member in band.members
+        for layout in attached.layouts[member * shards : (member + 1) * shards]
+    ]
+
+
+def _batches(chains: list[ChainQuery]) -> list[list[ChainQuery]]:
+    """Chains in as few calls as the limits of the server allow, in order."""
+    batches: list[list[ChainQuery]] = []
+    room = 0
+    for chain in chains:
+        keys = len(chain.keys) * len(chain.layout_ids)
+        if not batches or keys > room or len(batches[-1]) == MAX_CHAINS:
+            batches.append([])
+            room = MAX_KEYS
+        batches[-1].append(chain)
+        room -= keys
+    return batches
+
+
+def _dram_tokens(ask: _Ask) -> int:
+    """How far the longest chain was in DRAM."""
+    query, grant = max(
+        zip(ask.queries, ask.grants, strict=True),
+        key=lambda pair: (pair[0].band.rule.is_full, pair[1].from_dram > 0, pair[0].first),
+        default=(None, None),
+    )
+    if query is None or grant is None or not grant.from_dram:
+        return 0
+    return (query.first + grant.from_dram) * query.band.block_tokens
+
+
+def _taken(ask: _Ask) -> list[Taken]:
+    """What was granted, band by band, each from its first block on without a hole."""
+    taken: list[Taken] = []
+    broken = False
+    for query, grant in zip(ask.queries, ask.grants, strict=True):
+        if not taken or taken[-1].band is not query.band:
+            empty: list[list[int]] = [[] for _ in query.chain.layout_ids]
+            taken.append(Taken(query.band, query.first, empty, [list(each) for each in empty]))
+            broken = False
+        if not broken:
+            held, current = grant.held, taken[-1]
+            for number in range(len(query.chain.layout_ids)):
+                column = slice(number * held, (number + 1) * held)
+                current.addresses[number] += grant.addresses[column]
+                current.checksums[number] += grant.checksums[column]
+            broken = held < len(query.chain.keys)
+    return taken

@@ -25,7 +25,7 @@ Bytes = npt.NDArray[np.uint8]
 
 
 class HostBlocks:
-    """The KV cache of one rank in host memory, as blocks of opaque bytes.
+    """A group of the KV cache of one rank in host memory, as blocks of opaque bytes.
 
     Keeps the tensors alive. Which thread may touch which block is the caller's
     business.
@@ -83,9 +83,18 @@ def _runs(geometry: Geometry) -> list[tuple[int, int, int]]:
     return runs
 
 
+def _tensors(value: object) -> list[torch.Tensor]:
+    """A layer's KV cache: one tensor, or one for each of its states."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    assert isinstance(value, list | tuple)
+    return list(value)
+
+
 def _allocation(kv_caches: dict[str, torch.Tensor], geometry: Geometry) -> Bytes:
     """The allocation that all tensors are views of, checked against the geometry."""
-    storages = {tensor.untyped_storage().data_ptr(): tensor for tensor in kv_caches.values()}
+    tensors = [tensor for value in kv_caches.values() for tensor in _tensors(value)]
+    storages = {tensor.untyped_storage().data_ptr(): tensor for tensor in tensors}
     if len(storages) != 1:
         raise ConfigError("the KV cache is not one allocation")
     (tensor,) = storages.values()
@@ -94,7 +103,7 @@ def _allocation(kv_caches: dict[str, torch.Tensor], geometry: Geometry) -> Bytes
     storage = tensor.untyped_storage()
     if storage.nbytes() < geometry.allocation_bytes:
         raise ConfigError("the KV cache is smaller than its configuration says")
-    starts = {each.storage_offset() * each.element_size() for each in kv_caches.values()}
+    starts = {each.storage_offset() * each.element_size() for each in tensors}
     last_block = geometry.num_blocks - 1
     for piece in geometry.pieces:
         if piece.offset + last_block * piece.stride + piece.nbytes > storage.nbytes():

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorRole,
+    KVConnectorTransferResults,
     SupportsHMA,
 )
 from vllm.logger import init_logger
@@ -20,8 +21,10 @@ from kvstore.errors import ConfigError
 from kvstore_connectors.vllm import layout
 from kvstore_connectors.vllm.acquire import AcquireQueue
 from kvstore_connectors.vllm.config import ConnectorConfig
+from kvstore_connectors.vllm.groups import bands_of
 from kvstore_connectors.vllm.link import StoreLink, connector_of
 from kvstore_connectors.vllm.metadata import StepMetadata, WorkerReport
+from kvstore_connectors.vllm.orders import PoolPins
 from kvstore_connectors.vllm.scheduler import SchedulerSide
 from kvstore_connectors.vllm.stats import ConnectorPromMetrics, ConnectorStats
 from kvstore_connectors.vllm.worker import WorkerSide
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
     )
     from vllm.forward_context import ForwardContext
     from vllm.v1.attention.backend import AttentionMetadata
+    from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -82,17 +86,16 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
 
     def _make_scheduler(self, config: ConnectorConfig) -> SchedulerSide:
         cache = self._kv_cache_config
-        block_tokens = layout.geometry(cache).block_tokens
+        bands = bands_of(cache)
         link = StoreLink(connector_of(config), self._specs_for(""), "scheduler")
-        queue = AcquireQueue(link, config.acquire_timeout_ms)
+        queue = AcquireQueue(link, bands, config.acquire_timeout_ms)
         link.start()
         queue.start()
         link.wait_first_try()
         return SchedulerSide(
             link=link,
             queue=queue,
-            block_tokens=block_tokens,
-            hash_tokens=cache.hash_block_size or block_tokens,
+            bands=bands,
             workers=self._vllm_config.parallel_config.world_size,
             acquire_timeout_ms=config.acquire_timeout_ms,
             loads=self._kv_transfer_config.is_kv_consumer,
@@ -107,7 +110,7 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
         link.start()
         return WorkerSide(
             link=link,
-            geometry=layout.geometry(self._kv_cache_config),
+            geometries=layout.geometries(self._kv_cache_config),
             shard=shard,
             writes=writes,
             specs_for=self._specs_for,
@@ -154,6 +157,10 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
 
     # -- scheduler --------------------------------------------------------------
 
+    def bind_gpu_block_pool(self, gpu_block_pool: BlockPool) -> None:
+        if self._scheduler is not None:
+            self._scheduler.bind_pins(PoolPins(gpu_block_pool))
+
     def on_new_request(self, request: Request) -> None:
         if self._scheduler is not None:
             self._scheduler.on_new_request(request)
@@ -192,16 +199,19 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
     def request_finished(
         self, request: Request, block_ids: list[int]
     ) -> tuple[bool, dict[str, Any] | None]:
-        if self._scheduler is None:
-            return False, None
-        return self._scheduler.request_finished(request), None
+        if self._scheduler is not None:
+            self._scheduler.request_finished(request)
+        return False, None
 
     def request_finished_all_groups(
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
-        if self._scheduler is None:
-            return False, None
-        return self._scheduler.request_finished(request), None
+        if self._scheduler is not None:
+            self._scheduler.request_finished(request)
+        return False, None
+
+    def has_pending_push_work(self) -> bool:
+        return self._scheduler is not None and self._scheduler.stores_pending
 
     def has_pending_block_frees(self) -> bool:
         return self._scheduler is not None and self._scheduler.blocks_are_coming_back()
@@ -243,11 +253,12 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
         if self._worker is not None and isinstance(meta, StepMetadata):
             self._worker.start_stores(meta)
 
-    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
         meta = self._connector_metadata
         if self._worker is None or not isinstance(meta, StepMetadata):
-            return None, None
-        return self._worker.take_finished(meta)
+            return KVConnectorTransferResults()
+        loaded, failed = self._worker.take_loaded(meta)
+        return KVConnectorTransferResults(finished_recving=loaded, failed_recving=failed)
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         return set() if self._worker is None else self._worker.take_failed_blocks()

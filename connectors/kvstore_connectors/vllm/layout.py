@@ -4,9 +4,11 @@ Both are computed from vLLM's configuration alone, which is the same in the
 scheduler and in every worker, so that all of them name the same layouts without
 talking to each other. A worker then checks the tensors it is given against it.
 
-A *block* here is the KV of one manager block, all layers of one rank: a few
+A *block* here is the KV of one manager block, all layers of one group and rank: a few
 *pieces*, each contiguous, at a fixed stride from block to block. In the store the
-pieces lie one after the other. Their content is opaque: some backends pack it.
+pieces lie one after the other. Their content is opaque: some backends pack it. The
+blocks of all groups are cut from the same memory; a block id belongs to one group at
+a time.
 """
 
 from __future__ import annotations
@@ -20,14 +22,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import vllm
-from vllm.v1.kv_cache_interface import FullAttentionSpec, UniformTypeKVCacheSpecs
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from kvstore.types import LayoutSpec
+from kvstore_connectors.vllm.groups import rule_of, unsupported_spec
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 
 _DRAFTERS_WITHOUT_KV = ("ngram", "suffix")
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".json", ".model")
@@ -44,7 +46,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """How one rank's KV cache is cut into blocks."""
+    """How one rank's part of a KV cache group is cut into blocks."""
 
     pieces: tuple[Piece, ...]
     num_blocks: int
@@ -59,21 +61,14 @@ class Geometry:
 def unsupported_reason(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> str | None:
     """Why this engine's KV cache cannot be kept in the store, None where it can."""
     parallel = vllm_config.parallel_config
-    if len(kv_cache_config.kv_cache_groups) != 1:
-        return (
-            f"the model has {len(kv_cache_config.kv_cache_groups)} KV cache groups (sliding"
-            " windows or recurrent layers beside full attention)"
-        )
-    (group,) = kv_cache_config.kv_cache_groups
-    spec = group.kv_cache_spec
-    if isinstance(spec, UniformTypeKVCacheSpecs):
-        specs = list(spec.kv_cache_specs.values())
-    else:
-        specs = [spec]
-    if not all(isinstance(each, FullAttentionSpec) for each in specs):
-        return f"its KV cache is a {type(specs[0]).__name__}, not full attention"
-    if 0 not in kv_cache_config.prefix_cacheable_group_ids:
+    if not kv_cache_config.prefix_cacheable_group_ids:
         return "its KV cache cannot be cached by prefix"
+    for group in kv_cache_config.kv_cache_groups:
+        reason = unsupported_spec(group.kv_cache_spec)
+        if reason is not None and group.kv_cache_spec.prefix_cacheable:
+            return reason
+    if kv_cache_config.hisparse_host_num_blocks is not None:
+        return "part of the KV cache is managed by HiSparse"
     if parallel.pipeline_parallel_size > 1:
         return "pipeline parallelism is in use"
     if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
@@ -89,18 +84,31 @@ def unsupported_reason(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) 
     return None
 
 
-def geometry(kv_cache_config: KVCacheConfig) -> Geometry:
-    """Where each block lies. Only for what `unsupported_reason` lets pass."""
-    (group,) = kv_cache_config.kv_cache_groups
+def geometries(kv_cache_config: KVCacheConfig) -> list[Geometry]:
+    """Where the blocks of each stored group lie, in the order of `Bands.groups`. Only for
+    what `unsupported_reason` lets pass."""
+    return [
+        _geometry(kv_cache_config, kv_cache_config.kv_cache_groups[group])
+        for group in kv_cache_config.prefix_cacheable_group_ids
+    ]
+
+
+def _geometry(kv_cache_config: KVCacheConfig, group: KVCacheGroupSpec) -> Geometry:
+    layout = _kv_layout(kv_cache_config)
+    layers = set(group.layer_names)
     pieces: set[Piece] = set()
     for tensor in kv_cache_config.kv_cache_tensors:
+        if not layers.intersection(tensor.layers):
+            continue
         stride = tensor.block_stride
-        if _kv_layout(kv_cache_config).is_block_outermost:
-            # All layers' pages of a block lie side by side: one piece.
+        if layout.is_block_outermost:
+            # All layers' pages of a block lie side by side: one piece. Groups lie over
+            # each other, so a small one takes some bytes along that nobody reads.
             pieces.add(Piece(0, stride, stride))
-        else:
+            continue
+        for index, layer in enumerate(tensor.layers):
             # Layers that share their KV with another name the same piece.
-            for index in range(len(tensor.layers)):
+            if layer in layers:
                 pieces.add(Piece(tensor.offset + index * tensor.layer_stride, stride, stride))
     return Geometry(
         pieces=tuple(sorted(pieces, key=lambda piece: piece.offset)),
@@ -137,31 +145,45 @@ def _replicas(world: int, kv_cache_config: KVCacheConfig) -> int:
 def layout_specs(
     vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, salt: str = ""
 ) -> list[LayoutSpec]:
-    """One layout for each shard, equal wherever it is computed.
+    """The layouts of the first group, one for each shard, then those of the next; equal
+    wherever they are computed.
 
     `salt` sets layouts apart that are otherwise equal: an engine that was told to
     forget its cache takes a new one.
     """
-    shape = geometry(kv_cache_config)
     model = vllm_config.model_config
     revision = model_digest(vllm_config)
     cache_dtype = vllm_config.cache_config.cache_dtype
     dtype = model.dtype if cache_dtype == "auto" else cache_dtype
     world = shard_count(vllm_config, kv_cache_config)
+    shapes = zip(
+        kv_cache_config.prefix_cacheable_group_ids, geometries(kv_cache_config), strict=True
+    )
     return [
         LayoutSpec(
             model=str(model.model)[-400:],
             revision=f"{revision}/{salt}" if salt else revision,
             dtype=str(dtype).removeprefix("torch."),
-            kv_layout=f"{_kv_layout(kv_cache_config).name}/{len(shape.pieces)} pieces",
+            kv_layout=f"{_kv_layout(kv_cache_config).name}/{_group_facts(kv_cache_config, group)}",
             block_tokens=shape.block_tokens,
             block_bytes=shape.block_bytes,
             backend=_backend(vllm_config),
             rank=rank,
             world=world,
+            group=group,
         )
+        for group, shape in shapes
         for rank in range(world)
     ]
+
+
+def _group_facts(kv_cache_config: KVCacheConfig, group_id: int) -> str:
+    """Which layers' KV a block holds, and what they need of it."""
+    group = kv_cache_config.kv_cache_groups[group_id]
+    layers = "\0".join(group.layer_names).encode()
+    digest = hashlib.sha256(layers).hexdigest()[:16]
+    count, groups = len(group.layer_names), len(kv_cache_config.kv_cache_groups)
+    return f"group {group_id} of {groups}/{count} layers {digest}/{rule_of(group.kv_cache_spec)}"
 
 
 def model_digest(vllm_config: VllmConfig) -> str:

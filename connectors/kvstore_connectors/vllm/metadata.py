@@ -11,31 +11,41 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 
 @dataclass(slots=True)
-class LoadJob:
-    """Fill `block_ids` of one request from leased slots.
+class LoadPart:
+    """Blocks of one stored group; `addresses[shard][i]` and `checksums[shard][i]` belong
+    to `block_ids[i]`."""
 
-    `addresses[shard][i]` and `checksums[shard][i]` belong to `block_ids[i]`. They
-    mean something only to the server life named by `epoch`, and only until
-    `expires_ns` on CLOCK_MONOTONIC.
-    """
-
-    request_id: str
+    group: int
     block_ids: list[int]
     addresses: list[list[int]]
     checksums: list[list[int]]
+
+
+@dataclass(slots=True)
+class LoadJob:
+    """Fill blocks of one request from leased slots.
+
+    The addresses mean something only to the server life named by `epoch`, and only
+    until `expires_ns` on CLOCK_MONOTONIC.
+    """
+
+    request_id: str
+    parts: list[LoadPart]
     expires_ns: int
     epoch: bytes
 
 
 @dataclass(slots=True)
 class StoreJob:
-    """Publish blocks that this step's forward pass completes.
+    """Publish blocks of one stored group that this step's forward pass completes.
 
-    `parents[i]` is the key of the block before `keys[i]`, empty at a chain's start.
+    `parents[i]` is the key of the block before `keys[i]`, empty where there is none.
+    The blocks are kept from reuse until the job is reported or cancelled.
     """
 
     job_id: int
     request_id: str
+    group: int
     block_ids: list[int]
     keys: list[bytes]
     parents: list[bytes]
@@ -45,16 +55,14 @@ class StoreJob:
 class StepMetadata(KVConnectorMetadata):
     """The scheduler's orders for one step.
 
-    `cancelled`: store jobs whose blocks are about to be reused. `flushing`:
-    requests that have finished and whose blocks are held until their store jobs
-    are reported. `idle`: the step computes nothing, so waiting costs nobody.
-    `salt`: part of the layouts; changes when the engine forgets its cache.
+    `cancelled`: store jobs whose blocks are about to be reused. `idle`: the step
+    computes nothing, so waiting costs nobody. `salt`: part of the layouts; changes
+    when the engine forgets its cache.
     """
 
     loads: list[LoadJob] = field(default_factory=list)
     stores: list[StoreJob] = field(default_factory=list)
     cancelled: list[int] = field(default_factory=list)
-    flushing: list[str] = field(default_factory=list)
     idle: bool = False
     salt: str = ""
 

@@ -3,14 +3,22 @@
 Only full blocks of prompts are stored, in the step that completes them, and not if
 they are known to be in the store. That knowledge is a bounded memory of keys; it
 may be wrong in both directions, which costs a question or a later miss.
+
+The blocks of a job are pinned in vLLM's pool, so that nobody reuses them before every
+worker has reported the job: its request may end meanwhile, and a sliding window moves
+on with every step. A job that is cancelled lets go of its blocks at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 from kvstore_connectors.vllm.metadata import StoreJob, WorkerReport
+
+if TYPE_CHECKING:
+    from vllm.v1.core.block_pool import BlockPool
 
 MAX_KNOWN_KEYS = 1 << 18
 
@@ -43,24 +51,47 @@ class KnownKeys:
         self._keys.clear()
 
 
+class Pins(Protocol):
+    """Keeps blocks from being reused; each is let go of as often as it was held."""
+
+    def hold(self, block_ids: Sequence[int]) -> None: ...
+    def let_go(self, block_ids: Sequence[int]) -> None: ...
+
+
+class PoolPins:
+    """Blocks of vLLM's pool, pinned like those of a request."""
+
+    def __init__(self, pool: BlockPool) -> None:
+        self._pool = pool
+
+    def hold(self, block_ids: Sequence[int]) -> None:
+        self._pool.touch([self._pool.blocks[block_id] for block_id in block_ids])
+
+    def let_go(self, block_ids: Sequence[int]) -> None:
+        # The last first, as vLLM does: the front of a prompt is to stay longest.
+        self._pool.free_blocks(self._pool.blocks[block_id] for block_id in reversed(block_ids))
+
+
 @dataclass(slots=True)
 class _Pending:
-    request_id: str
-    keys: list[bytes]
+    job: StoreJob
     workers_left: int
+    pinned: bool = True
     lost: bool = False
 
 
 class StoreOrders:
     """Jobs ordered and not yet reported by every worker."""
 
-    def __init__(self, workers: int) -> None:
+    def __init__(self, workers: int, groups: int) -> None:
+        """`workers`: how many report on each job. `groups`: how many are stored."""
         self._workers = workers
         self._next_job = 1
         self._pending: dict[int, _Pending] = {}
-        # Jobs that read blocks a request still owns.
-        self._reading: dict[str, set[int]] = {}
-        self.known = KnownKeys()
+        # Jobs that are not cancelled.
+        self._of_request: dict[str, set[int]] = {}
+        self.known = [KnownKeys(MAX_KNOWN_KEYS // groups) for _ in range(groups)]
+        self.pins: Pins | None = None
 
     def __len__(self) -> int:
         return len(self._pending)
@@ -68,14 +99,18 @@ class StoreOrders:
     def order(
         self,
         request_id: str,
+        group: int,
         keys: Sequence[bytes],
         parents: Sequence[bytes],
         block_ids: Sequence[int],
     ) -> StoreJob | None:
         """A job for those of the blocks that are not known to be in the store."""
-        job = StoreJob(self._next_job, request_id, [], [], [])
+        if self.pins is None:
+            return None
+        known = self.known[group]
+        job = StoreJob(self._next_job, request_id, group, [], [], [])
         for key, parent, block_id in zip(keys, parents, block_ids, strict=True):
-            if key not in self.known:
+            if key not in known:
                 job.block_ids.append(block_id)
                 job.keys.append(key)
                 job.parents.append(parent)
@@ -83,13 +118,15 @@ class StoreOrders:
             return None
         self._next_job += 1
         # As if they were there: another request must not store them too.
-        self.known.add(job.keys)
-        self._pending[job.job_id] = _Pending(request_id, job.keys, self._workers)
-        self._reading.setdefault(request_id, set()).add(job.job_id)
+        known.add(job.keys)
+        self.pins.hold(job.block_ids)
+        self._pending[job.job_id] = _Pending(job, self._workers)
+        self._of_request.setdefault(request_id, set()).add(job.job_id)
         return job
 
-    def reads_blocks_of(self, request_id: str) -> bool:
-        return request_id in self._reading
+    def requests(self) -> Iterable[str]:
+        """Those whose blocks are pinned."""
+        return self._of_request
 
     def cancel(self, request_ids: Iterable[str]) -> list[int]:
         """The requests' blocks may be reused at once; the jobs that must not publish them.
@@ -98,10 +135,17 @@ class StoreOrders:
         """
         cancelled: list[int] = []
         for request_id in request_ids:
-            cancelled += self._reading.pop(request_id, ())
+            cancelled += self._of_request.get(request_id, ())
         for job_id in cancelled:
-            self.known.discard(self._pending[job_id].keys)
+            pending = self._pending[job_id]
+            self.known[pending.job.group].discard(pending.job.keys)
+            self._let_go(pending)
         return cancelled
+
+    def forget(self) -> None:
+        """Nothing is known of the store any more."""
+        for known in self.known:
+            known.clear()
 
     def reported(self, report: WorkerReport) -> None:
         for job_id, news in report.jobs.items():
@@ -113,20 +157,29 @@ class StoreOrders:
             if job.workers_left <= 0:
                 self._ended(job_id, job)
 
-    def _ended(self, job_id: int, job: _Pending) -> None:
+    def _ended(self, job_id: int, pending: _Pending) -> None:
         del self._pending[job_id]
-        if job.lost:
-            self.known.discard(job.keys)
-        reading = self._reading.get(job.request_id)
-        if reading is not None:
-            reading.discard(job_id)
-            if not reading:
-                del self._reading[job.request_id]
+        if pending.pinned:
+            # Of a cancelled job this was done then; they may be under way again.
+            if pending.lost:
+                self.known[pending.job.group].discard(pending.job.keys)
+            self._let_go(pending)
+
+    def _let_go(self, pending: _Pending) -> None:
+        pending.pinned = False
+        assert self.pins is not None
+        self.pins.let_go(pending.job.block_ids)
+        jobs = self._of_request[pending.job.request_id]
+        jobs.discard(pending.job.job_id)
+        if not jobs:
+            del self._of_request[pending.job.request_id]
 
     def check_integrity(self) -> None:
         """Raise AssertionError where the books do not agree."""
-        for request_id, job_ids in self._reading.items():
-            if not job_ids or not job_ids <= self._pending.keys():
-                raise AssertionError("a request waits for a store job that does not exist")
-            if any(self._pending[job_id].request_id != request_id for job_id in job_ids):
-                raise AssertionError("a request waits for another's store job")
+        pinned = {job_id for job_id, pending in self._pending.items() if pending.pinned}
+        counted = [job_id for jobs in self._of_request.values() for job_id in jobs]
+        if pinned != set(counted) or len(counted) != len(pinned):
+            raise AssertionError("the pinned jobs are not those of the requests")
+        for request_id, jobs in self._of_request.items():
+            if not jobs or any(self._pending[each].job.request_id != request_id for each in jobs):
+                raise AssertionError("a request is charged with another's store job")

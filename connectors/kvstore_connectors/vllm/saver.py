@@ -10,8 +10,8 @@ One call to the server publishes all that was copied since the last, of whicheve
 jobs, and brings the slots for what comes next (`slots`).
 
 Jobs wait for nobody: when more is queued than `MAX_QUEUED_BYTES`, when there is no
-server, or when a finished request has held its blocks for `FLUSH_S`, they are
-dropped and counted. A lost store is a later miss, no more.
+server, or when nothing has got on for `STUCK_S`, they are dropped and counted, for
+their blocks are kept from vLLM meanwhile. A lost store is a later miss, no more.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ from kvstore_connectors.vllm.stats import ConnectorStats
 from kvstore_connectors.vllm.threads import outlive
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
+    from kvstore.client.lease import Layout
     from kvstore_connectors.vllm.blocks import HostBlocks
     from kvstore_connectors.vllm.link import Attached, StoreLink
     from kvstore_connectors.vllm.metadata import StoreJob
@@ -49,7 +50,7 @@ CHUNK_BLOCKS = 1024
 
 IDLE_S = 1.0
 """Without a job for this long, the slots reserved ahead are given back."""
-FLUSH_S = 2.0
+STUCK_S = 2.0
 
 
 @dataclass(slots=True, eq=False)
@@ -74,30 +75,40 @@ class _Part:
     checksums: list[int] = field(default_factory=list)
 
 
+class _Group:
+    """One stored group: its blocks, what is queued of it, and its slots at hand."""
+
+    def __init__(self, number: int, blocks: HostBlocks) -> None:
+        self.number = number
+        self.blocks = blocks
+        self.chunk = max(1, min(CHUNK_BLOCKS, CHUNK_BYTES // blocks.block_bytes))
+        self.slots = SlotsAhead(self.chunk)
+        self.queue: deque[_Save] = deque()
+
+
 class Saver:
     """Runs `StoreJob`s; all methods but `close` are cheap and never wait."""
 
     def __init__(
-        self, link: StoreLink, blocks: HostBlocks, shard: int, on_done: Callable[[], None]
+        self,
+        link: StoreLink,
+        blocks: Sequence[HostBlocks],
+        shard: int,
+        on_done: Callable[[], None],
     ) -> None:
-        """`on_done` is called, from a thread, when `take_reports` has news."""
+        """`blocks`: of each stored group. `on_done` is called, from a thread, when
+        `take_reports` has news."""
         self._link = link
-        self._blocks = blocks
+        self._groups = [_Group(number, each) for number, each in enumerate(blocks)]
         self._shard = shard
         self._on_done = on_done
         self._condition = threading.Condition()
-        self._queue: deque[_Save] = deque()
-        self._queued_blocks = 0
+        self._queued_bytes = 0
         self._saves: dict[int, _Save] = {}
         self._reports: dict[int, JobReport] = {}
-        self._of_request: dict[str, set[int]] = {}
-        # Finished requests whose blocks are held, and since when.
-        self._flushing: dict[str, float] = {}
+        self._got_on_s = time.monotonic()
         self._closing = False
         self.stats = ConnectorStats()
-        self._max_queued_blocks = max(1, MAX_QUEUED_BYTES // blocks.block_bytes)
-        self._chunk = max(1, min(CHUNK_BLOCKS, CHUNK_BYTES // blocks.block_bytes))
-        self._slots = SlotsAhead(self._chunk)
         self._thread = threading.Thread(
             target=outlive, args=(self._run, self._count_error), name="kvstore-save", daemon=True
         )
@@ -107,15 +118,20 @@ class Saver:
         """Queue a job whose blocks are computed, or drop it at once."""
         save = _Save(job)
         with self._condition:
+            if not self._saves:
+                self._got_on_s = time.monotonic()
             self._saves[job.job_id] = save
-            self._of_request.setdefault(job.request_id, set()).add(job.job_id)
-            behind = self._queued_blocks + len(job.keys) > self._max_queued_blocks
+            nbytes = self._nbytes(job)
+            behind = self._queued_bytes and self._queued_bytes + nbytes > MAX_QUEUED_BYTES
             if behind or not self._link.up:
                 self._drop(save)
                 return
-            self._queue.append(save)
-            self._queued_blocks += len(job.keys)
+            self._groups[job.group].queue.append(save)
+            self._queued_bytes += nbytes
             self._condition.notify()
+
+    def _nbytes(self, job: StoreJob) -> int:
+        return len(job.keys) * self._groups[job.group].blocks.block_bytes
 
     def cancel(self, job_ids: Iterable[int]) -> None:
         """From the return of this call on, nothing read of these jobs' blocks is published."""
@@ -128,38 +144,22 @@ class Saver:
     def cancel_all(self) -> None:
         self.cancel(list(self._saves))
 
-    def flush(self, request_id: str) -> None:
-        """The request has finished: `take_flushed` names it once its jobs are reported."""
-        with self._condition:
-            self._flushing[request_id] = time.monotonic()
-
     @property
-    def flushing(self) -> bool:
-        return bool(self._flushing)
+    def busy(self) -> bool:
+        """Whether some job has not been reported."""
+        return bool(self._saves)
 
-    def has_flushed(self) -> bool:
-        return any(request_id not in self._of_request for request_id in self._flushing)
-
-    def take_flushed(self) -> set[str]:
-        """Finished requests that no job reads any more; each is named once."""
-        if not self._flushing:
-            return set()
-        now_s = time.monotonic()
-        with self._condition:
-            for request_id, since_s in self._flushing.items():
-                if now_s - since_s > FLUSH_S:
-                    for job_id in list(self._of_request.get(request_id, ())):
-                        self._drop(self._saves[job_id])
-            flushed = {each for each in self._flushing if each not in self._of_request}
-            for request_id in flushed:
-                del self._flushing[request_id]
-        return flushed
+    def has_reports(self) -> bool:
+        return bool(self._reports)
 
     def take_reports(self) -> dict[int, JobReport]:
         """Jobs that ended since the last call."""
-        if not self._reports:
+        if not self._saves and not self._reports:
             return {}
         with self._condition:
+            if time.monotonic() - self._got_on_s > STUCK_S:
+                for save in list(self._saves.values()):
+                    self._drop(save)
             reports, self._reports = self._reports, {}
         return reports
 
@@ -189,29 +189,31 @@ class Saver:
         if save.reported:
             return
         save.reported = True
-        job = save.job
-        del self._saves[job.job_id]
-        self._reports[job.job_id] = JobReport(workers=1, lost=lost)
-        jobs = self._of_request[job.request_id]
-        jobs.discard(job.job_id)
-        if not jobs:
-            del self._of_request[job.request_id]
+        del self._saves[save.job.job_id]
+        self._reports[save.job.job_id] = JobReport(workers=1, lost=lost)
 
-    def _take(self) -> list[_Part]:
-        """What is queued, up to a chunk."""
+    def _next_group(self) -> _Group | None:
+        """The one whose next job was ordered first."""
+        waiting = [group for group in self._groups if group.queue]
+        return min(waiting, key=lambda group: group.queue[0].job.job_id, default=None)
+
+    def _take(self) -> tuple[_Group, list[_Part]]:
+        """What is queued of one group, up to a chunk."""
+        group = self._next_group()
+        assert group is not None
         parts: list[_Part] = []
-        room = self._chunk
-        while self._queue and room:
-            save = self._queue[0]
+        room = group.chunk
+        while group.queue and room:
+            save = group.queue[0]
             start = save.taken
             save.taken = stop = min(start + room, len(save.job.keys))
-            self._queued_blocks -= stop - start
+            self._queued_bytes -= (stop - start) * group.blocks.block_bytes
             if stop == len(save.job.keys):
-                self._queue.popleft()
+                group.queue.popleft()
             if not save.cancelled:
                 parts.append(_Part(save, start, stop))
                 room -= stop - start
-        return parts
+        return group, parts
 
     # In the thread.
 
@@ -221,16 +223,17 @@ class Saver:
 
     def _work(self) -> None:
         with self._condition:
-            parts = self._take()
+            group, parts = self._take()
         started_s = time.monotonic()
         stored = False
         try:
-            stored = self._save(parts)
+            stored = self._save(group, parts)
         except KVStoreError as error:
             logger.debug("A store to the KV store failed: %s", error)
         finally:
             with self._condition:
-                self.stats.add(store_seconds=time.monotonic() - started_s)
+                self._got_on_s = time.monotonic()
+                self.stats.add(store_seconds=self._got_on_s - started_s)
                 for part in parts:
                     save = part.save
                     save.lost |= not stored or len(part.slots) < part.stop - part.start
@@ -245,15 +248,20 @@ class Saver:
     def _wait_for_work(self) -> bool:
         """False when the thread is to end."""
         with self._condition:
-            timeout_s = IDLE_S if self._slots else None
-            self._condition.wait_for(lambda: self._closing or self._queue, timeout_s)
-            if self._closing or self._queue:
-                return not self._closing
+            at_hand = any(len(group.slots) for group in self._groups)
+            self._condition.wait_for(
+                lambda: self._closing or self._next_group(), IDLE_S if at_hand else None
+            )
+            if self._closing:
+                return False
+            if self._next_group():
+                return True
         with self._link.borrow() as attached:
-            self._slots.give_back(attached)
-        return True
+            for group in self._groups:
+                group.slots.give_back(attached)
+        return self._wait_for_work()
 
-    def _save(self, parts: list[_Part]) -> bool:
+    def _save(self, group: _Group, parts: list[_Part]) -> bool:
         """Whether the blocks that got a slot are in the store now."""
         if not parts:
             return True
@@ -261,45 +269,40 @@ class Saver:
             if attached is None:
                 return False
             try:
-                self._save_chunk(attached, parts)
+                self._save_chunk(attached, group, parts)
             except KVStoreError as error:
                 if is_loss(error):
                     self._link.failed(attached, error)
                 raise
             return True
 
-    def _save_chunk(self, attached: Attached, parts: list[_Part]) -> None:
-        layout = attached.layouts[self._shard]
-        present = sum(self._skip_present(attached, part) for part in parts)
+    def _save_chunk(self, attached: Attached, group: _Group, parts: list[_Part]) -> None:
+        shards = len(attached.layouts) // len(self._groups)
+        layout = attached.layouts[group.number * shards + self._shard]
+        present = sum(_skip_present(attached, layout, part) for part in parts)
         wanted = sum(part.stop - part.start for part in parts)
-        slots = self._slots.take(attached, layout, wanted)
+        slots = group.slots.take(attached, layout, wanted)
         denied = wanted - len(slots)
         try:
-            self._copy(attached, parts, slots)
+            self._copy(attached, group, parts, slots)
         except BaseException:
-            self._slots.drop(attached, [slot for part in parts for slot in part.slots] + slots)
+            group.slots.drop(attached, [slot for part in parts for slot in part.slots] + slots)
             raise
         # What was left over, and what a cancelled job wrote.
-        self._slots.put_back(slots)
-        outcomes = self._commit(attached, parts)
+        group.slots.put_back(slots)
+        outcomes = self._commit(attached, layout, group, parts)
         stored = outcomes.count(CommitOutcome.STORED)
         with self._condition:
             self.stats.add(
                 stored_blocks=stored,
-                stored_bytes=stored * self._blocks.block_bytes,
+                stored_bytes=stored * group.blocks.block_bytes,
                 denied_blocks=denied,
                 present_blocks=present + len(outcomes) - stored,
             )
 
-    def _skip_present(self, attached: Attached, part: _Part) -> int:
-        """Pass over the blocks that are there already, as far as can be seen."""
-        layout_ids = [attached.layouts[self._shard].id]
-        seen = attached.client.peek(layout_ids, part.save.job.keys[part.start : part.stop])
-        held = 0 if seen is None else seen.held
-        part.start += held
-        return held
-
-    def _copy(self, attached: Attached, parts: list[_Part], slots: list[Slot]) -> None:
+    def _copy(
+        self, attached: Attached, group: _Group, parts: list[_Part], slots: list[Slot]
+    ) -> None:
         """Fill slots, taken from the end of `slots`, with the blocks of the parts."""
 
         def fill(views: list[memoryview]) -> None:
@@ -311,34 +314,43 @@ class Saver:
                         raise Unavailable("the connection was given up")
                     part.slots.append(slots.pop())
                     view = views.pop()
-                    self._blocks.save(part.save.job.block_ids[index], view)
+                    group.blocks.save(part.save.job.block_ids[index], view)
                     part.checksums.append(xxhash.xxh3_64_intdigest(view))
 
         if slots:
             ids, addresses = [slot.id for slot in slots], [slot.address for slot in slots]
-            attached.client.write_slots(ids, addresses, self._blocks.block_bytes, fill)
+            attached.client.write_slots(ids, addresses, group.blocks.block_bytes, fill)
 
-    def _commit(self, attached: Attached, parts: list[_Part]) -> list[CommitOutcome]:
+    def _commit(
+        self, attached: Attached, layout: Layout, group: _Group, parts: list[_Part]
+    ) -> list[CommitOutcome]:
         """Publish what was copied of jobs that are still wanted."""
         segments: list[Segment] = []
         written: list[Slot] = []
         for part in parts:
             # Not before here: see the module's first paragraph.
             if part.save.cancelled:
-                self._slots.put_back(part.slots)
+                group.slots.put_back(part.slots)
             else:
                 segments += _segments(part)
                 written += part.slots
         if not segments:
             return []
-        layout = attached.layouts[self._shard]
         try:
-            answer = attached.client.commit(layout, segments, ahead=self._slots.to_reserve)
+            answer = attached.client.commit(layout, segments, ahead=group.slots.to_reserve)
         except BaseException:
-            self._slots.drop(attached, written)
+            group.slots.drop(attached, written)
             raise
-        self._slots.add(attached, answer.slots)
+        group.slots.add(attached, answer.slots)
         return answer.outcomes
+
+
+def _skip_present(attached: Attached, layout: Layout, part: _Part) -> int:
+    """Pass over the blocks that are there already, as far as can be seen."""
+    seen = attached.client.peek([layout.id], part.save.job.keys[part.start : part.stop])
+    held = 0 if seen is None else seen.held
+    part.start += held
+    return held
 
 
 def _segments(part: _Part) -> list[Segment]:

@@ -11,9 +11,9 @@ Every way ends in `done`, with the lease given back. A preemption starts the way
 anew, because the request is computed anew. Until an answer has come the request is
 skipped (None), which costs the engine nothing while it has other work.
 
-A request that finishes while its store jobs still read its blocks keeps them until
-the workers have reported. What is known of the store's content is forgotten whenever
-another life of the server is attached to.
+Blocks of which store jobs still read stay pinned until the workers have reported
+(`orders`). What is known of the store's content is forgotten whenever another life of
+the server is attached to.
 
 Nothing here does I/O or waits, except for `IDLE_WAIT_S` in a step that has no work.
 """
@@ -22,20 +22,22 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
-from kvstore_connectors.vllm.acquire import AcquireQueue, Held, Ticket, TicketState
+from kvstore_connectors.vllm.acquire import AcquireQueue, Held, Taken, Ticket, TicketState
+from kvstore_connectors.vllm.groups import Band, Bands
 from kvstore_connectors.vllm.link import StoreLink
-from kvstore_connectors.vllm.metadata import LoadJob, StepMetadata, WorkerReport
-from kvstore_connectors.vllm.orders import StoreOrders
+from kvstore_connectors.vllm.metadata import LoadJob, LoadPart, StepMetadata, WorkerReport
+from kvstore_connectors.vllm.orders import Pins, StoreOrders
+from kvstore_connectors.vllm.positions import Wanted
 from kvstore_connectors.vllm.stats import ConnectorStats
 
 if TYPE_CHECKING:
-    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.core.sched.output import KVConnectorBlockState, SchedulerOutput
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
 
@@ -50,20 +52,30 @@ MAX_OUTSTANDING = 256
 """Requests with a ticket or an unused lease: bounds what waiting requests pin."""
 
 
+NULL_BLOCK = 0
+"""In a block table: none, for the layers do not look there any more, or never did."""
+
+
 @dataclass(slots=True)
 class _Tracked:
-    """A request the scheduler knows of. Block counts are in full prompt blocks."""
+    """A request the scheduler knows of.
+
+    `prompt_tokens`: those whose blocks have keys. `loadable`: how far a load can go.
+    `offered`: for each band, up to which block it has been stored. `junction`: where
+    full attention goes on in the store, but windows or states do not.
+    """
 
     request: Request
-    blocks: int
+    prompt_tokens: int
     loadable: int
+    offered: list[int]
     preemptions: int = 0
     done: bool = False
     ticket: Ticket | None = None
     held: Held | None = None
     local_tokens: int = 0
     loading: bool = False
-    offered: int = 0
+    junction: int = 0
 
 
 class SchedulerSide:
@@ -74,8 +86,7 @@ class SchedulerSide:
         *,
         link: StoreLink,
         queue: AcquireQueue,
-        block_tokens: int,
-        hash_tokens: int,
+        bands: Bands,
         workers: int,
         acquire_timeout_ms: int,
         loads: bool,
@@ -85,8 +96,8 @@ class SchedulerSide:
         """`workers`: how many report on each store job. `specs_for(salt)`: the layouts."""
         self._link = link
         self._queue = queue
-        self._block_tokens = block_tokens
-        self._hashes_per_block = block_tokens // hash_tokens
+        self._bands = bands
+        self._block_sizes = {band.block_tokens for band in bands.bands}
         self._patience_s = acquire_timeout_ms / 1000 + ANSWER_GRACE_S
         self._loads = loads
         self._stores = stores
@@ -95,28 +106,31 @@ class SchedulerSide:
         self._tracked: dict[str, _Tracked] = {}
         # Leases of loads under way, also of requests that have been aborted.
         self._loading: dict[str, Held] = {}
-        self._load_sources: dict[str, tuple[int, int]] = {}
-        self._orders = StoreOrders(workers)
+        self._dram_tokens: dict[str, int] = {}
+        self._orders = StoreOrders(workers, len(bands.groups))
         self._known_generation = link.generation
         self._outstanding = 0
         self._meta = StepMetadata()
-        self._flushing: set[str] = set()
         self.stats = ConnectorStats()
+
+    def bind_pins(self, pins: Pins) -> None:
+        """Nothing is stored before there is a way to keep blocks from being reused."""
+        self._orders.pins = pins
 
     # -- requests ---------------------------------------------------------------
 
     def on_new_request(self, request: Request) -> None:
-        hashed = len(request.block_hashes) // self._hashes_per_block
-        blocks = min(request.num_prompt_tokens // self._block_tokens, hashed)
-        if not blocks or request.lora_request is not None or request.resumable:
+        tokens = min(request.num_prompt_tokens, len(request.block_hashes) * self._bands.hash_tokens)
+        if tokens < min(self._block_sizes) or request.lora_request is not None or request.resumable:
             # An adapter's name does not say which weights it has, and a session
             # that goes on has no fixed prompt.
             return
         self._tracked[request.request_id] = _Tracked(
             request=request,
-            blocks=blocks,
+            prompt_tokens=tokens,
             # vLLM needs one token to compute, to have something to sample from.
-            loadable=min((request.num_prompt_tokens - 1) // self._block_tokens, blocks),
+            loadable=self._bands.aligned(min(request.num_prompt_tokens - 1, tokens)),
+            offered=[0] * len(self._bands.bands),
         )
 
     def get_num_new_matched_tokens(
@@ -129,7 +143,7 @@ class SchedulerSide:
             self._restart(tracked)
         if tracked.done:
             return 0, False
-        if num_computed_tokens >= tracked.loadable * self._block_tokens:
+        if num_computed_tokens >= tracked.loadable:
             self._finish_loading_way(tracked)
             return 0, False
         held = tracked.held
@@ -143,7 +157,7 @@ class SchedulerSide:
             # Waited too long in the queue to be safe; it may ask again.
             self._drop_lease(tracked)
             return None, False
-        tokens = held.grant.held * self._block_tokens - num_computed_tokens
+        tokens = held.tokens - num_computed_tokens
         if tokens <= 0:
             self._finish_loading_way(tracked)
             return 0, False
@@ -165,66 +179,78 @@ class SchedulerSide:
         if num_external_tokens == 0:
             self._finish_loading_way(tracked)
             return
-        start = tracked.local_tokens // self._block_tokens
-        stop = start + num_external_tokens // self._block_tokens
-        grant, shards = held.grant, len(held.attached.specs)
-        columns = [slice(s * grant.held + start, s * grant.held + stop) for s in range(shards)]
+        position = tracked.local_tokens + num_external_tokens
+        tables = get_block_ids()
         self._meta.loads.append(
             LoadJob(
                 request_id=request.request_id,
-                block_ids=list(get_block_ids()[0][start:stop]),
-                addresses=[list(grant.addresses[column]) for column in columns],
-                checksums=[list(grant.checksums[column]) for column in columns],
-                expires_ns=grant.expires_ns,
+                parts=[
+                    part
+                    for taken in held.taken
+                    for part in self._parts(taken, tracked.local_tokens, position, tables)
+                ],
+                # vLLM takes all that was offered or nothing. Were it to take less, windows
+                # and states would be those of another position.
+                expires_ns=held.expires_ns if position == held.tokens else 0,
                 epoch=held.attached.epoch,
             )
         )
-        self._load_sources[request.request_id] = (start, grant.from_dram)
+        self._dram_tokens[request.request_id] = max(0, held.dram_tokens - tracked.local_tokens)
         self._loading[request.request_id] = held
         self._outstanding -= 1
         tracked.held, tracked.loading, tracked.done = None, True, True
 
+    def _parts(
+        self, taken: Taken, local_tokens: int, position: int, tables: Sequence[Sequence[int]]
+    ) -> list[LoadPart]:
+        """Of a band's leased blocks, those that are to be filled, group by group."""
+        band = taken.band
+        first, last = band.span(position)
+        # What vLLM has of its own is shared, and must not be written.
+        first = max(first, local_tokens // band.block_tokens, taken.first)
+        leased = slice(first - taken.first, last - taken.first)
+        shards = len(taken.addresses) // len(band.members)
+        return [
+            LoadPart(
+                group=member,
+                block_ids=list(tables[self._bands.groups[member]][first:last]),
+                addresses=[each[leased] for each in taken.addresses[at : at + shards]],
+                checksums=[each[leased] for each in taken.checksums[at : at + shards]],
+            )
+            for at, member in zip(range(0, len(taken.addresses), shards), band.members, strict=True)
+            if first < last
+        ]
+
     def hit_sources(self, request: Request, num_external_tokens: int) -> dict[CacheHitSource, int]:
         """Where the tokens of the load just ordered came from."""
-        start, from_dram = self._load_sources.pop(request.request_id, (0, 0))
+        from_dram = self._dram_tokens.pop(request.request_id, 0)
         if not num_external_tokens:
             return {}
         # The store counts how many blocks were in DRAM, not which: in a chain it
         # is the front that stays there longest.
-        host = min(max(0, from_dram - start) * self._block_tokens, num_external_tokens)
+        host = min(from_dram, num_external_tokens)
         split = {CacheHitSource.HOST: host, CacheHitSource.DISK: num_external_tokens - host}
         return {source: tokens for source, tokens in split.items() if tokens}
 
-    def request_finished(self, request: Request) -> bool:
-        """True: the request's blocks must stay until its store jobs are reported."""
-        request_id = request.request_id
-        self._load_sources.pop(request_id, None)
-        tracked = self._tracked.pop(request_id, None)
-        if tracked is None:
-            return False
-        self._finish_loading_way(tracked)
-        if request_id in self._loading:
-            # vLLM holds the blocks until the load is reported, and frees them then.
-            self._meta.cancelled += self._orders.cancel([request_id])
-            return False
-        if not self._orders.reads_blocks_of(request_id):
-            return False
-        self._meta.flushing.append(request_id)
-        self._flushing.add(request_id)
-        return True
+    def request_finished(self, request: Request) -> None:
+        self._dram_tokens.pop(request.request_id, None)
+        tracked = self._tracked.pop(request.request_id, None)
+        if tracked is not None:
+            # A load under way goes on: vLLM holds its blocks until it is reported.
+            self._finish_loading_way(tracked)
 
     # -- steps ------------------------------------------------------------------
 
     def build_meta(self, output: SchedulerOutput) -> StepMetadata:
         if self._known_generation != self._link.generation:
             self._known_generation = self._link.generation
-            self._orders.known.clear()
+            self._orders.forget()
         if output.preempted_req_ids:
             # Their blocks are free for reuse in this very step.
             self._meta.cancelled += self._orders.cancel(output.preempted_req_ids)
             for request_id in output.preempted_req_ids:
                 if request_id in self._tracked:
-                    self._tracked[request_id].offered = 0
+                    self._offer_again(self._tracked[request_id])
         if self._stores and self._link.up:
             self._order_stores(output)
         idle = output.total_num_scheduled_tokens == 0
@@ -243,23 +269,29 @@ class SchedulerSide:
             tracked = self._tracked.get(request_id)
             if tracked is not None:
                 tracked.loading = False
-        self._flushing.difference_update(output.finished_sending or ())
         report = output.kv_connector_worker_meta
         if isinstance(report, WorkerReport):
             self._orders.reported(report)
 
+    @property
+    def stores_pending(self) -> bool:
+        """Whether blocks are pinned, to be let go of by a step to come."""
+        return bool(self._orders)
+
     def blocks_are_coming_back(self) -> bool:
-        """Whether finished requests hold blocks only until their stores are done."""
-        return bool(self._flushing)
+        """Whether finished requests' blocks are pinned only until their stores are done."""
+        return any(request_id not in self._tracked for request_id in self._orders.requests())
 
     def reset(self) -> None:
         """Forget all that was stored so far, as after a change of weights."""
         self._salt = secrets.token_hex(8)
-        self._orders.known.clear()
+        self._orders.forget()
         for tracked in self._tracked.values():
             if not tracked.loading:
                 self._finish_loading_way(tracked)
-            tracked.offered = tracked.blocks
+            tracked.offered = [
+                tracked.prompt_tokens // band.block_tokens for band in self._bands.bands
+            ]
         self._link.change_layouts(self._specs_for(self._salt))
 
     def close(self) -> None:
@@ -292,15 +324,14 @@ class SchedulerSide:
                 return False
             if self._outstanding >= MAX_OUTSTANDING:
                 return False
-            keys = self._keys(tracked.request, 0, tracked.loadable)
-            held = self._queue.peek(keys)
-            if held is not None and held * self._block_tokens <= num_computed_tokens:
+            wanted = self._wanted(tracked, num_computed_tokens)
+            seen = self._queue.peek(wanted)
+            if seen is not None and seen <= num_computed_tokens:
                 # The usual case of a new prompt: there is nothing to ask for.
                 tracked.done = True
-                self._learn(keys, held)
-                self.stats.add(asked_blocks=len(keys), found_blocks=held)
+                self._learn(wanted, seen, 0 if self._bands.partial else seen)
                 return False
-            tracked.ticket = self._queue.submit(keys)
+            tracked.ticket = self._queue.submit(wanted)
             self._outstanding += 1
             return False
         if ticket.state in (TicketState.WAITING, TicketState.SENT):
@@ -314,27 +345,48 @@ class SchedulerSide:
                     self._link.suspect()
             return False
         tracked.ticket = None
-        if ticket.held is None or not ticket.held.grant.held:
+        held = ticket.held
+        if held is not None:
+            self._learn(ticket.wanted, held.full_tokens, held.tokens)
+            tracked.junction = held.full_tokens
+        if held is None or not held.tokens:
             self._outstanding -= 1
             tracked.done = True
-            if ticket.held is not None:
-                self._learn(ticket.keys, 0)
-                self.stats.add(asked_blocks=len(ticket.keys))
             return True
-        tracked.held = ticket.held
-        self._learn(ticket.keys, ticket.held.grant.held)
-        self.stats.add(asked_blocks=len(ticket.keys), found_blocks=ticket.held.grant.held)
+        tracked.held = held
         return True
 
-    def _learn(self, keys: list[bytes], held: int) -> None:
-        self._orders.known.add(keys[:held])
-        if held < len(keys):
-            # Evicted since we stored them. Those being stored now are forgotten
-            # too, which costs one question when they come up again.
-            self._orders.known.discard(keys[held:])
+    def _wanted(self, tracked: _Tracked, local_tokens: int) -> Wanted:
+        keys = {
+            size: self._keys(tracked.request, size, 0, tracked.loadable // size)
+            for size in self._block_sizes
+        }
+        return Wanted(keys, tracked.loadable, local_tokens)
+
+    def _learn(self, wanted: Wanted, full_tokens: int, tokens: int) -> None:
+        """The store holds full attention's blocks up to `full_tokens`, and what else is
+        needed to resume at `tokens`."""
+        self.stats.add(
+            asked_blocks=wanted.limit // self._bands.alignment,
+            found_blocks=tokens // self._bands.alignment,
+        )
+        for band in self._bands.bands:
+            keys = wanted.keys[band.block_tokens]
+            for member in band.members:
+                known = self._orders.known[member]
+                if band.rule.is_full:
+                    held = full_tokens // band.block_tokens
+                    known.add(keys[:held])
+                    # Evicted since we stored them. Those being stored now are forgotten
+                    # too, which costs one question when they come up again.
+                    known.discard(keys[held:])
+                else:
+                    first, last = band.span(tokens)
+                    known.discard(keys[last:])
+                    known.add(keys[first:last])
 
     def _usable(self, held: Held) -> bool:
-        left_ns = held.grant.expires_ns - time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+        left_ns = held.expires_ns - time.clock_gettime_ns(time.CLOCK_MONOTONIC)
         return not held.attached.dropped and left_ns > MIN_LEASE_LEFT_S * 1e9
 
     def _drop_lease(self, tracked: _Tracked) -> None:
@@ -357,6 +409,9 @@ class SchedulerSide:
         tracked.preemptions = tracked.request.num_preemptions
         tracked.done = False
 
+    def _offer_again(self, tracked: _Tracked) -> None:
+        tracked.offered = [0] * len(self._bands.bands)
+
     def _awaits_answer(self) -> bool:
         return any(tracked.ticket is not None for tracked in self._tracked.values())
 
@@ -364,30 +419,90 @@ class SchedulerSide:
 
     def _order_stores(self, output: SchedulerOutput) -> None:
         state = output.kv_connector_block_state
+        if state is None:
+            return
         for request_id, scheduled in output.num_scheduled_tokens.items():
             tracked = self._tracked.get(request_id)
-            if tracked is None or tracked.offered >= tracked.blocks:
+            if tracked is None:
                 continue
             computed = tracked.request.num_computed_tokens + scheduled
-            complete = min(computed // self._block_tokens, tracked.blocks)
-            if complete <= tracked.offered or state is None:
-                continue
-            blocks = state.get_block_ids(request_id)
-            if blocks is not None:
-                self._order_store(tracked, complete, blocks[0])
+            self._order_computed(tracked, min(computed, tracked.prompt_tokens), state)
+        for request_id, states in state.boundary_state_offloads.items():
+            tracked = self._tracked.get(request_id)
+            if tracked is not None:
+                for group, block_id, position in states:
+                    self._order_state(tracked, group, block_id, position)
 
-    def _order_store(self, tracked: _Tracked, complete: int, block_ids: Sequence[int]) -> None:
-        first, tracked.offered = tracked.offered, complete
-        keys = self._keys(tracked.request, first, complete)
-        before = self._keys(tracked.request, first - 1, first) if first else [b""]
-        job = self._orders.order(
-            tracked.request.request_id, keys, before + keys[:-1], block_ids[first:complete]
-        )
+    def _order_computed(
+        self, tracked: _Tracked, computed: int, state: KVConnectorBlockState
+    ) -> None:
+        """Store the blocks that this step completes, of all but states."""
+        tables: Sequence[Sequence[int]] | None = None
+        for number, band in enumerate(self._bands.bands):
+            start, stop = tracked.offered[number], computed // band.block_tokens
+            if band.rule.state or start >= stop:
+                continue
+            tables = tables or state.get_block_ids(tracked.request.request_id)
+            if tables is None:
+                return
+            tracked.offered[number] = stop
+            points = () if band.rule.is_full else self._resume_points(tracked)
+            wanted = band.wanted(start, stop, points)
+            if wanted:
+                self._order_blocks(tracked, band, wanted, tables)
+
+    def _resume_points(self, tracked: _Tracked) -> set[int]:
+        junctions = (tracked.junction, tracked.request.shared_prefix_boundary)
+        return self._bands.resume_points(tracked.request.num_prompt_tokens, junctions)
+
+    def _order_blocks(
+        self,
+        tracked: _Tracked,
+        band: Band,
+        wanted: Collection[int],
+        tables: Sequence[Sequence[int]],
+    ) -> None:
+        first, last = min(wanted), max(wanted) + 1
+        # From the block before on, for its key is the first one's parent.
+        begin = max(first - 1, 0)
+        keys = self._keys(tracked.request, band.block_tokens, begin, last)
+        for member in band.members:
+            table = tables[self._bands.groups[member]]
+            places = [place for place in wanted if table[place] != NULL_BLOCK]
+            self._order(
+                tracked,
+                member,
+                [keys[place - begin] for place in places],
+                [keys[place - begin - 1] if place else b"" for place in places],
+                [table[place] for place in places],
+            )
+
+    def _order_state(self, tracked: _Tracked, group: int, block_id: int, position: int) -> None:
+        """Store a state that this step computes. vLLM tells where it is: a recurrent
+        group's block table does not."""
+        for band in self._bands.bands:
+            members = [each for each in band.members if self._bands.groups[each] == group]
+            size = band.block_tokens
+            if not members or position % size or position > tracked.prompt_tokens:
+                continue
+            (key,) = self._keys(tracked.request, size, position // size - 1, position // size)
+            # States are no chain: none is of use to the next.
+            self._order(tracked, members[0], [key], [b""], [block_id])
+
+    def _order(
+        self,
+        tracked: _Tracked,
+        member: int,
+        keys: list[bytes],
+        parents: list[bytes],
+        block_ids: list[int],
+    ) -> None:
+        job = self._orders.order(tracked.request.request_id, member, keys, parents, block_ids)
         if job is not None:
             self._meta.stores.append(job)
 
-    def _keys(self, request: Request, start: int, stop: int) -> list[bytes]:
+    def _keys(self, request: Request, block_tokens: int, start: int, stop: int) -> list[bytes]:
         """Keys of the blocks [start, stop): the hash at each one's last token."""
-        step = self._hashes_per_block
+        step = block_tokens // self._bands.hash_tokens
         hashes = request.block_hashes
         return [bytes(hashes[index * step + step - 1]) for index in range(start, stop)]

@@ -36,19 +36,20 @@ the load takes 543 ms without a wait, 28 ms with 1 ms, 25 ms with 2 ms and 22 ms
 
 
 class WorkerSide:
-    """One rank. `writes`: whether this rank stores, or another with equal KV does."""
+    """One rank. `geometries`: of each stored group. `writes`: whether this rank stores, or
+    another with equal KV does."""
 
     def __init__(
         self,
         *,
         link: StoreLink,
-        geometry: Geometry,
+        geometries: Sequence[Geometry],
         shard: int,
         writes: bool,
         specs_for: Callable[[str], Sequence[LayoutSpec]],
     ) -> None:
         self._link = link
-        self._geometry = geometry
+        self._geometries = geometries
         self._shard = shard
         self._writes = writes
         self._specs_for = specs_for
@@ -60,13 +61,12 @@ class WorkerSide:
         # What this rank answers for orders it does not carry out: another rank
         # with equal KV stores them, or its KV cache is not what was expected.
         self._not_mine: dict[int, JobReport] = {}
-        self._flushed_elsewhere: set[str] = set()
         self._refused: set[str] = set()
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """A KV cache that is not as configured is left alone: every order fails."""
         try:
-            blocks = HostBlocks(kv_caches, self._geometry)
+            blocks = [HostBlocks(kv_caches, each) for each in self._geometries]
         except ConfigError as error:
             logger.warning("KVStoreConnector is off: %s.", error)
             return
@@ -90,7 +90,6 @@ class WorkerSide:
             if self._loader is not None:
                 self._loader.submit(job)
             else:
-                self._failed_blocks.update(job.block_ids)
                 self._refused.add(job.request_id)
 
     def start_stores(self, meta: StepMetadata) -> None:
@@ -101,27 +100,21 @@ class WorkerSide:
                 saver.submit(job)
             else:
                 self._not_mine[job.job_id] = JobReport(workers=1, lost=self._saver is None)
-        for request_id in meta.flushing:
-            if saver is not None:
-                saver.flush(request_id)
-            else:
-                self._flushed_elsewhere.add(request_id)
 
-    def take_finished(self, meta: StepMetadata) -> tuple[set[str], set[str]]:
-        """(requests whose blocks may go, requests whose load has ended)."""
-        flushed, self._flushed_elsewhere = self._flushed_elsewhere, set()
-        loaded, self._refused = self._refused, set()
+    def take_loaded(self, meta: StepMetadata) -> tuple[set[str], set[str]]:
+        """(requests whose load has ended, those of them of which nothing is loaded)."""
+        refused, self._refused = self._refused, set()
         loader, saver = self._loader, self._saver
         if loader is None or saver is None:
-            return flushed, loaded
-        if meta.idle and (loader.busy or saver.flushing):
+            return refused, refused
+        if meta.idle and (loader.busy or saver.busy):
             with self._news:
                 self._news.wait_for(
-                    lambda: loader.has_results() or saver.has_flushed(), IDLE_WAIT_S
+                    lambda: loader.has_results() or saver.has_reports(), IDLE_WAIT_S
                 )
-        more, failed = loader.take_results()
-        self._failed_blocks |= failed
-        return flushed | saver.take_flushed(), loaded | more
+        results = loader.take_results()
+        self._failed_blocks |= results.failed_blocks
+        return refused | results.finished, refused | results.failed
 
     def take_failed_blocks(self) -> set[int]:
         failed, self._failed_blocks = self._failed_blocks, set()

@@ -26,19 +26,35 @@ from kvstore.types import (
     Segment,
     SlotGrant,
 )
-from kvstore_connectors.vllm.acquire import Held, Ticket, TicketState
+from kvstore_connectors.vllm.acquire import Held, Taken, Ticket, TicketState
+from kvstore_connectors.vllm.groups import Band, Bands, Rule
 from kvstore_connectors.vllm.link import Attached
+from kvstore_connectors.vllm.positions import Wanted
 
 BLOCK_TOKENS = 4
 FAR_NS = 1 << 62
 _numbers = itertools.count()
 
 
-def spec(rank: int = 0, world: int = 1, block_bytes: int = 64) -> LayoutSpec:
+def spec(rank: int = 0, world: int = 1, block_bytes: int = 64, group: int = 0) -> LayoutSpec:
     return LayoutSpec(
         model="m", dtype="d", block_tokens=BLOCK_TOKENS, block_bytes=block_bytes,
-        rank=rank, world=world,
+        rank=rank, world=world, group=group,
     )  # fmt: skip
+
+
+def bands_with(*rules: Rule, retention: int | None = 0) -> Bands:
+    """One group for each rule, all with the same block size."""
+    return Bands(
+        groups=tuple(range(len(rules))),
+        bands=tuple(Band(rule, BLOCK_TOKENS, (place,)) for place, rule in enumerate(rules)),
+        alignment=BLOCK_TOKENS,
+        hash_tokens=BLOCK_TOKENS,
+        retention=retention,
+    )
+
+
+FULL = bands_with(Rule())
 
 
 def hashes(tokens: Sequence[int]) -> list[bytes]:
@@ -60,6 +76,7 @@ class FakeRequest:
     skip_reading_prefix_cache: bool = False
     num_preemptions: int = 0
     num_computed_tokens: int = 0
+    shared_prefix_boundary: int = 0
 
     def __post_init__(self) -> None:
         self.num_prompt_tokens = len(self.tokens)
@@ -69,10 +86,11 @@ class FakeRequest:
 def step(
     scheduled: dict[str, int] | None = None,
     *,
-    blocks: dict[str, list[int]] | None = None,
+    blocks: dict[str, Sequence[list[int]]] | None = None,
     preempted: set[str] | None = None,
+    states: dict[str, list[tuple[int, int, int]]] | None = None,
 ) -> Any:
-    """A scheduler's output: tokens a request, and its block table."""
+    """A scheduler's output: tokens a request, its block tables, and states handed over."""
     scheduled = scheduled or {}
     tables = blocks or {}
     return SimpleNamespace(
@@ -80,7 +98,8 @@ def step(
         total_num_scheduled_tokens=sum(scheduled.values()),
         preempted_req_ids=preempted or set(),
         kv_connector_block_state=SimpleNamespace(
-            get_block_ids=lambda request_id: (tables[request_id],)
+            get_block_ids=lambda request_id: tables[request_id],
+            boundary_state_offloads=states or {},
         ),
     )
 
@@ -93,13 +112,32 @@ def outcome(**fields: Any) -> Any:
     return SimpleNamespace(**(defaults | fields))
 
 
+class FakePins:
+    """Which blocks are held, and how often."""
+
+    def __init__(self) -> None:
+        self.held: dict[int, int] = {}
+
+    def hold(self, block_ids: Sequence[int]) -> None:
+        for block_id in block_ids:
+            self.held[block_id] = self.held.get(block_id, 0) + 1
+
+    def let_go(self, block_ids: Sequence[int]) -> None:
+        for block_id in block_ids:
+            self.held[block_id] -= 1
+            if not self.held[block_id]:
+                del self.held[block_id]
+
+
 class FakeLink:
-    def __init__(self, world: int = 1) -> None:
+    def __init__(self, world: int = 1, groups: int = 1) -> None:
         self.up = True
         self.generation = 1
         self.suspected = 0
         self.layouts_changed: list[Sequence[LayoutSpec]] = []
-        self.specs = [spec(rank, world) for rank in range(world)]
+        self.specs = [
+            spec(rank, world, group=group) for group in range(groups) for rank in range(world)
+        ]
 
     def suspect(self) -> None:
         self.suspected += 1
@@ -115,20 +153,21 @@ class FakeLink:
 class FakeQueue:
     """Answers when told; knows which leases are out."""
 
-    def __init__(self, link: FakeLink) -> None:
+    def __init__(self, link: FakeLink, bands: Bands = FULL) -> None:
         self._link = link
+        self._bands = bands
         self.tickets: list[Ticket] = []
         self.out: dict[int, Held] = {}
         self.waits = 0
         self.seen: int | None = None
-        """What a look without a call shows."""
+        """Tokens that a look without a call shows."""
 
-    def peek(self, keys: list[bytes]) -> int | None:
+    def peek(self, wanted: Wanted) -> int | None:
         return self.seen
 
-    def submit(self, keys: list[bytes]) -> Ticket:
+    def submit(self, wanted: Wanted) -> Ticket:
         now_s = time.monotonic()
-        ticket = Ticket(keys, now_s, now_s, TicketState.SENT)
+        ticket = Ticket(wanted, now_s, now_s, TicketState.SENT)
         self.tickets.append(ticket)
         return ticket
 
@@ -139,28 +178,47 @@ class FakeQueue:
             self.release(held)
 
     def release(self, held: Held) -> None:
-        if held.grant.lease_id:
-            del self.out[held.grant.lease_id]
+        for lease_id in held.lease_ids:
+            del self.out[lease_id]
 
     def answer(
-        self, ticket: Ticket, held: int, *, from_dram: int | None = None, expires_ns: int = FAR_NS
+        self,
+        ticket: Ticket,
+        held: int,
+        *,
+        full: int | None = None,
+        from_dram: int | None = None,
+        expires_ns: int = FAR_NS,
     ) -> None:
+        """`held`, `full`, `from_dram`: blocks. The i-th block of layout n of a band lies
+        at 1000 n + i, its checksum is 5000 n + i."""
         if ticket.state is TicketState.CANCELLED:
             return
-        world = len(self._link.specs)
-        lease_id = next(_numbers) + 1 if held else 0
-        grant = LeaseGrant(
-            lease_id,
-            held,
-            [1000 * shard + index for shard in range(world) for index in range(held)],
-            [5000 * shard + index for shard in range(world) for index in range(held)],
-            expires_ns,
-            held if from_dram is None else from_dram,
+        world = len(self._link.specs) // len(self._bands.groups)
+        tokens = held * BLOCK_TOKENS
+        taken = []
+        for band in self._bands.bands if held else ():
+            first, last = band.span(tokens)
+            layouts = range(world * len(band.members))
+            taken.append(
+                Taken(
+                    band,
+                    first,
+                    [[1000 * n + index for index in range(first, last)] for n in layouts],
+                    [[5000 * n + index for index in range(first, last)] for n in layouts],
+                )
+            )
+        ticket.held = Held(
+            tokens=tokens,
+            full_tokens=tokens if full is None else full * BLOCK_TOKENS,
+            dram_tokens=tokens if from_dram is None else from_dram * BLOCK_TOKENS,
+            lease_ids=[next(_numbers) + 1] if held else [],
+            expires_ns=expires_ns,
+            taken=taken,
+            attached=attached(self._link.specs),
         )
-        ticket.held = Held(grant, attached(self._link.specs))
         ticket.state = TicketState.ANSWERED
-        if lease_id:
-            self.out[lease_id] = ticket.held
+        self.out |= dict.fromkeys(ticket.held.lease_ids, ticket.held)
 
     def fail(self, ticket: Ticket) -> None:
         ticket.state = TicketState.FAILED
@@ -181,6 +239,11 @@ class FakeStore:
 
     def __init__(self) -> None:
         self.blocks: dict[bytes, bytes] = {}
+        self.missing: set[tuple[bytes, bytes]] = set()
+        """Blocks that some layouts lack: (layout id, key)."""
+        self.committed: list[tuple[bytes, bytes]] = []
+        self.shows_directory = False
+        self.acquired: list[list[ChainQuery]] = []
         self.slots: dict[int, bytearray] = {}
         self.leases: set[int] = set()
         self.reserved: dict[int, int] = {}
@@ -234,20 +297,32 @@ class FakeStore:
         return Layout(layout.layout_id, layout)
 
     def peek(self, layout_ids: Sequence[bytes], keys: Sequence[bytes]) -> ChainPresence | None:
-        return None
+        if not self.shows_directory:
+            return None
+        held = len(self._found(ChainQuery(layout_ids, keys)))
+        return ChainPresence(held, held)
 
     def acquire_many(self, chains: Sequence[ChainQuery], wait_ms: int) -> list[LeaseGrant]:
         self._pass("acquire")
+        self.acquired.append(list(chains))
         return [self._grant(chain) for chain in chains]
 
+    def _found(self, chain: ChainQuery) -> list[bytes]:
+        def held(key: bytes) -> bool:
+            lacking = any((layout_id, key) in self.missing for layout_id in chain.layout_ids)
+            return key in self.blocks and not lacking
+
+        return list(itertools.takewhile(held, chain.keys))
+
     def _grant(self, chain: ChainQuery) -> LeaseGrant:
-        found = list(itertools.takewhile(lambda key: key in self.blocks, chain.keys))
+        found = self._found(chain)
         if not found:
             return LeaseGrant(0, 0, [], [], 0, 0)
         lease_id = next(_numbers) + 1
         self.leases.add(lease_id)
-        addresses = [self.place(self.blocks[key]) for key in found]
-        checksums = [xxhash.xxh3_64_intdigest(self.blocks[key]) for key in found]
+        everything = [self.blocks[key] for _ in chain.layout_ids for key in found]
+        addresses = [self.place(data) for data in everything]
+        checksums = [xxhash.xxh3_64_intdigest(data) for data in everything]
         return LeaseGrant(lease_id, len(found), addresses, checksums, self.expires_ns, len(found))
 
     def place(self, data: bytes) -> int:
@@ -280,6 +355,7 @@ class FakeStore:
                 data = bytes(self.slots[self.reserved.pop(slot)])
                 assert xxhash.xxh3_64_intdigest(data) == checksum
                 present = key in self.blocks
+                self.committed.append((key, layout.id))
                 self.blocks.setdefault(key, data)
                 outcomes.append(CommitOutcome.PRESENT if present else CommitOutcome.STORED)
         return CommitAnswer(outcomes, self._reserve(layout, ahead))

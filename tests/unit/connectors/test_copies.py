@@ -17,8 +17,8 @@ from kvstore_connectors.vllm import threads as threads_module
 from kvstore_connectors.vllm.blocks import HostBlocks
 from kvstore_connectors.vllm.layout import Geometry, Piece
 from kvstore_connectors.vllm.link import StoreLink
-from kvstore_connectors.vllm.loader import Loader
-from kvstore_connectors.vllm.metadata import JobReport, LoadJob, StoreJob
+from kvstore_connectors.vllm.loader import Loader, LoadResults
+from kvstore_connectors.vllm.metadata import JobReport, LoadJob, LoadPart, StoreJob
 from kvstore_connectors.vllm.saver import Saver
 from tests.unit.connectors.fakes import FAR_NS, FakeStore, spec
 
@@ -34,46 +34,51 @@ GEOMETRY = Geometry(
 class Rank:
     """One rank's KV cache of two layers, and the threads that copy it."""
 
-    def __init__(self) -> None:
+    def __init__(self, groups: int = 1) -> None:
         self.store = FakeStore()
         self.memory = torch.arange(2 * BLOCKS * PIECE, dtype=torch.int32).to(torch.uint8)
         layers = self.memory.view(2, BLOCKS, PIECE)
         tensors = {"0": layers[0], "1": layers[1]}
-        self.blocks = HostBlocks(tensors, GEOMETRY)
+        blocks = [HostBlocks(tensors, GEOMETRY) for _ in range(groups)]
         self.layers = layers
-        self.link = StoreLink(self.store.connect, [spec(block_bytes=2 * PIECE)], "test")
+        specs = [spec(block_bytes=2 * PIECE, group=group) for group in range(groups)]
+        self.link = StoreLink(self.store.connect, specs, "test")
         self.link.start()
         assert self.link.wait_attached(5)
-        self.loader = Loader(self.link, self.blocks, 0, lambda: None)
-        self.saver = Saver(self.link, self.blocks, 0, lambda: None)
+        self.loader = Loader(self.link, blocks, 0, lambda: None)
+        self.saver = Saver(self.link, blocks, 0, lambda: None)
 
     def bytes_of(self, block: int) -> bytes:
         return bytes(self.layers[:, block].reshape(-1).tolist())
 
-    def store_job(self, job_id: int, block_ids: list[int], request_id: str = "r") -> StoreJob:
+    def store_job(self, job_id: int, block_ids: list[int], group: int = 0) -> StoreJob:
         keys = [bytes([job_id, block]) for block in block_ids]
-        return StoreJob(job_id, request_id, block_ids, keys, [b"", *keys[:-1]])
+        return StoreJob(job_id, "r", group, block_ids, keys, [b"", *keys[:-1]])
 
     def load_job(self, datas: list[bytes], block_ids: list[int], **changes: object) -> LoadJob:
-        job = LoadJob(
-            request_id="r",
+        part = LoadPart(
+            group=0,
             block_ids=block_ids,
             addresses=[[self.store.place(data) for data in datas]],
             checksums=[[xxhash.xxh3_64_intdigest(data) for data in datas]],
-            expires_ns=FAR_NS,
-            epoch=b"epoch",
         )
+        job = LoadJob("r", [part], FAR_NS, b"epoch")
         for name, value in changes.items():
             setattr(job, name, value)
         return job
 
-    def load(self, job: LoadJob) -> list[int]:
+    def run(self, job: LoadJob) -> LoadResults:
         self.loader.submit(job)
         eventually(self.loader.has_results)
-        finished, failed = self.loader.take_results()
-        assert finished == {job.request_id}
+        results = self.loader.take_results()
+        assert results.finished == {job.request_id}
         assert not self.loader.busy
-        return [block for block in job.block_ids if block in failed]
+        return results
+
+    def load(self, job: LoadJob) -> list[int]:
+        results = self.run(job)
+        assert not results.failed
+        return [block for block in job.parts[0].block_ids if block in results.failed_blocks]
 
     def close(self) -> None:
         self.store.gate.set()
@@ -114,7 +119,7 @@ def test_a_load_fills_every_layers_piece_of_every_block(rank: Rank) -> None:
 
 def test_damaged_bytes_fail_the_load_from_there_on(rank: Rank) -> None:
     job = rank.load_job([data(seed) for seed in range(40)], list(range(40)))
-    rank.store.slots[job.addresses[0][20]][5] ^= 1
+    rank.store.slots[job.parts[0].addresses[0][20]][5] ^= 1
     assert rank.load(job) == list(range(20, 40))
     stats = rank.loader.take_stats()
     assert stats is not None
@@ -150,17 +155,29 @@ def test_several_loads_end_each_for_itself(rank: Rank) -> None:
         job = rank.load_job([data(index)] * 17, list(range(20 * index, 20 * index + 17)))
         job.request_id = f"r{index}"
         jobs.append(job)
-    jobs[1].checksums[0][0] ^= 1
+    jobs[1].parts[0].checksums[0][0] ^= 1
     for job in jobs:
         rank.loader.submit(job)
     finished: set[str] = set()
     failed: set[int] = set()
     while len(finished) < 3:
         eventually(rank.loader.has_results)
-        more, bad = rank.loader.take_results()
-        finished |= more
-        failed |= bad
+        results = rank.loader.take_results()
+        finished |= results.finished
+        failed |= results.failed_blocks
     assert failed == set(range(20, 37))
+
+
+def test_of_several_groups_all_are_loaded_or_the_request_has_failed() -> None:
+    rank = Rank(groups=2)
+    first, second = rank.load_job([data(0)], [3]), rank.load_job([data(1)], [4])
+    second.parts[0].group = 1
+    both = rank.load_job([], [], parts=first.parts + second.parts)
+    assert rank.run(both) == LoadResults({"r"})
+    assert [rank.bytes_of(3), rank.bytes_of(4)] == [data(0), data(1)]
+    second.parts[0].checksums[0][0] ^= 1
+    assert rank.run(both) == LoadResults({"r"}, {"r"})
+    rank.close()
 
 
 # -- stores -----------------------------------------------------------------------
@@ -171,6 +188,19 @@ def test_a_store_publishes_exactly_the_blocks_bytes(rank: Rank) -> None:
     eventually(lambda: len(rank.store.blocks) == 3)
     eventually(lambda: rank.saver.take_reports())
     assert rank.store.blocks == {bytes([1, b]): rank.bytes_of(b) for b in (5, 9, 2)}
+
+
+def test_groups_are_published_under_their_own_layouts_in_turn() -> None:
+    rank = Rank(groups=2)
+    rank.store.gate.clear()
+    for job_id, group in enumerate((0, 1, 0, 1), start=1):
+        rank.saver.submit(rank.store_job(job_id, [job_id], group))
+    rank.store.gate.set()
+    eventually(lambda: len(rank.store.blocks) == 4)
+    layouts = [spec(block_bytes=2 * PIECE, group=group).layout_id for group in (0, 1)]
+    committed = dict(rank.store.committed)
+    assert [committed[bytes([n, n])] for n in (1, 2, 3, 4)] == [*layouts, *layouts]
+    rank.close()
 
 
 def test_a_store_after_the_first_costs_one_call(rank: Rank) -> None:
@@ -249,7 +279,7 @@ def test_a_bug_costs_a_store_and_not_the_thread(
         # Slots at hand are given back in between, which fails the first time.
         rank.saver.submit(rank.store_job(job_id, [5]))
         eventually(rank.saver.take_reports)
-        eventually(lambda: not rank.saver._slots)
+        eventually(lambda: not rank.saver._groups[0].slots)
     assert set(rank.store.blocks) == {b"\x01\x05", b"\x03\x05"}
     stats = rank.saver.take_stats()
     assert stats is not None
@@ -311,36 +341,24 @@ def test_cancelling_one_job_leaves_the_others(rank: Rank) -> None:
     assert set(rank.store.blocks) == {b"\x01\x01", b"\x03\x03"}
 
 
-def test_a_finished_request_is_named_once_when_its_jobs_have_ended(rank: Rank) -> None:
-    rank.store.gate.clear()
-    rank.saver.submit(rank.store_job(1, [5], "a"))
-    rank.saver.submit(rank.store_job(2, [6], "b"))
-    rank.saver.flush("a")
-    rank.saver.flush("never stored anything")
-    assert rank.saver.take_flushed() == {"never stored anything"}
-    rank.store.gate.set()
-    eventually(rank.saver.has_flushed)
-    assert rank.saver.take_flushed() == {"a"}
-    assert rank.saver.take_flushed() == set()
-
-
-def test_a_hung_server_holds_a_finished_requests_blocks_for_a_moment_only(
+def test_a_hung_server_keeps_blocks_for_a_moment_only(
     rank: Rank, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(saver_module, "FLUSH_S", 0.05)
+    monkeypatch.setattr(saver_module, "STUCK_S", 0.05)
     rank.store.gate.clear()
-    rank.saver.submit(rank.store_job(1, [5], "a"))
-    rank.saver.flush("a")
-    assert rank.saver.take_flushed() == set()
+    rank.saver.submit(rank.store_job(1, [5]))
+    rank.saver.submit(rank.store_job(2, [6]))
+    assert rank.saver.take_reports() == {}
     time.sleep(0.06)
-    assert rank.saver.take_flushed() == {"a"}
-    assert rank.saver.take_reports()[1].lost
+    reports = rank.saver.take_reports()
+    assert all(reports[job_id].lost for job_id in (1, 2))
+    assert not rank.saver.busy
 
 
 def test_too_much_queued_is_skipped_not_waited_for(
     rank: Rank, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rank.saver._max_queued_blocks = 3
+    monkeypatch.setattr(saver_module, "MAX_QUEUED_BYTES", 3 * 2 * PIECE)
     rank.store.gate.clear()
     rank.saver.submit(rank.store_job(1, [1]))
     eventually(lambda: "reserve" in rank.store.calls)

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 from vllm.v1.kv_cache_interface import (
+    EncoderOnlyAttentionSpec,
     FullAttentionSpec,
     KVCacheConfig,
     KVCacheGroupSpec,
     KVCacheTensor,
+    MambaSpec,
     SlidingWindowSpec,
 )
 
@@ -46,6 +48,32 @@ def cache(kv_layout: str = "LBHNC", spec_class: Any = FullAttentionSpec, **chang
     for name, value in changes.items():
         setattr(config, name, value)
     return config
+
+
+def recurrent(mode: str) -> Any:
+    spec = MambaSpec(
+        block_size=32, shapes=((3, 8), (2, 4)), dtypes=(torch.bfloat16,) * 2, mamba_cache_mode=mode
+    )
+    return cache(kv_cache_groups=[KVCacheGroupSpec(list(LAYERS), spec)])
+
+
+def hybrid() -> Any:
+    """As vLLM lays out Gemma-3: the groups lie over each other in the same memory."""
+    full = FullAttentionSpec(block_size=32, num_kv_heads=2, head_size=16, dtype=torch.bfloat16)
+    window = SlidingWindowSpec(
+        block_size=32, num_kv_heads=2, head_size=16, dtype=torch.bfloat16, sliding_window=64
+    )
+    groups = [(["a", "b"], window), (["c", "d"], window), (["e", "f"], full)]
+    page = full.page_size_bytes
+    return cache(
+        kv_cache_groups=[KVCacheGroupSpec(layers, spec) for layers, spec in groups],
+        kv_cache_tensors=[
+            KVCacheTensor(
+                size=2 * page * BLOCKS, layers=layers, layer_stride=page * BLOCKS, block_stride=page
+            )
+            for layers, _ in groups
+        ],
+    )
 
 
 def engine(path: str = "some/model", **changes: Any) -> Any:
@@ -136,12 +164,12 @@ def test_ranks_with_equal_kv_share_a_shard_and_one_of_them_writes() -> None:
 @pytest.mark.parametrize(
     ("vllm_config", "kv_config", "word"),
     [
-        (engine(), cache(spec_class=SlidingWindowSpec), "SlidingWindowSpec"),
+        (engine(), cache(spec_class=EncoderOnlyAttentionSpec), "EncoderOnlyAttentionSpec"),
+        (engine(), recurrent("none"), "state"),
         (engine(pp=2), cache(), "pipeline"),
         (engine(dcp=2), cache(), "context"),
         (engine(speculative=SimpleNamespace(method="eagle")), cache(), "eagle"),
         (engine(), cache("LHBNC"), "LHBNC"),
-        (engine(), cache(kv_cache_groups=cache().kv_cache_groups * 2), "2 KV cache groups"),
     ],
 )
 def test_what_cannot_be_served_says_why(vllm_config: Any, kv_config: Any, word: str) -> None:
@@ -157,7 +185,7 @@ def test_what_can_be_served_has_no_reason(kv_layout: str) -> None:
 def test_blocks_are_cut_where_vllm_puts_them(kv_layout: str, pieces: int) -> None:
     """Compared with vLLM's own views of the tensors, layer by layer."""
     config = cache(kv_layout)
-    geometry = layout.geometry(config)
+    geometry = layout.geometries(config)[0]
     assert len(geometry.pieces) == pieces
     (tensor,) = config.kv_cache_tensors
     memory = torch.randint(-128, 127, (tensor.size,), dtype=torch.int8)
@@ -183,8 +211,67 @@ def test_blocks_are_cut_where_vllm_puts_them(kv_layout: str, pieces: int) -> Non
     assert torch.equal(memory, before)
 
 
+def test_every_group_has_layouts_of_its_own() -> None:
+    specs = layout.layout_specs(engine(tp=2), hybrid())
+    assert [(spec.group, spec.rank) for spec in specs] == [
+        (0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1),
+    ]  # fmt: skip
+    assert len({spec.layout_id for spec in specs}) == 6
+    assert not {spec.layout_id for spec in specs} & set(ids(engine(tp=2), cache()))
+
+
+def test_groups_that_share_memory_are_cut_alike() -> None:
+    first, second, full = layout.geometries(hybrid())
+    assert first.pieces == second.pieces == full.pieces
+    assert len(first.pieces) == 2
+
+
+def test_layers_that_share_their_kv_are_stored_once() -> None:
+    """vLLM gives the second layer the first one's tensor and no place of its own."""
+    config = cache()
+    (tensor,) = config.kv_cache_tensors
+    memory = torch.arange(tensor.size, dtype=torch.int32).to(torch.int8)
+    page = config.kv_cache_groups[0].kv_cache_spec.page_size_bytes
+    views = {
+        name: memory.as_strided((BLOCKS, page), (page, 1), index * tensor.layer_stride)
+        for index, name in enumerate(LAYERS)
+    }
+    views["shares a"] = views["a"]
+    blocks = HostBlocks(views, layout.geometries(config)[0])
+    assert blocks.block_bytes == len(LAYERS) * page
+
+
+def test_a_managers_block_of_several_kernel_blocks_is_one_block() -> None:
+    config = cache()
+    (tensor,) = config.kv_cache_tensors
+    memory = torch.arange(tensor.size, dtype=torch.int32).to(torch.int8)
+    page = config.kv_cache_groups[0].kv_cache_spec.page_size_bytes
+    kernel = {
+        name: memory.as_strided((4 * BLOCKS, page // 4), (page // 4, 1), index * BLOCKS * page)
+        for index, name in enumerate(LAYERS)
+    }
+    blocks = HostBlocks(kernel, layout.geometries(config)[0])
+    slot = bytearray(blocks.block_bytes)
+    blocks.save(2, memoryview(slot))
+    assert bytes(slot) == b"".join(kernel[n][8:12].numpy().tobytes() for n in LAYERS)
+
+
+def test_a_layer_with_several_states_is_one_page() -> None:
+    config = recurrent("align")
+    (tensor,) = config.kv_cache_tensors
+    assert layout.unsupported_reason(engine(), config) is None
+    memory = torch.zeros(tensor.size, dtype=torch.int8)
+    stride = tensor.layer_stride
+    states = {
+        name: [memory[index * stride :], memory[index * stride + 48 :]]
+        for index, name in enumerate(LAYERS)
+    }
+    (geometry,) = layout.geometries(config)
+    assert HostBlocks(states, geometry).block_bytes == geometry.block_bytes
+
+
 def test_tensors_that_are_not_as_configured_are_refused() -> None:
-    geometry = layout.geometry(cache())
+    geometry = layout.geometries(cache())[0]
     whole = torch.zeros(geometry.allocation_bytes, dtype=torch.int8)
     with pytest.raises(ConfigError, match="not one allocation"):
         HostBlocks({"a": whole, "b": torch.zeros(8)}, geometry)

@@ -13,7 +13,12 @@ from kvstore.errors import TooMany, Unavailable
 from kvstore_connectors.vllm import link as link_module
 from kvstore_connectors.vllm.acquire import AcquireQueue, TicketState
 from kvstore_connectors.vllm.link import StoreLink
-from tests.unit.connectors.fakes import FakeStore, spec
+from kvstore_connectors.vllm.positions import Wanted
+from tests.unit.connectors.fakes import BLOCK_TOKENS, FULL, FakeStore, spec
+
+
+def wanted(*keys: bytes) -> Wanted:
+    return Wanted({BLOCK_TOKENS: list(keys)}, len(keys) * BLOCK_TOKENS, 0)
 
 
 def eventually(condition: Callable[[], object], timeout_s: float = 5.0) -> None:
@@ -45,7 +50,7 @@ def link(store: FakeStore) -> Iterator[StoreLink]:
 
 @pytest.fixture
 def queue(link: StoreLink) -> Iterator[AcquireQueue]:
-    queue = AcquireQueue(link, 10)
+    queue = AcquireQueue(link, FULL, 10)
     link.start()
     assert link.wait_attached(5)
     queue.start()
@@ -137,14 +142,14 @@ def test_requests_that_wait_are_asked_for_in_one_call(
     store.blocks = {b"a": bytes(64), b"b": bytes(64)}
     store.gate.clear()
     for _ in range(3):  # One for each thread.
-        busy = queue.submit([b"a"])
+        busy = queue.submit(wanted(b"a"))
         eventually(lambda busy=busy: busy.state is TicketState.SENT)
-    waiting = [queue.submit([b"a", b"b", b"c"]) for _ in range(5)]
+    waiting = [queue.submit(wanted(b"a", b"b", b"c")) for _ in range(5)]
     calls = store.calls.count("acquire")
     store.gate.set()
     eventually(lambda: all(t.state is TicketState.ANSWERED for t in waiting))
     assert store.calls.count("acquire") == calls + 1
-    assert [t.held.grant.held for t in waiting if t.held] == [2] * 5
+    assert [t.held.tokens for t in waiting if t.held] == [2 * BLOCK_TOKENS] * 5
 
 
 def test_an_answer_nobody_waits_for_any_more_gives_its_lease_back(
@@ -152,10 +157,10 @@ def test_an_answer_nobody_waits_for_any_more_gives_its_lease_back(
 ) -> None:
     store.blocks = {b"a": bytes(64)}
     store.gate.clear()
-    late = queue.submit([b"a"])
+    late = queue.submit(wanted(b"a"))
     eventually(lambda: late.state is TicketState.SENT)
     queue.cancel(late)
-    kept = queue.submit([b"a"])
+    kept = queue.submit(wanted(b"a"))
     store.gate.set()
     eventually(lambda: kept.state is TicketState.ANSWERED)
     queue.cancel(kept)
@@ -166,7 +171,7 @@ def test_a_lost_server_answers_every_ticket(
     store: FakeStore, queue: AcquireQueue, link: StoreLink
 ) -> None:
     store.error = Unavailable("gone")
-    tickets = [queue.submit([b"a"]) for _ in range(10)]
+    tickets = [queue.submit(wanted(b"a")) for _ in range(10)]
     eventually(lambda: all(t.state is TicketState.FAILED for t in tickets))
 
 
@@ -176,14 +181,14 @@ def test_a_refusal_is_a_miss_and_keeps_the_session(
     monkeypatch.setattr(link_module, "HEARTBEAT_S", 60.0)
     time.sleep(0.05)
     store.error = TooMany("leases")
-    ticket = queue.submit([b"a"])
+    ticket = queue.submit(wanted(b"a"))
     eventually(lambda: ticket.state is TicketState.FAILED)
     assert store.connects == 1
 
 
 def test_waiting_for_an_answer_ends_when_one_comes(store: FakeStore, queue: AcquireQueue) -> None:
     store.gate.clear()
-    queue.submit([b"a"])
+    queue.submit(wanted(b"a"))
     started_s = time.monotonic()
     queue.wait_answer(0.02)
     assert time.monotonic() - started_s >= 0.02

@@ -10,14 +10,18 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from kvstore_connectors.vllm import scheduler as module
 from kvstore_connectors.vllm.acquire import TicketState
+from kvstore_connectors.vllm.groups import Bands, Rule
 from kvstore_connectors.vllm.metadata import JobReport, StepMetadata, WorkerReport
 from kvstore_connectors.vllm.orders import KnownKeys
 from kvstore_connectors.vllm.scheduler import SchedulerSide
 from tests.unit.connectors.fakes import (
     BLOCK_TOKENS,
+    FULL,
     FakeLink,
+    FakePins,
     FakeQueue,
     FakeRequest,
+    bands_with,
     outcome,
     spec,
     step,
@@ -25,14 +29,14 @@ from tests.unit.connectors.fakes import (
 
 
 class World:
-    def __init__(self, world: int = 1, **options: Any) -> None:
-        self.link = FakeLink(world)
-        self.queue = FakeQueue(self.link)
+    def __init__(self, world: int = 1, bands: Bands = FULL, **options: Any) -> None:
+        self.link = FakeLink(world, len(bands.groups))
+        self.queue = FakeQueue(self.link, bands)
+        self.pins = FakePins()
         arguments: dict[str, Any] = {
             "link": self.link,
             "queue": self.queue,
-            "block_tokens": BLOCK_TOKENS,
-            "hash_tokens": BLOCK_TOKENS,
+            "bands": bands,
             "workers": world,
             "acquire_timeout_ms": 1000,
             "loads": True,
@@ -40,6 +44,7 @@ class World:
             "specs_for": lambda salt: [spec()],
         }
         self.side = SchedulerSide(**(arguments | options))
+        self.side.bind_pins(self.pins)
 
     def request(self, tokens: int = 4 * BLOCK_TOKENS + 1, seed: int = 0) -> FakeRequest:
         request = FakeRequest([seed * 1000 + index for index in range(tokens)])
@@ -49,16 +54,16 @@ class World:
     def match(self, request: FakeRequest, computed: int = 0) -> tuple[int | None, bool]:
         return self.side.get_num_new_matched_tokens(request, computed)  # type: ignore[arg-type]
 
-    def alloc(self, request: FakeRequest, blocks: list[int], external: int) -> None:
-        self.side.update_state_after_alloc(request, lambda: (blocks,), external)  # type: ignore[arg-type]
+    def alloc(self, request: FakeRequest, external: int, *blocks: list[int]) -> None:
+        self.side.update_state_after_alloc(request, lambda: blocks, external)  # type: ignore[arg-type]
 
-    def finish(self, request: FakeRequest) -> bool:
-        return self.side.request_finished(request)  # type: ignore[arg-type]
+    def finish(self, request: FakeRequest) -> None:
+        self.side.request_finished(request)  # type: ignore[arg-type]
 
     def meta(self, *args: Any, **kwargs: Any) -> StepMetadata:
         return self.side.build_meta(step(*args, **kwargs))
 
-    def compute(self, request: FakeRequest, tokens: int, blocks: list[int]) -> StepMetadata:
+    def compute(self, request: FakeRequest, tokens: int, *blocks: list[int]) -> StepMetadata:
         meta = self.meta({request.request_id: tokens}, blocks={request.request_id: blocks})
         request.num_computed_tokens += tokens
         return meta
@@ -69,7 +74,7 @@ class World:
 
     def quiet(self) -> bool:
         self.side.check_integrity()
-        return self.side.is_quiet() and not self.queue.out
+        return self.side.is_quiet() and not self.queue.out and not self.pins.held
 
 
 @pytest.fixture
@@ -82,7 +87,7 @@ def test_matching_waits_for_the_answer_then_offers_whole_blocks(world: World) ->
     assert world.match(request) == (None, False)
     assert world.match(request) == (None, False)
     (ticket,) = world.queue.tickets
-    assert ticket.keys == request.block_hashes[:4]
+    assert ticket.wanted.keys[BLOCK_TOKENS] == request.block_hashes[:4]
     world.queue.answer(ticket, 3)
     assert world.match(request) == (3 * BLOCK_TOKENS, True)
     assert world.match(request, BLOCK_TOKENS) == (2 * BLOCK_TOKENS, True)
@@ -91,7 +96,7 @@ def test_matching_waits_for_the_answer_then_offers_whole_blocks(world: World) ->
 def test_at_least_one_token_is_left_to_compute(world: World) -> None:
     request = world.request(tokens=4 * BLOCK_TOKENS)
     world.match(request)
-    assert len(world.queue.tickets[0].keys) == 3
+    assert len(world.queue.tickets[0].wanted.keys[BLOCK_TOKENS]) == 3
 
 
 def test_a_detached_store_costs_no_question_and_no_wait(world: World) -> None:
@@ -116,7 +121,7 @@ def test_what_the_directory_does_not_show_is_a_miss_at_once(world: World) -> Non
 def test_what_the_directory_shows_no_further_than_the_local_hit_is_not_asked_for(
     world: World,
 ) -> None:
-    world.queue.seen = 2
+    world.queue.seen = 2 * BLOCK_TOKENS
     assert world.match(world.request(), computed=2 * BLOCK_TOKENS) == (0, False)
     assert not world.queue.tickets
     assert world.match(world.request(seed=1), computed=BLOCK_TOKENS) == (None, False)
@@ -188,11 +193,12 @@ def test_a_load_names_every_ranks_own_addresses() -> None:
     world.match(request)
     world.queue.answer(world.queue.tickets[0], 4)
     assert world.match(request, BLOCK_TOKENS) == (3 * BLOCK_TOKENS, True)
-    world.alloc(request, [70, 71, 72, 73, 74], 2 * BLOCK_TOKENS)
+    world.alloc(request, 3 * BLOCK_TOKENS, [70, 71, 72, 73, 74])
     (job,) = world.meta().loads
-    assert job.block_ids == [71, 72]
-    assert job.addresses == [[1, 2], [1001, 1002]]
-    assert job.checksums == [[1, 2], [5001, 5002]]
+    (part,) = job.parts
+    assert part.block_ids == [71, 72, 73]
+    assert part.addresses == [[1, 2, 3], [1001, 1002, 1003]]
+    assert part.checksums == [[1, 2, 3], [5001, 5002, 5003]]
     assert job.epoch == b"epoch"
 
 
@@ -201,9 +207,9 @@ def test_the_lease_of_a_load_lasts_until_the_load_is_reported(world: World) -> N
     world.match(request)
     world.queue.answer(world.queue.tickets[0], 4)
     world.match(request)
-    world.alloc(request, [1, 2, 3, 4, 5], 4 * BLOCK_TOKENS)
+    world.alloc(request, 4 * BLOCK_TOKENS, [1, 2, 3, 4, 5])
     world.meta()
-    world.alloc(request, [1, 2, 3, 4, 5], 0)
+    world.alloc(request, 0, [1, 2, 3, 4, 5])
     assert len(world.queue.out) == 1
     world.side.update_output(outcome(finished_recving={request.request_id}))
     assert not world.queue.out
@@ -214,9 +220,9 @@ def test_an_abort_while_loading_keeps_the_lease_until_the_copy_has_ended(world: 
     world.match(request)
     world.queue.answer(world.queue.tickets[0], 4)
     world.match(request)
-    world.alloc(request, [1, 2, 3, 4, 5], 4 * BLOCK_TOKENS)
+    world.alloc(request, 4 * BLOCK_TOKENS, [1, 2, 3, 4, 5])
     world.meta()
-    assert world.finish(request) is False
+    world.finish(request)
     assert len(world.queue.out) == 1
     world.side.update_output(outcome(finished_recving={request.request_id}))
     assert world.quiet()
@@ -230,7 +236,7 @@ def test_an_abort_before_the_load_gives_everything_back(world: World, when: str)
         world.queue.answer(world.queue.tickets[0], 4)
     if when == "matched":
         world.match(request)
-    assert world.finish(request) is False
+    world.finish(request)
     assert world.quiet()
 
 
@@ -250,7 +256,7 @@ def test_a_failed_load_is_not_tried_again_until_the_request_is_preempted(world: 
     world.match(request)
     world.queue.answer(world.queue.tickets[0], 4)
     world.match(request)
-    world.alloc(request, [1, 2, 3, 4, 5], 4 * BLOCK_TOKENS)
+    world.alloc(request, 4 * BLOCK_TOKENS, [1, 2, 3, 4, 5])
     world.side.update_output(outcome(finished_recving={request.request_id}))
     assert world.match(request) == (0, False)
     request.num_preemptions = 1
@@ -262,7 +268,7 @@ def test_another_connector_chosen_for_the_load_ends_our_lease(world: World) -> N
     world.match(request)
     world.queue.answer(world.queue.tickets[0], 4)
     world.match(request)
-    world.alloc(request, [1, 2, 3, 4, 5], 0)
+    world.alloc(request, 0, [1, 2, 3, 4, 5])
     assert not world.queue.out
 
 
@@ -295,7 +301,7 @@ def test_hits_are_attributed_to_the_tier_they_came_from(world: World) -> None:
     world.match(request)
     world.queue.answer(world.queue.tickets[0], 4, from_dram=3)
     world.match(request, BLOCK_TOKENS)
-    world.alloc(request, [1, 2, 3, 4, 5], 3 * BLOCK_TOKENS)
+    world.alloc(request, 3 * BLOCK_TOKENS, [1, 2, 3, 4, 5])
     sources = world.side.hit_sources(request, 3 * BLOCK_TOKENS)  # type: ignore[arg-type]
     assert sources == {CacheHitSource.HOST: 2 * BLOCK_TOKENS, CacheHitSource.DISK: BLOCK_TOKENS}
 
@@ -311,6 +317,107 @@ def test_only_an_idle_step_waits_for_answers(world: World) -> None:
     world.match(request)
     world.meta()
     assert world.queue.waits == 1
+
+
+# -- models of several groups -----------------------------------------------------
+
+HYBRID = bands_with(Rule(), Rule(window=6), Rule(state=True))
+"""A window of two blocks, beside full attention and a state."""
+
+
+def matched(world: World, request: FakeRequest, held: int, local: int = 0) -> None:
+    world.match(request, local * BLOCK_TOKENS)
+    world.queue.answer(world.queue.tickets[-1], held)
+    tokens = (held - local) * BLOCK_TOKENS
+    assert world.match(request, local * BLOCK_TOKENS) == (tokens, True)
+
+
+def test_a_load_fills_of_each_group_what_its_layers_look_at() -> None:
+    world = World(world=2, bands=HYBRID)
+    request = world.request()
+    matched(world, request, 4)
+    tables = [10, 11, 12, 13, 14], [0, 0, 22, 23, 24], [0, 0, 0, 33, 34]
+    world.alloc(request, 4 * BLOCK_TOKENS, *tables)
+    (job,) = world.meta().loads
+    assert [part.block_ids for part in job.parts] == [[10, 11, 12, 13], [22, 23], [33]]
+    assert [part.group for part in job.parts] == [0, 1, 2]
+    assert [part.addresses[1] for part in job.parts] == [
+        [1000, 1001, 1002, 1003], [1002, 1003], [1003],
+    ]  # fmt: skip
+
+
+def test_what_the_engine_has_of_a_window_is_not_overwritten() -> None:
+    world = World(bands=HYBRID)
+    request = world.request()
+    matched(world, request, 4, local=3)
+    world.alloc(request, BLOCK_TOKENS, *[[1, 2, 3, 4]] * 3)
+    (job,) = world.meta().loads
+    assert [part.block_ids for part in job.parts] == [[4], [4], [4]]
+
+
+def test_a_load_of_less_than_was_leased_cannot_succeed() -> None:
+    """Its windows and states would be those of another position."""
+    world = World(bands=HYBRID)
+    request = world.request()
+    matched(world, request, 4)
+    world.alloc(request, 3 * BLOCK_TOKENS, *[[1, 2, 3, 4]] * 3)
+    (job,) = world.meta().loads
+    assert job.expires_ns == 0
+
+
+def test_windows_are_stored_where_a_later_prompt_can_resume() -> None:
+    world = World(bands=bands_with(Rule(), Rule(window=6)))
+    request = world.request(tokens=6 * BLOCK_TOKENS + 1)
+    table = [1, 2, 3, 4, 5, 6, 7]
+    full, window = world.compute(request, 6 * BLOCK_TOKENS + 1, table, table).stores
+    assert full.block_ids == [1, 2, 3, 4, 5, 6]
+    assert window.block_ids == [5, 6]
+    assert window.group == 1
+    assert window.parents == request.block_hashes[3:5]
+
+
+def test_windows_are_stored_where_prompts_were_seen_to_part() -> None:
+    """Full attention went on in the store, but nothing could be resumed there."""
+    world = World(bands=bands_with(Rule(), Rule(window=6)))
+    request = world.request(tokens=6 * BLOCK_TOKENS + 1)
+    world.match(request)
+    world.queue.answer(world.queue.tickets[0], 0, full=3)
+    assert world.match(request) == (0, False)
+    table = [1, 2, 3, 4, 5, 6, 7]
+    full, window = world.compute(request, 6 * BLOCK_TOKENS + 1, table, table).stores
+    assert full.block_ids == [4, 5, 6]
+    assert window.block_ids == [2, 3, 5, 6]
+
+
+def test_blocks_that_left_the_window_are_not_read() -> None:
+    world = World(bands=bands_with(Rule(), Rule(window=6), retention=None))
+    request = world.request(tokens=4 * BLOCK_TOKENS)
+    table = [1, 2, 3, 4]
+    _, window = world.compute(request, 4 * BLOCK_TOKENS, table, [0, 0, 13, 14]).stores
+    assert window.block_ids == [13, 14]
+    assert window.keys == request.block_hashes[2:4]
+
+
+def test_states_are_stored_from_where_vllm_hands_them_over() -> None:
+    world = World(bands=bands_with(Rule(), Rule(state=True)))
+    request = world.request(tokens=4 * BLOCK_TOKENS + 1)
+    request_id = request.request_id
+    states = [(1, 77, 4 * BLOCK_TOKENS), (1, 78, 4 * BLOCK_TOKENS + 2), (1, 79, 9 * BLOCK_TOKENS)]
+    meta = world.meta(
+        {request_id: 4 * BLOCK_TOKENS},
+        blocks={request_id: [[1, 2, 3, 4], [0, 0, 0, 9]]},
+        states={request_id: states},
+    )
+    _, state = meta.stores
+    assert (state.group, state.block_ids, state.parents) == (1, [77], [b""])
+    assert state.keys == request.block_hashes[3:4]
+
+
+def test_nothing_is_stored_before_blocks_can_be_pinned() -> None:
+    world = World()
+    world.side._orders.pins = None
+    request = world.request()
+    assert not world.compute(request, 4 * BLOCK_TOKENS, [1, 2, 3, 4]).stores
 
 
 # -- stores -----------------------------------------------------------------------
@@ -340,7 +447,7 @@ def test_blocks_known_in_the_store_are_not_stored_again(world: World) -> None:
     world.match(request)
     world.queue.answer(world.queue.tickets[0], 2)
     world.match(request)
-    world.alloc(request, [1, 2, 3, 4, 5], 2 * BLOCK_TOKENS)
+    world.alloc(request, 2 * BLOCK_TOKENS, [1, 2, 3, 4, 5])
     request.num_computed_tokens = 2 * BLOCK_TOKENS
     (job,) = world.compute(request, 2 * BLOCK_TOKENS + 1, [1, 2, 3, 4, 5]).stores
     assert job.block_ids == [3, 4]
@@ -376,19 +483,21 @@ def test_evicted_blocks_are_stored_again(world: World) -> None:
     assert again.keys == twin.block_hashes[1:4]
 
 
-def test_blocks_are_held_at_finish_only_while_a_store_reads_them(world: World) -> None:
+def test_blocks_are_pinned_only_while_a_store_reads_them(world: World) -> None:
     request = world.request()
     (job,) = world.compute(request, 4 * BLOCK_TOKENS, [1, 2, 3, 4]).stores
-    assert world.finish(request) is True
+    assert not world.side.blocks_are_coming_back()
+    world.finish(request)
     assert world.side.blocks_are_coming_back()
-    assert world.meta().flushing == [request.request_id]
+    assert world.side.stores_pending
+    assert world.pins.held == {1: 1, 2: 1, 3: 1, 4: 1}
     world.report(job.job_id)
-    world.side.update_output(outcome(finished_sending={request.request_id}))
     assert not world.side.blocks_are_coming_back()
     assert world.quiet()
     twin = world.request()
     world.compute(twin, 4 * BLOCK_TOKENS, [5, 6, 7, 8])
-    assert world.finish(twin) is False
+    world.finish(twin)
+    assert world.quiet()
 
 
 def test_a_job_is_over_when_every_rank_has_reported_it() -> None:
@@ -396,8 +505,8 @@ def test_a_job_is_over_when_every_rank_has_reported_it() -> None:
     request = world.request()
     (job,) = world.compute(request, 4 * BLOCK_TOKENS, [1, 2, 3, 4]).stores
     world.report(job.job_id)
+    world.finish(request)
     assert not world.side.is_quiet()
-    assert world.finish(request) is True
     world.report(job.job_id)
     assert world.quiet()
 
@@ -408,10 +517,12 @@ def test_a_preempted_requests_stores_are_cancelled_in_the_same_step(world: World
     request.num_computed_tokens = 0
     meta = world.meta(preempted={request.request_id})
     assert meta.cancelled == [job.job_id]
+    assert not world.pins.held
     (again,) = world.compute(request, 4 * BLOCK_TOKENS, [5, 6, 7, 8]).stores
     assert again.block_ids == [5, 6, 7, 8]
     world.report(job.job_id, lost=True)
-    assert world.finish(request) is True
+    assert world.pins.held == {5: 1, 6: 1, 7: 1, 8: 1}
+    assert not world.compute(world.request(), 4 * BLOCK_TOKENS, [9, 10, 11, 12]).stores
 
 
 def test_stores_are_cancelled_though_the_preempted_request_was_aborted(world: World) -> None:
@@ -457,10 +568,10 @@ def test_the_memory_of_keys_is_bounded_and_keeps_the_latest() -> None:
 def test_a_thousand_random_requests_leak_nothing(seed: int) -> None:
     """Aborts, preemptions, lost answers and failed loads at any moment."""
     rng = random.Random(seed)
-    world = World(world=rng.choice((1, 2)))
+    bands = rng.choice((FULL, bands_with(Rule(), Rule(window=6), Rule(state=True))))
+    world = World(rng.choice((1, 2)), bands)
     live: dict[str, FakeRequest] = {}
     loading: set[str] = set()
-    flushing: set[str] = set()
     jobs: dict[int, str] = {}
     started = 0
     while started < 1000 or live or loading or jobs:
@@ -473,19 +584,20 @@ def test_a_thousand_random_requests_leak_nothing(seed: int) -> None:
                 if rng.random() < 0.2:
                     world.queue.fail(ticket)
                 else:
-                    world.queue.answer(ticket, rng.randrange(len(ticket.keys) + 1))
+                    world.queue.answer(
+                        ticket, rng.randrange(ticket.wanted.limit // BLOCK_TOKENS + 1)
+                    )
         world.queue.tickets = [t for t in world.queue.tickets if t.state is TicketState.SENT]
         world.link.up = rng.random() < 0.95
         scheduled: dict[str, int] = {}
-        tables: dict[str, list[int]] = {}
+        tables: dict[str, list[list[int]]] = {}
         preempted: set[str] = set()
         for request_id, request in list(live.items()):
             if request_id in loading:
                 continue
             if rng.random() < 0.1 or request.num_computed_tokens >= request.num_prompt_tokens:
                 del live[request_id]
-                if world.finish(request):
-                    flushing.add(request_id)
+                world.finish(request)
             elif request.num_computed_tokens and rng.random() < 0.1:
                 request.num_computed_tokens = 0
                 request.num_preemptions += 1
@@ -495,15 +607,16 @@ def test_a_thousand_random_requests_leak_nothing(seed: int) -> None:
                     tokens, _ = world.match(request)
                     if tokens is None or rng.random() < 0.1:
                         continue
-                    table = list(range(len(request.block_hashes) + 1))
-                    world.alloc(request, table, tokens)
+                    tables_now = [list(range(1, 40)) for _ in bands.groups]
+                    world.alloc(request, tokens, *tables_now)
                     if tokens:
                         loading.add(request_id)
                         continue
                 left = request.num_prompt_tokens - request.num_computed_tokens
                 scheduled[request_id] = rng.randint(1, left)
-                tables[request_id] = list(range(len(request.block_hashes) + 1))
-        meta = world.meta(scheduled, blocks=tables, preempted=preempted)
+                tables[request_id] = [list(range(1, 40)) for _ in bands.groups]
+        states = {each: [(len(bands.groups) - 1, 39, BLOCK_TOKENS)] for each in scheduled}
+        meta = world.meta(scheduled, blocks=tables, preempted=preempted, states=states)
         for request_id, tokens in scheduled.items():
             live[request_id].num_computed_tokens += tokens
         jobs |= {job.job_id: job.request_id for job in meta.stores}
@@ -515,14 +628,11 @@ def test_a_thousand_random_requests_leak_nothing(seed: int) -> None:
         for request_id in loaded:
             request = live[request_id]
             request.num_computed_tokens = rng.choice((0, BLOCK_TOKENS))
-        sent = {each for each in flushing if each not in jobs.values()}
-        flushing -= sent
-        workers = len(world.link.specs)
+        workers = len(world.link.specs) // len(bands.groups)
         reports = {job_id: JobReport(workers, rng.random() < 0.2) for job_id in ended}
         world.side.update_output(
             outcome(
                 finished_recving=loaded,
-                finished_sending=sent,
                 kv_connector_worker_meta=WorkerReport(reports) if reports else None,
             )
         )

@@ -11,13 +11,13 @@ import torch
 from kvstore_connectors.vllm import worker as module
 from kvstore_connectors.vllm.layout import Geometry, Piece
 from kvstore_connectors.vllm.link import StoreLink
-from kvstore_connectors.vllm.metadata import LoadJob, StepMetadata, StoreJob
+from kvstore_connectors.vllm.metadata import LoadJob, LoadPart, StepMetadata, StoreJob
 from kvstore_connectors.vllm.worker import WorkerSide
 from tests.unit.connectors.fakes import FAR_NS, FakeStore, spec
 
 GEOMETRY = Geometry((Piece(0, 64, 64),), num_blocks=8, block_tokens=4, allocation_bytes=512)
-STORE = StoreJob(1, "r", [3], [b"key"], [b""])
-LOAD = LoadJob("r", [2, 3], [[1, 2]], [[0, 0]], FAR_NS, b"epoch")
+STORE = StoreJob(1, "r", 0, [3], [b"key"], [b""])
+LOAD = LoadJob("r", [LoadPart(0, [2, 3], [[1, 2]], [[0, 0]])], FAR_NS, b"epoch")
 
 
 class Rank:
@@ -28,7 +28,7 @@ class Rank:
         assert self.link.wait_attached(5)
         self.side = WorkerSide(
             link=self.link,
-            geometry=GEOMETRY,
+            geometries=[GEOMETRY],
             shard=0,
             writes=writes,
             specs_for=lambda salt: [spec(block_bytes=64 + len(salt))],
@@ -47,9 +47,9 @@ def rank() -> Iterator[Rank]:
 
 def test_a_rank_that_does_not_write_reports_for_the_one_that_does() -> None:
     rank = Rank(writes=False)
-    meta = StepMetadata(stores=[STORE], flushing=["r"])
+    meta = StepMetadata(stores=[STORE])
     rank.side.start_stores(meta)
-    assert rank.side.take_finished(meta) == ({"r"}, set())
+    assert rank.side.take_loaded(meta) == (set(), set())
     report = rank.side.take_report()
     assert report is not None
     assert not report.jobs[1].lost
@@ -59,12 +59,11 @@ def test_a_rank_that_does_not_write_reports_for_the_one_that_does() -> None:
 
 def test_a_kv_cache_that_is_not_as_expected_fails_orders_and_nothing_else() -> None:
     rank = Rank(good_memory=False)
-    meta = StepMetadata(loads=[LOAD], stores=[STORE], flushing=["q"], cancelled=[7], idle=True)
+    meta = StepMetadata(loads=[LOAD], stores=[STORE], cancelled=[7], idle=True)
     rank.side.before_step(meta)
     rank.side.start_loads(meta)
     rank.side.start_stores(meta)
-    assert rank.side.take_finished(meta) == ({"q"}, {"r"})
-    assert rank.side.take_failed_blocks() == {2, 3}
+    assert rank.side.take_loaded(meta) == ({"r"}, {"r"})
     report = rank.side.take_report()
     assert report is not None
     assert report.jobs[1].lost
@@ -88,11 +87,11 @@ def test_a_changed_salt_drops_what_was_computed_before(rank: Rank) -> None:
 def test_only_an_idle_step_waits_for_copies(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "IDLE_WAIT_S", 5.0)
     rank.store.gate.clear()
-    rank.side.start_stores(StepMetadata(stores=[STORE], flushing=["r"]))
+    rank.side.start_stores(StepMetadata(stores=[STORE]))
     started_s = time.monotonic()
-    rank.side.take_finished(StepMetadata(idle=False))
+    rank.side.take_loaded(StepMetadata(idle=False))
     assert time.monotonic() - started_s < 1
     rank.store.gate.set()
-    flushed, _ = rank.side.take_finished(StepMetadata(idle=True))
-    assert flushed == {"r"}
+    rank.side.take_loaded(StepMetadata(idle=True))
+    assert rank.side.take_report() is not None
     assert time.monotonic() - started_s < 4

@@ -1,0 +1,73 @@
+"""Every kind of KV cache that vLLM's CPU build can run.
+
+An engine stores what it computes, then answers from the store what it answered from its
+own cache before, to the last bit and with as many cached tokens; so does the engine that
+is started after it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.conftest import (
+    Answer,
+    Engine,
+    Server,
+    StartEngine,
+    difference,
+    engine_options,
+    prompt,
+)
+
+LONG = 1100
+PROMPTS = {
+    "alone": prompt(1, LONG),
+    "short": prompt(2, 300),
+    "aligned": prompt(3, 960),
+}
+
+
+def quiet(server: Server) -> None:
+    """Wait until nothing more arrives at the server: stores are asynchronous."""
+    deadline = time.monotonic() + 10
+    before = -1
+    while (now := server.stats().tenant_blocks) != before or now == 0:
+        assert time.monotonic() < deadline, "blocks keep coming"
+        before = now
+        time.sleep(0.1)
+
+
+def same(answers: list[Answer], right: list[Answer]) -> None:
+    assert [each["cached"] for each in answers] == [each["cached"] for each in right]
+    assert [difference(*both) for both in zip(answers, right, strict=True)] == [0] * len(right)
+
+
+def one_by_one(engine: Engine, texts: list[list[int]]) -> list[Answer]:
+    return [engine.generate(text)[0] for text in texts]
+
+
+@pytest.fixture(scope="module")
+def process(start_engine: StartEngine) -> Engine:
+    return start_engine(family=None).wait_ready()
+
+
+@pytest.mark.parametrize("family", ["gemma3", "gpt_oss", "deepseek", "qwen3_next"])
+def test_warm_from_the_store_is_a_local_hit_to_the_last_bit(
+    process: Engine, model_path: Callable[[str], Path], server: Server, family: str
+) -> None:
+    options = engine_options(model_path(family), {"endpoint": str(server.socket)})
+    process.restart(options)
+    texts = list(PROMPTS.values())
+    cold = one_by_one(process, texts)
+    assert [each["cached"] for each in cold] == [0] * len(texts)
+    local = one_by_one(process, texts)
+    assert local[0]["cached"] > LONG // 2
+    quiet(server)
+    process.reset()
+    same(one_by_one(process, texts), local)
+    process.restart(options)
+    same(one_by_one(process, texts), local)
