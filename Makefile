@@ -30,7 +30,7 @@ demo: $(READY)-run
 	$(BIN)/kvstore demo $(ARGS)
 
 test: $(READY)-dev wire-tools lint
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 soak: $(READY)-dev
 	$(BIN)/python -m pytest -m soak --timeout 7200 $(ARGS)
