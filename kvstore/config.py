@@ -19,12 +19,25 @@ import tempfile
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
 
-from kvstore.config_keys import KEYS, SECTIONS, Dram, Key, Nvme, Policy, Server, Tenants, meta_of
+from kvstore.config_keys import (
+    EVICTION_ENTRY_POINTS,
+    EVICTIONS,
+    KEYS,
+    SECTIONS,
+    Dram,
+    Key,
+    Nvme,
+    Policy,
+    Server,
+    Tenants,
+    meta_of,
+)
 from kvstore.errors import ConfigError
 from kvstore.machine import Machine
 from kvstore.units import format_size, parse_size
@@ -264,6 +277,14 @@ def _check(config: Config) -> None:
     ):
         if tenant and not _TENANT.fullmatch(tenant):
             raise config.refuse(name, f"{tenant!r} is not a tenant's name (A-Z a-z 0-9 . _ -)")
+    installed = entry_points(group=EVICTION_ENTRY_POINTS).names
+    if config.policy.eviction not in {*EVICTIONS, *installed}:
+        known = [*EVICTIONS, *sorted(installed)]
+        name = config.policy.eviction
+        raise config.refuse(
+            "policy.eviction",
+            f"no policy {name!r} ({', '.join(known)}){nearest(name, known)}",
+        )
     for uid, tenant in config.tenants.uids.items():
         if not uid.isdecimal():
             raise config.refuse("tenants.uids", f"{uid!r} is not a numeric user id")

@@ -11,6 +11,26 @@ from typing import Annotated, Any, Literal, NamedTuple
 import msgspec
 from msgspec import Meta
 
+EVICTIONS = (
+    "lru",
+    "fifo",
+    "clock",
+    "lfu",
+    "sieve",
+    "2q",
+    "arc",
+    "lirs",
+    "s3-fifo",
+    "w-tinylfu",
+    "lhd",
+    "gdsf",
+    "priority-lru",
+    "workload-aware",
+)
+"""The project's own policies (`kvstore.core.policies`)."""
+EVICTION_ENTRY_POINTS = "kvstore.policies"
+"""The group in which other distributions declare theirs."""
+
 
 class Section(msgspec.Struct, frozen=True):
     """A table of the TOML file. Field descriptions are the documentation."""
@@ -117,7 +137,11 @@ class Nvme(Section, frozen=True):
 
 class Policy(Section, frozen=True):
     eviction: Annotated[
-        Literal["lru"], Meta(description="Which block leaves a full tier first.")
+        str,
+        Meta(
+            description="Which block leaves a full tier first: the name of a policy of "
+            "[policies.md](policies.md), or of one that is installed beside."
+        ),
     ] = "lru"
 
 

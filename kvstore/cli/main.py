@@ -27,6 +27,7 @@ COMMANDS: dict[str, Command] = {
     "flush": Command("kvstore.cli.flush", "write what is only in DRAM to NVMe"),
     "clear": Command("kvstore.cli.clear", "forget every block of the caller's tenant"),
     "bench": Command("kvstore.cli.bench", "measure this machine and the store on it"),
+    "simulate": Command("kvstore.cli.simulate", "replay a trace under each eviction policy"),
     "demo": Command("kvstore.cli.demo", "run a small model with and without the store"),
 }
 

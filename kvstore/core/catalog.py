@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import ClassVar, TypeGuard
+from typing import Any, ClassVar, TypeGuard
 
 from kvstore.core.lifecycle import Event, State, next_state
 from kvstore.core.space import SpaceClass
@@ -27,6 +27,11 @@ from kvstore.types import LayoutSpec, Tier
 MOST_NAMES = 1 << 16
 """Remembered: 32 chains of 2,000 blocks, in 11 MB."""
 
+
+DEEPEST = (1 << 16) - 1
+"""What a block's depth is counted up to."""
+_DEPTHS = (*range(DEEPEST + 1), DEEPEST)
+# One object a depth, for all blocks.
 
 SHARDS = 256
 """Tables that blocks are spread over by the first byte of their name, so that none is
@@ -52,15 +57,16 @@ class Layout:
 class Replica:
     """A block in one tier. `pins` counts leases and transfers that use it.
 
-    `before` and `after` are its eviction policy's, which lists it while it is READY;
-    None otherwise.
+    `before`, `after` and `mark` are its eviction policy's, which lists it while it is
+    READY; the first two are None otherwise.
     """
 
-    __slots__ = ("address", "after", "before", "block", "pins", "state")
+    __slots__ = ("address", "after", "before", "block", "mark", "pins", "state")
 
     tier: ClassVar[Tier]
     before: Replica
     after: Replica
+    mark: Any
 
     def __init__(self, block: Block, address: int, state: State) -> None:
         self.block = block
@@ -68,6 +74,7 @@ class Replica:
         self.state = state
         self.pins = 0
         self.before = self.after = None  # type: ignore[assignment]
+        self.mark = None
 
     def apply(self, event: Event) -> None:
         """Move to the next state; raises `IllegalTransition`, changing nothing."""
@@ -85,18 +92,20 @@ class NvmeReplica(Replica):
 
 
 class Block:
-    """One block. `dram` and `nvme` are its replicas where there are any.
+    """One block. `dram` and `nvme` are its replicas where there are any. `depth` is the
+    number of blocks before it in its chain, as far as they are known, up to `DEEPEST`.
 
     `checksum` (XXH3-64) is None until the first commit. `children` counts the
     catalogued blocks that name this one as parent.
     """
 
-    __slots__ = ("checksum", "children", "dram", "layout", "nvme", "parent", "stored_key")
+    __slots__ = ("checksum", "children", "depth", "dram", "layout", "nvme", "parent", "stored_key")
 
-    def __init__(self, stored_key: bytes, parent: bytes, layout: Layout) -> None:
+    def __init__(self, stored_key: bytes, parent: bytes, layout: Layout, depth: int = 0) -> None:
         self.stored_key = stored_key
         self.parent = parent
         self.layout = layout
+        self.depth = depth
         self.checksum: int | None = None
         self.children = 0
         self.dram: Replica | None = None
@@ -227,6 +236,7 @@ class Catalog:
         parent.children += 1
         # One object for both, which saves its memory for every block of a chain.
         block.parent = parent.stored_key
+        block.depth = _DEPTHS[parent.depth + 1]
         return parent
 
     def remove(self, block: Block) -> None:

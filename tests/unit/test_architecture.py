@@ -65,6 +65,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "kvstore.local",
         "kvstore.tiers",
     ),
+    "kvstore.sim": (*BASE, "kvstore.core", "kvstore.sim"),
     "kvstore.metrics": (*BASE, "kvstore.store"),
     "kvstore.wire": ("kvstore.errors", "kvstore.types", "kvstore.wire"),
     "kvstore.client": (*BASE, "kvstore.client", "kvstore.local", "kvstore.wire"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 import msgspec
 import pytest
@@ -16,8 +16,8 @@ from kvstore.config import (
     load_config,
     store_config,
 )
-from kvstore.config_keys import KEYS, Key
-from kvstore.core.policies import POLICIES
+from kvstore.config_keys import EVICTIONS, KEYS, Key
+from kvstore.core.policies import LRU, POLICIES
 from kvstore.errors import ConfigError
 from kvstore.machine import Machine
 from kvstore.units import format_size, parse_size
@@ -234,8 +234,25 @@ def test_a_secret_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_policy_can_be_configured() -> None:
-    allowed, _ = get_args(KEYS["policy.eviction"].type)
-    assert set(get_args(allowed)) == set(POLICIES)
+    assert set(EVICTIONS) == set(POLICIES)
+
+
+def test_a_policy_that_is_installed_beside_can_be_configured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed = tmp_path / "theirs-1.0.dist-info"
+    installed.mkdir()
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
+    (installed / "entry_points.txt").write_text(
+        "[kvstore.policies]\ntheirs = kvstore.core.policies.lru:LRU\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    config = load_config(environ={"KVSTORE_POLICY_EVICTION": "theirs"})
+    assert isinstance(POLICIES[config.policy.eviction](), LRU)
+
+
+def test_a_policy_misspelt_is_refused_with_the_nearest() -> None:
+    assert "did you mean s3-fifo?" in refusal(environ={"KVSTORE_POLICY_EVICTION": "s3fifo"})
 
 
 def reference_row(key: Key) -> str:

@@ -6,19 +6,54 @@ to judge, which walks `candidates` until one may.
 
 The caller guarantees: `insert` for a replica that is READY and not yet held,
 `touch` and `remove` only for one that is held. A replica is held by one policy at
-a time, to which its `before` and `after` belong. Within a chain it touches the
-block nearest the root last, so that an order by recency puts children first.
+a time, to which its `before`, `after` and `mark` belong. Within a chain it touches
+the block nearest the root last, so that an order by recency puts children first.
+
+A policy is not told its capacity: it is full whenever it is asked for candidates.
+What it remembers of replicas that left is bounded by what it holds then.
+
+`use` and `miss` are knowledge that a policy may do without: a caller that has none
+never calls them. Time is what a policy is told in `use`, or else counted in calls.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Protocol
+from collections.abc import Hashable, Iterable, Iterator
+from typing import ClassVar, NamedTuple, Protocol
 
 from kvstore.core.catalog import Replica
 
+PRIORITIES = range(101)
+DEFAULT_PRIORITY = 50
+
+
+class Use(NamedTuple):
+    """What is known of the request for whose sake replicas come in and are touched."""
+
+    now_ms: float = 0.0
+    """Monotonic."""
+    category: Hashable = None
+    """Requests of one category tend to be followed up alike."""
+    session: Hashable = None
+    """Whose next request is likely to use the same replicas; None when not known."""
+    priority: int = DEFAULT_PRIORITY
+    """0 to 100."""
+    retention_ms: float | None = None
+    """How long the priority holds; None: for good."""
+
 
 class EvictionPolicy(Protocol):
+    by_chain: ClassVar[bool] = False
+    """It orders the blocks of a chain by the order of their touches, and expects it
+    as above; what has false here can also be fed the root first."""
+
+    def use(self, use: Use) -> None:
+        """The calls that follow, up to the next one of these, are for this request."""
+
+    def miss(self, stored_key: bytes) -> None:
+        """A block that is not held was asked for and is about to be inserted, once
+        there is room. May be said more than once."""
+
     def insert(self, replica: Replica) -> None:
         """A replica has come in; this counts as a use."""
         ...
@@ -29,15 +64,17 @@ class EvictionPolicy(Protocol):
 
     def touch_run(self, replicas: Iterable[Replica]) -> None:
         """`touch` for each, in this order."""
-        ...
+        touch = self.touch
+        for replica in replicas:
+            touch(replica)
 
     def remove(self, replica: Replica) -> None:
         """A replica has left."""
         ...
 
     def candidates(self) -> Iterator[Replica]:
-        """Every replica held, the one to evict first coming first. The policy is
-        not changed while the iterator is in use."""
+        """Every replica held, the one to evict first coming first. The caller does not
+        change the policy while it uses the iterator."""
         ...
 
     def __len__(self) -> int: ...

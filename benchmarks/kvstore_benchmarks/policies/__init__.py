@@ -1,0 +1,1 @@
+"""Pictures of what policies hold of traces."""

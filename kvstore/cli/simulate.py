@@ -1,0 +1,174 @@
+"""`kvstore simulate`: what each policy would have held of a trace."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvstore.cli.main import COMMANDS, Subparsers
+from kvstore.errors import BadRequest
+
+if TYPE_CHECKING:
+    from kvstore.sim.trace import Trace
+
+DEFAULT_POLICIES = "lru,arc,s3-fifo,lhd,belady-bypass"
+DEFAULT_SHARES = (0.01, 0.05, 0.1, 0.25, 0.5)
+"""Of the trace's blocks."""
+RATIOS = {
+    "block_hit_ratio": "Block hits",
+    "token_hit_ratio": "Token hits, up to the first missing block",
+    "compute_saved_ratio": "Prefill saved",
+}
+
+
+def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
+    parser = subparsers.add_parser("simulate", help=COMMANDS["simulate"].summary)
+    parser.add_argument(
+        "traces",
+        nargs="+",
+        type=Path,
+        metavar="TRACE",
+        help="files of the formats in docs/simulator.md, .xz or not; several are one workload",
+    )
+    parser.add_argument(
+        "--policy",
+        type=_policies,
+        default=_policies(DEFAULT_POLICIES),
+        metavar="NAME,NAME",
+        help=f"policies (docs/policies.md) and bounds; default: {DEFAULT_POLICIES}",
+    )
+    parser.add_argument(
+        "--capacity-blocks",
+        type=_capacities,
+        metavar="N,N",
+        help="sizes of the tier; default: 1, 5, 10, 25 and 50 %% of the trace's blocks",
+    )
+    parser.add_argument(
+        "--order",
+        choices=("own", "published", "chain"),
+        default="own",
+        help="of the references within a request: block by block from the root on, as published,"
+        " or the deepest first, as in the server; default: what the policy is made for",
+    )
+    parser.add_argument(
+        "--session-rate",
+        type=_rate,
+        default=0.02,
+        metavar="PER_SECOND",
+        help="arrivals of sessions that carry no common time; default: 0.02",
+    )
+    parser.add_argument("--seed", type=int, default=1, help="of those arrivals; default: 1")
+    parser.add_argument(
+        "--processes", type=_count, metavar="N", help="at a time; default: one a core"
+    )
+    parser.add_argument("--json", action="store_true", help="print a list of objects")
+    parser.add_argument("--plots", type=Path, metavar="DIR", help="draw the ratios there, as PNG")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    from kvstore.sim.readers import read_traces
+    from kvstore.sim.sweep import Point, cores, sweep
+
+    with _progress("reading"):
+        trace = read_traces(args.traces, session_rate=args.session_rate, seed=args.seed)
+    by_chain = {"own": None, "published": False, "chain": True}[args.order]
+    capacities = args.capacity_blocks or _shares(trace)
+    points = [Point(name, size, by_chain) for name in args.policy for size in capacities]
+    with _progress("replaying") as tell:
+        rows = sweep(trace, points, args.processes or cores(), tell)
+    if args.plots is not None:
+        from kvstore_benchmarks.policies.plots import draw
+
+        draw(rows, args.plots)
+    if args.json:
+        print(json.dumps(rows, indent=2))
+    else:
+        _show(trace, rows)
+    return 0
+
+
+def _shares(trace: Trace) -> list[int]:
+    return sorted({max(1, round(trace.blocks * share)) for share in DEFAULT_SHARES})
+
+
+@contextmanager
+def _progress(step: str) -> Iterator[Callable[[float], None]]:
+    """A bar on the standard error where that is a terminal."""
+    if not sys.stderr.isatty():
+        yield lambda part: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    # Not refreshed by a thread of its own: this process is about to fork.
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, auto_refresh=False) as bar:
+        task = bar.add_task(step, total=1.0)
+        bar.refresh()
+        yield lambda part: bar.update(task, completed=part, refresh=True)
+
+
+def _show(trace: Trace, rows: Sequence[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    references = rows[0]["block_references"]
+    console.print(
+        f"{len(trace.requests)} requests, {references} block references, {trace.blocks} blocks"
+        f" of {trace.block_tokens} tokens"
+    )
+    sizes = list(dict.fromkeys(row["capacity_blocks"] for row in rows))
+    cells = {(row["policy"], row["capacity_blocks"]): row for row in rows}
+    for ratio, title in RATIOS.items():
+        table = Table(title=f"{title}, by size in blocks")
+        table.add_column("policy")
+        for size in sizes:
+            table.add_column(str(size), justify="right")
+        for policy in dict.fromkeys(row["policy"] for row in rows):
+            table.add_row(policy, *(f"{cells[policy, size][ratio]:.4f}" for size in sizes))
+        console.print(table)
+
+
+def _policies(text: str) -> list[str]:
+    from kvstore.sim.sweep import policy_called
+
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise argparse.ArgumentTypeError("name a policy")
+    try:
+        for name in names:
+            policy_called(name)
+    except BadRequest as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return list(dict.fromkeys(names))
+
+
+def _capacities(text: str) -> list[int]:
+    return list(dict.fromkeys(_count(word) for word in text.split(",")))
+
+
+def _count(text: str) -> int:
+    try:
+        count = int(text)
+    except ValueError:
+        count = 0
+    if not 0 < count < 1 << 40:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of one or more")
+    return count
+
+
+def _rate(text: str) -> float:
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = 0.0
+    if not 0 < rate < 1e6:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a rate above 0")
+    return rate

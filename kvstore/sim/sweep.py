@@ -1,0 +1,130 @@
+"""Many replays of one trace, each core taking the next one."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.sharedctypes import Synchronized
+from time import perf_counter
+from typing import Any
+
+from kvstore.config import nearest
+from kvstore.core.policies import POLICIES
+from kvstore.errors import BadRequest
+from kvstore.sim.bounds import Clairvoyant
+from kvstore.sim.replay import Progress, Replay, Result
+from kvstore.sim.trace import Trace
+
+BOUNDS: dict[str, Callable[[Trace, int], Clairvoyant]] = {
+    "belady": lambda trace, capacity: Clairvoyant(trace, capacity, bypass=False),
+    "belady-bypass": lambda trace, capacity: Clairvoyant(trace, capacity),
+    "cost-belady": lambda trace, capacity: Clairvoyant(trace, capacity, by_cost=True),
+}
+
+POLL_S = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One replay. `by_chain`: the order of references within a request (`sim.replay`);
+    None for the policy's own."""
+
+    policy: str
+    capacity_blocks: int
+    by_chain: bool | None = None
+
+
+def policy_called(name: str) -> str:
+    """The policy or bound of this name, written with or without hyphens. Raises
+    `BadRequest` with the nearest."""
+    known: list[str] = [*POLICIES, *BOUNDS]
+    for candidate in known:
+        if _plain(candidate) == _plain(name):
+            return candidate
+    try:
+        POLICIES[name]
+    except KeyError:
+        hint = nearest(name, known)
+        raise BadRequest(f"no policy {name!r} ({', '.join(known)}){hint}") from None
+    return name
+
+
+def sweep(
+    trace: Trace, points: Sequence[Point], processes: int, progress: Progress | None = None
+) -> list[dict[str, Any]]:
+    """One object a point, in their order: what `kvstore simulate --json` prints."""
+    tell = progress or (lambda done: None)
+    if processes == 1 or len(points) == 1:
+        rows: list[dict[str, Any]] = []
+        for point in points:
+            rows.append(_replay(trace, point, lambda part: tell((len(rows) + part) / len(points))))
+        return rows
+    # Forked, so that all share the one trace.
+    context = multiprocessing.get_context("fork")
+    done: Any = context.Array("d", len(points), lock=False)
+    with context.Pool(min(processes, len(points)), _begin, (trace, points, done)) as pool:
+        pending = pool.map_async(_replay_number, range(len(points)), chunksize=1)
+        while not pending.ready():
+            pending.wait(POLL_S)
+            tell(sum(done) / len(points))
+        return pending.get()
+
+
+_shared: tuple[Trace, Sequence[Point], Synchronized[float]] | None = None
+# Of a child process only.
+
+
+def _begin(trace: Trace, points: Sequence[Point], done: Any) -> None:
+    global _shared
+    _shared = trace, points, done
+
+
+def _replay_number(number: int) -> dict[str, Any]:
+    assert _shared is not None
+    trace, points, done = _shared
+
+    def note(part: float) -> None:
+        done[number] = part  # type: ignore[index]
+
+    row = _replay(trace, points[number], note)
+    note(1.0)
+    return row
+
+
+def _replay(trace: Trace, point: Point, progress: Progress) -> dict[str, Any]:
+    name = policy_called(point.policy)
+    started = perf_counter()
+    by_chain = False
+    if name in BOUNDS:
+        result = BOUNDS[name](trace, point.capacity_blocks).run(progress)
+    else:
+        policy = POLICIES[name]()
+        by_chain = policy.by_chain if point.by_chain is None else point.by_chain
+        replay = Replay(policy, trace, point.capacity_blocks)
+        result = replay.run(by_chain=by_chain, progress=progress)
+    return _row(point, result, by_chain, perf_counter() - started)
+
+
+def _row(point: Point, result: Result, by_chain: bool, seconds: float) -> dict[str, Any]:
+    return {
+        "policy": point.policy,
+        "capacity_blocks": point.capacity_blocks,
+        "block_hit_ratio": round(result.block_hit_ratio, 6),
+        "token_hit_ratio": round(result.token_hit_ratio, 6),
+        "compute_saved_ratio": round(result.compute_saved_ratio, 6),
+        "compute_saved_ms": round(result.saved_ms),
+        "order": "chain" if by_chain else "published",
+        "block_references": result.blocks,
+        "evictions": result.evictions,
+        "seconds": round(seconds, 3),
+    }
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _plain(name: str) -> str:
+    return "".join(letter for letter in name.lower() if letter.isalnum())

@@ -1,0 +1,83 @@
+"""A workload: requests in order of time, and the blocks that each of them asks for.
+
+Blocks are numbers, 0 to `blocks` - 1; a prompt is a few pieces of consecutive numbers,
+so that a prompt of 2,000 blocks is worked on a piece at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvstore.errors import KVStoreError
+
+Piece = tuple[int, int]
+"""Blocks [first, stop)."""
+
+
+class TraceError(KVStoreError):
+    """A trace cannot be used: names the file, and the line or request."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    time_ms: float
+    tokens: int
+    """Of the prompt."""
+    output_tokens: int
+    pieces: tuple[Piece, ...]
+    """Of the prompt, root first."""
+    session: int | None = None
+    priority: int = 50
+    category: str = ""
+
+    @property
+    def blocks(self) -> int:
+        return sum(stop - first for first, stop in self.pieces)
+
+
+@dataclass(frozen=True)
+class Trace:
+    block_tokens: int
+    blocks: int
+    """Numbers in use are below this."""
+    requests: list[Request]
+
+
+def pieces_of(numbers: Sequence[int] | NDArray[np.int64]) -> tuple[Piece, ...]:
+    """Numbers in the order of a prompt, as pieces."""
+    if not len(numbers):
+        return ()
+    array = np.asarray(numbers, dtype=np.int64)
+    ends = np.flatnonzero(np.diff(array) != 1)
+    firsts = array[np.concatenate(([0], ends + 1))].tolist()
+    stops = (array[np.concatenate((ends, [len(array) - 1]))] + 1).tolist()
+    return tuple(zip(firsts, stops, strict=True))
+
+
+def merged(traces: Iterable[Trace]) -> Trace:
+    """Several as one workload that begins at one time; none of them has a block of
+    another. Raises `TraceError` when their blocks differ in size."""
+    traces = list(traces)
+    if len(traces) == 1:
+        return traces[0]
+    sizes = {trace.block_tokens for trace in traces}
+    if len(sizes) > 1:
+        raise TraceError(f"the traces have blocks of {sorted(sizes)} tokens; replay them apart")
+    requests: list[Request] = []
+    base = sessions = 0
+    for trace in traces:
+        begin = trace.requests[0].time_ms if trace.requests else 0.0
+        for request in trace.requests:
+            pieces = tuple((first + base, stop + base) for first, stop in request.pieces)
+            session = None if request.session is None else request.session + sessions
+            requests.append(
+                replace(request, time_ms=request.time_ms - begin, pieces=pieces, session=session)
+            )
+        base += trace.blocks
+        sessions += 1 + max((r.session for r in trace.requests if r.session is not None), default=0)
+    requests.sort(key=lambda request: request.time_ms)
+    return Trace(sizes.pop(), base, requests)
