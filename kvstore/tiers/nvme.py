@@ -253,7 +253,7 @@ class NvmeTier:
             except CorruptBlock as error:
                 damage = error
             except OSError as error:
-                self._raise("reading", error)
+                self._raise("reading", error, full=False)
             # It may have been appended again meanwhile, and another be there now.
             before, where = where, self._log.where(address)
             if where == before:
@@ -408,10 +408,10 @@ class NvmeTier:
         if self._closed:
             raise TierFailed("the tier is closed")
 
-    def _raise(self, doing: str, error: OSError) -> NoReturn:
+    def _raise(self, doing: str, error: OSError, *, full: bool = True) -> NoReturn:
         code = error.errno or 0
         what = f"{doing} failed: {error.strerror}"
-        if code in _FULL:
+        if full and code in _FULL:
             raise TierFull(what) from error
         if code in _MISUSE:
             raise InternalError(f"{what}; is the memory aligned to {ALIGNMENT}?") from error

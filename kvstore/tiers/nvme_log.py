@@ -9,8 +9,8 @@ worth keeping is decided by who gives the addresses: what is not is forgotten.
 *There is always room.* A segment has as many slots of a size as an extent, and
 there are `SPARE` segments more than extents may be open. So when no segment is
 free, some size of slots has more segments than open extents, hence dead slots, and
-emptying its segments wins a whole one. (Bad places on the medium take from this; a
-log that cannot win a segment says `TierFull`.)
+emptying its segments wins a whole one. Bad places on the medium take from this; a
+log that cannot win a segment says `TierFull`, and has lost nothing by trying.
 
 *Nothing is lost on the way.* A segment that was emptied is used again only after
 the next flush: then what was in it is durable elsewhere.
@@ -53,7 +53,7 @@ _RESERVE = 1
 def spare_segments(segments: int) -> int:
     """How many of them are there for the log to work with. More would cost capacity,
     fewer would have blocks appended again more often."""
-    return max(2, segments // 16)
+    return max(3, segments // 16)
 
 
 class Flushed(NamedTuple):
@@ -341,9 +341,10 @@ class Log:
         with self.lock:
             waiting = {*self._free, *self._emptied}
             found = [
-                s for s in self.segments.values()
-                if s not in waiting and s.waste and not s.unfinished
-            ]  # fmt: skip
+                s
+                for s in self.segments.values()
+                if s not in waiting and s.waste and not s.unfinished and self._fits(s)
+            ]
             victim = min(found, key=lambda s: s.living / s.slots, default=None)
             if victim is not None:
                 victim.filling = False
@@ -351,6 +352,14 @@ class Log:
                 if self._heads.get(victim.slot_bytes) is victim:
                     del self._heads[victim.slot_bytes]
             return victim
+
+    def _fits(self, victim: Segment) -> bool:
+        """Whether its living blocks have room at the head and in one segment more."""
+        head = self._heads.get(victim.slot_bytes)
+        room = 0 if head is None or head is victim else head.room
+        if self._free:
+            room += self._free[0].room_for(victim.slot_bytes)
+        return victim.living <= room
 
     def _empty(self, victim: Segment) -> None:
         """Append its living blocks again."""

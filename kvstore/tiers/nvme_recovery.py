@@ -166,8 +166,7 @@ def _give_addresses(log: Log, found: list[tuple[Segment, Slots]]) -> None:
     """Each segment is an extent, its slots the extent's. The emptiest, of which there
     may be more than extents, are divided among the others."""
     used = [(segment, slots) for segment, slots in found if len(slots)]
-    fullest = sorted(used, key=lambda pair: len(pair[1]), reverse=True)
-    homes = {segment.number for segment, _ in fullest[: log.most_extents]}
+    homes = _homes(used, log.most_extents)
     free: dict[int, list[int]] = {}
     number = 0
     for segment, slots in used:
@@ -193,6 +192,23 @@ def _give_addresses(log: Log, found: list[tuple[Segment, Slots]]) -> None:
                 segment.enter(slot, address)
             else:
                 log.drop(segment, slot)
+
+
+def _homes(used: list[tuple[Segment, Slots]], most: int) -> set[int]:
+    """The segments that become extents: of each size of slots the fullest, as many as
+    its blocks need, then the fullest of all."""
+    blocks: dict[int, int] = {}
+    for segment, slots in used:
+        blocks[segment.slot_bytes] = blocks.get(segment.slot_bytes, 0) + len(slots)
+    homes: list[int] = []
+    others: list[int] = []
+    for segment, _ in sorted(used, key=lambda pair: len(pair[1]), reverse=True):
+        if blocks[segment.slot_bytes] > 0:
+            blocks[segment.slot_bytes] -= segment.slots
+            homes.append(segment.number)
+        else:
+            others.append(segment.number)
+    return set((homes + others)[:most])
 
 
 def _superseded(index: Index, segments: dict[int, Segment]) -> set[tuple[int, int]]:

@@ -24,7 +24,7 @@ so that one of them is whole at any time.
     +40    4  settled: slots below were durable before this copy was written
     +44    4  zero
     +48       a bit a slot: forgotten
-              a bit for each 8192 bytes: bad, for all lives to come
+              a bit a page of 4096 bytes: bad, for all lives to come
 """
 
 from __future__ import annotations
@@ -65,9 +65,10 @@ class Geometry:
 
     def __init__(self, data_bytes: int) -> None:
         self.data_bytes = data_bytes
-        self.units = -(-data_bytes // MIN_SLOT_BYTES)
-        self.bitmap_bytes = -(-self.units // 8)
-        self.summary_bytes = align_up(_FIELDS.size + 2 * self.bitmap_bytes)
+        self.pages = data_bytes // ALIGNMENT
+        self.dead_bytes = -(-(data_bytes // MIN_SLOT_BYTES) // 8)
+        self.bad_bytes = -(-self.pages // 8)
+        self.summary_bytes = align_up(_FIELDS.size + self.dead_bytes + self.bad_bytes)
         self.data_offset = 2 * self.summary_bytes
         self.file_bytes = self.data_offset + data_bytes
 
@@ -88,7 +89,7 @@ class Segment:
         self.generation = 0
         self.settled = 0
         self.bad: set[int] = set()
-        """Units of 8192 bytes that are not written again."""
+        """Pages that are not written again."""
         self._shape(0)
 
     def _shape(self, slot_bytes: int) -> None:
@@ -96,7 +97,7 @@ class Segment:
         self.slots = self._geometry.data_bytes // slot_bytes if slot_bytes else 0
         self.owners = array("Q", bytes(8 * self.slots))
         """Address + 1 of the block in each slot; 0 where there is none to keep."""
-        self.dead = bytearray(self._geometry.bitmap_bytes)
+        self.dead = bytearray(self._geometry.dead_bytes)
         self.next = self.slots
         self.living = 0
         self.unfinished: set[int] = set()
@@ -125,7 +126,7 @@ class Segment:
         while self.filling and self.next < self.slots:
             slot = self.next
             self.next += 1
-            if self.bad and not self.bad.isdisjoint(self._units(slot)):
+            if self.bad and not self.bad.isdisjoint(self._pages(slot)):
                 self.strike(slot)
                 continue
             self.unfinished.add(slot)
@@ -150,12 +151,29 @@ class Segment:
 
     def spoil(self, slot: int) -> None:
         """Never write where this slot is again."""
-        self.bad.update(self._units(slot))
+        self.bad.update(self._pages(slot))
         self.dirty = True
 
-    def _units(self, slot: int) -> range:
-        start = slot * self.slot_bytes
-        return range(start // MIN_SLOT_BYTES, -(-(start + self.slot_bytes) // MIN_SLOT_BYTES))
+    def _pages(self, slot: int) -> range:
+        each = self.slot_bytes // ALIGNMENT
+        return range(slot * each, (slot + 1) * each)
+
+    @property
+    def room(self) -> int:
+        """Slots that can still be taken."""
+        if not self.filling:
+            return 0
+        bad = sum(slot >= self.next for slot in self._bad_slots(self.slot_bytes))
+        return self.slots - self.next - bad
+
+    def room_for(self, slot_bytes: int) -> int:
+        """Slots of this size it would have in a new life."""
+        return self._geometry.data_bytes // slot_bytes - len(self._bad_slots(slot_bytes))
+
+    def _bad_slots(self, slot_bytes: int) -> set[int]:
+        slots = self._geometry.data_bytes // slot_bytes
+        each = slot_bytes // ALIGNMENT
+        return {slot for page in self.bad if (slot := page // each) < slots}
 
     @property
     def finished(self) -> int:
@@ -165,7 +183,11 @@ class Segment:
     @property
     def waste(self) -> int:
         """Slots that emptying it would win."""
-        return (self.next if self.filling else self.slots) - self.living
+        if not self.slots:
+            return 0
+        written = self.next if self.filling else self.slots
+        bad = sum(slot < written for slot in self._bad_slots(self.slot_bytes))
+        return max(0, written - self.living - bad)
 
     # The summary
 
@@ -174,15 +196,15 @@ class Segment:
         self.generation += 1
         self.dirty = False
         geometry = self._geometry
-        bad = bytearray(geometry.bitmap_bytes)
-        for unit in self.bad:
-            bad[unit >> 3] |= 1 << (unit & 7)
+        bad = bytearray(geometry.bad_bytes)
+        for number in self.bad:
+            bad[number >> 3] |= 1 << (number & 7)
         page = bytearray(geometry.summary_bytes)
         _FIELDS.pack_into(
             page, 0, _MAGIC, 0, SUMMARY_VERSION, self.number, self.slot_bytes // ALIGNMENT,
             self.life, self.generation, self.settled, 0,
         )  # fmt: skip
-        page[_FIELDS.size : _FIELDS.size + 2 * len(bad)] = self.dead + bad
+        page[_FIELDS.size : _FIELDS.size + len(self.dead) + len(bad)] = self.dead + bad
         struct.pack_into("<I", page, _CRC_OFFSET, google_crc32c.value(bytes(page)))
         return bytes(page), self.generation % 2 * geometry.summary_bytes
 
@@ -193,9 +215,8 @@ class Segment:
         if not found:
             raise CorruptBlock("neither copy of the summary is whole")
         self.generation, self.life, slot_bytes, self.settled, dead, bad = max(found)
-        self.bad = {
-            unit for unit in range(self._geometry.units) if bad[unit >> 3] >> (unit & 7) & 1
-        }
+        pages = range(self._geometry.pages) if any(bad) else ()
+        self.bad = {number for number in pages if bad[number >> 3] >> (number & 7) & 1}
         self._shape(slot_bytes)
         self.dead[:] = dead
 
@@ -207,7 +228,7 @@ class Segment:
         whole = (magic, version, number) == (_MAGIC, SUMMARY_VERSION, self.number)
         if not whole or google_crc32c.value(blank) != crc:
             return None
-        middle = _FIELDS.size + self._geometry.bitmap_bytes
+        middle = _FIELDS.size + self._geometry.dead_bytes
         dead = page[_FIELDS.size : middle]
-        bad = page[middle : middle + self._geometry.bitmap_bytes]
+        bad = page[middle : middle + self._geometry.bad_bytes]
         return generation, life, units * ALIGNMENT, settled, dead, bad

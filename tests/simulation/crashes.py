@@ -20,14 +20,15 @@ import random
 import shutil
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import xxhash
 
-from kvstore import store as store_module
 from kvstore.config import StoreConfig
 from kvstore.core.lifecycle import State
 from kvstore.errors import DataUnusable, KVStoreError
@@ -401,31 +402,27 @@ def content(tenant: str, layout: int, key: bytes, version: int) -> bytes:
     return (head + seed * (size // len(seed) + 1))[:size]
 
 
-class SeededSecrets:
-    """What the store draws, drawn again when the seed is run again."""
-
-    def __init__(self, seed: int) -> None:
-        self._rng = random.Random(seed)
-
-    def token_bytes(self, nbytes: int) -> bytes:
-        return self._rng.randbytes(nbytes)
-
-    def randbits(self, bits: int) -> int:
-        return self._rng.getrandbits(bits)
+@contextmanager
+def seeded_secrets(seed: int) -> Iterator[None]:
+    """What the store draws is drawn again when the seed is run again."""
+    rng = random.Random(seed)
+    with (
+        patch("secrets.token_bytes", rng.randbytes),
+        patch("secrets.randbits", rng.getrandbits),
+    ):
+        yield
 
 
 def run_seed(seed: int, home: Path, operations: int) -> Life:
     """Raises AssertionError for whatever goes wrong, with the seed in it."""
     shutil.rmtree(home, ignore_errors=True)
     life = Life(seed, home, operations)
-    secrets = store_module.secrets
-    store_module.secrets = SeededSecrets(seed)  # type: ignore[assignment]
     try:
-        life.run()
+        with seeded_secrets(seed):
+            life.run()
     except Exception as error:
         raise AssertionError(f"seed {seed}: {error!r}") from error
     finally:
-        store_module.secrets = secrets
         shutil.rmtree(home, ignore_errors=True)
     return life
 
