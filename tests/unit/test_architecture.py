@@ -63,6 +63,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "kvstore.device",
         "kvstore.listing",
         "kvstore.local",
+        "kvstore.store",
         "kvstore.tiers",
     ),
     "kvstore.sim": (*BASE, "kvstore.core", "kvstore.sim"),

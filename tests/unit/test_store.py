@@ -391,7 +391,7 @@ def test_a_clear_lets_other_calls_through(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("call", ["lookup", "acquire", "prefetch"])
 def test_a_long_call_lets_other_calls_through(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kvstore.core.chores.PART", 1)
-    monkeypatch.setattr("kvstore.store.LOOKED_AT_A_STEP", 1)
+    monkeypatch.setattr("kvstore.store.calls.LOOKED_AT_A_STEP", 1)
 
     async def body(rig: Rig) -> None:
         session = rig.session()
@@ -462,7 +462,7 @@ def test_a_start_that_is_called_off_ends_before_all_blocks_are_read() -> None:
 
 def test_everything_found_at_a_start_is_in_the_directory(monkeypatch: pytest.MonkeyPatch) -> None:
     """More than go in at once, and more than the first table takes."""
-    monkeypatch.setattr("kvstore.store.LISTED_A_STEP", 7)
+    monkeypatch.setattr("kvstore.store.directory.LISTED_A_STEP", 7)
     monkeypatch.setattr("kvstore.listing.MIN_SLOTS", 64)
     monkeypatch.setattr("kvstore.listing.PAGES_A_STEP", 1)
     rig = Rig(nvme_slots=256)

@@ -1,0 +1,316 @@
+"""What may be asked of the store, and its life from start to close."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+
+from kvstore.clock import Clock
+from kvstore.config import StoreConfig
+from kvstore.core.actions import RememberLayout
+from kvstore.core.catalog import Layout
+from kvstore.core.limits import Counters, Limits
+from kvstore.core.planner import Planner
+from kvstore.core.sessions import Session
+from kvstore.core.space import Space
+from kvstore.errors import BadRequest, Draining, TierError
+from kvstore.listing import Listing
+from kvstore.store.directory import Directory
+from kvstore.store.extents import Extents
+from kvstore.store.figures import store_stats
+from kvstore.store.loop import Loop, StoreObserver
+from kvstore.store.movement import MAX_RUNNING, Movement
+from kvstore.store.recovery import recover
+from kvstore.store.upkeep import Upkeep
+from kvstore.store.waiting import Waiting
+from kvstore.tiers.base import MemoryTier, StorageTier
+from kvstore.types import (
+    SESSION_ID_BYTES,
+    ChainPresence,
+    ChainQuery,
+    CommitAnswer,
+    LayoutSpec,
+    LeaseGrant,
+    Segment,
+    SlotGrant,
+    StoreStats,
+)
+
+log = logging.getLogger(__name__)
+
+LOOKED_AT_A_STEP = 1000
+"""Keys looked up before others get their turn: one to two milliseconds."""
+
+
+class Store:
+    def __init__(
+        self,
+        *,
+        config: StoreConfig,
+        clock: Clock,
+        dram: MemoryTier,
+        nvme: StorageTier | None,
+        tenant_key: Callable[[str], bytes],
+        executor: Executor,
+        observer: StoreObserver,
+    ) -> None:
+        """Takes over the tiers: they are closed with the store."""
+        self.dram = dram
+        self.epoch = secrets.token_bytes(8)
+        self._nvme = nvme
+        self._clock = clock
+        self._started_ns = clock.now_ns()
+        self._draining = False
+        self._planner = Planner(
+            Limits(
+                lease_ms=config.lease_ms,
+                reservation_ms=config.reservation_ms,
+                max_sessions=config.max_sessions,
+                max_leases=config.max_leases,
+                max_reservations=config.max_reservations,
+                max_layouts=config.max_layouts,
+                max_running=MAX_RUNNING,
+            ),
+            tenant_key=tenant_key,
+            eviction=config.eviction,
+            dram=Space(
+                dram.usable_bytes,
+                dram.extent_bytes,
+                max_slots=config.max_blocks,
+                first_extent=1 + secrets.randbits(30),
+            ),
+            nvme=None
+            if nvme is None
+            else Space(nvme.usable_bytes, nvme.extent_bytes, max_slots=config.max_blocks),
+            nvme_slot_bytes=None if nvme is None else nvme.slot_bytes,
+            first_id=1 + secrets.randbits(48),
+        )
+        capacity = dram.usable_bytes + (0 if nvme is None else nvme.usable_bytes)
+        self._listing = Listing(capacity, self.epoch, clock)
+        self._loop = Loop(self._planner, clock, executor, observer)
+        self._waiting = Waiting(self._loop)
+        self._directory = Directory(self._loop, self._listing)
+        self._extents = Extents(self._loop, dram, nvme)
+        self._movement = Movement(self._loop, dram, nvme, self._extents)
+        self._upkeep = Upkeep(self._loop, self._movement, self._listing)
+        self._loop.handle(RememberLayout, self._remember)
+
+    # Life
+
+    async def start(self) -> None:
+        """Take over what the NVMe tier holds, then begin to work."""
+        if self._nvme is not None:
+            await recover(self._loop, self._nvme, self._directory)
+        self._loop.execute()
+        self._loop.spawn(self._upkeep.work())
+        self._loop.spawn(self._extents.work())
+
+    async def drain(self, timeout_s: float) -> None:
+        """Refuse new work; write what is in DRAM only to NVMe, as far as time allows."""
+        self._draining = True
+        if self._nvme is None or not self._planner.residency.nvme_on:
+            return
+        ticket = self._planner.flush(None, drop=False)
+        await self._waiting.wait(ticket, timeout_s)
+        await self._movement.sync()
+
+    async def close(self) -> None:
+        """Stop working and close the tiers. Copies under way are waited for."""
+        await self._loop.close()
+        self._listing.close()
+        if self._nvme is not None:
+            try:
+                self._nvme.close()
+            except TierError as error:
+                log.error("the NVMe tier did not close cleanly: %s", error)
+        self.dram.close()
+
+    def progress_ns(self) -> int:
+        """When housekeeping last came round; it does so ten times a second."""
+        return self._upkeep.ticked_ns
+
+    @property
+    def extent_bytes(self) -> int:
+        return self.dram.extent_bytes
+
+    # Sessions
+
+    def open_session(self, tenant: str, *, local: bool) -> Session:
+        """Raises `TooMany`, `Draining`."""
+        self._refuse_when_draining()
+        session_id = secrets.token_bytes(SESSION_ID_BYTES)
+        return self._planner.open_session(session_id, tenant, local=local)
+
+    def session(self, session_id: bytes) -> Session:
+        """Raises `NoSession`."""
+        return self._planner.session(session_id)
+
+    def close_session(self, session: Session) -> None:
+        """Give back all it held. Idempotent."""
+        self._planner.close_session(session)
+        self._loop.execute()
+
+    def extent_fd(self, session: Session, extent: int) -> int:
+        """The memfd of an extent of the session's tenant. It stays the tier's."""
+        if self._planner.residency.dram.space.owner_of(extent) != session.tenant:
+            raise BadRequest(f"there is no extent {extent}")
+        return self.dram.extent_fd(extent)
+
+    def directory_fd(self) -> int:
+        """The memfd of the directory (`local.directory`). It stays the store's."""
+        return self._listing.fd
+
+    def tenant_secret(self, session: Session) -> bytes:
+        """What the session's tenant's blocks are named with (`naming`)."""
+        return self._planner.catalog.secret(session.tenant)
+
+    # Calls
+
+    def register_layout(self, tenant: str, spec: LayoutSpec) -> bytes:
+        layout_id = self._planner.register_layout(tenant, spec)
+        self._loop.execute()
+        return layout_id
+
+    async def lookup(self, tenant: str, chains: Sequence[ChainQuery]) -> list[ChainPresence]:
+        """How much of each chain is held, at some moment of the call's."""
+        answers = []
+        looked_at = 0
+        for chain in chains:
+            answers.append(self._planner.lookup(tenant, chain))
+            looked_at += len(chain.layout_ids) * (1 + len(chain.keys).bit_length())
+            if looked_at >= LOOKED_AT_A_STEP:
+                looked_at = 0
+                await asyncio.sleep(0)
+        return answers
+
+    async def acquire(
+        self, session: Session, chains: Sequence[ChainQuery], wait_ms: int
+    ) -> list[LeaseGrant]:
+        """See the planner. Waits at most `wait_ms` for blocks to come up."""
+        self._refuse_when_draining()
+        ticket = self._planner.acquire(
+            session, chains, wait=wait_ms > 0, now_ns=self._clock.now_ns()
+        )
+        await self._waiting.wait(ticket, wait_ms / 1000)
+        assert ticket.answer is not None
+        return ticket.answer
+
+    def renew(self, session: Session, lease_ids: Sequence[int]) -> int:
+        return self._planner.renew(session, lease_ids, self._clock.now_ns())
+
+    def release(self, session: Session, lease_ids: Sequence[int]) -> None:
+        self._planner.release(session, lease_ids)
+        self._loop.execute()
+
+    async def reserve(
+        self,
+        session: Session,
+        layout_id: bytes,
+        count: int,
+        wait_ms: int,
+    ) -> SlotGrant:
+        """See the planner. Waits at most `wait_ms` for space."""
+        self._refuse_when_draining()
+        ticket = self._planner.reserve(
+            session, layout_id, count, wait=wait_ms > 0, now_ns=self._clock.now_ns()
+        )
+        await self._waiting.wait(ticket, wait_ms / 1000)
+        assert ticket.answer is not None
+        return ticket.answer
+
+    def commit(
+        self,
+        session: Session,
+        layout_id: bytes,
+        segments: Sequence[Segment],
+        reserve: int,
+    ) -> CommitAnswer:
+        """See the planner. `reserve`: slots to reserve in the same call."""
+        answer = self._planner.commit(
+            session,
+            layout_id,
+            segments,
+            reserve=0 if self._draining else reserve,
+            now_ns=self._clock.now_ns(),
+        )
+        self._loop.execute()
+        return answer
+
+    def abort(self, session: Session, slot_ids: Sequence[int]) -> None:
+        self._planner.abort(session, slot_ids)
+        self._loop.execute()
+
+    def lease_view(self, session: Session, lease_id: int, index: int) -> memoryview:
+        """A leased block's bytes, `block_bytes` of them; not to be written."""
+        lease = self._planner.lease(session, lease_id)
+        if not 0 <= index < len(lease.replicas):
+            raise BadRequest(f"the lease has no block {index}")
+        replica = lease.replicas[index]
+        return self.dram.view(replica.address, replica.block.layout.block_bytes).toreadonly()
+
+    def slot_view(self, session: Session, slot_id: int) -> memoryview:
+        """A reserved slot, `block_bytes` of it, to be written."""
+        replica = self._planner.slot(session, slot_id)
+        return self.dram.view(replica.address, replica.block.layout.block_bytes)
+
+    async def prefetch(self, tenant: str, chains: Sequence[ChainQuery]) -> int:
+        """Blocks that are on their way because of it."""
+        self._refuse_when_draining()
+        ticket = self._planner.prefetch(tenant, chains)
+        await self._waiting.wait(ticket, None)
+        assert ticket.answer is not None
+        return ticket.answer
+
+    async def clear(self, tenant: str) -> int:
+        """Blocks forgotten. What is not in use stays forgotten across a crash."""
+        ticket = self._planner.clear(tenant)
+        await self._waiting.wait(ticket, None)
+        await self._movement.all_forgotten()
+        await self._movement.sync()
+        assert ticket.answer is not None
+        return ticket.answer
+
+    async def flush(self, tenant: str, drop: bool) -> int:
+        """Blocks written. Raises `NoLowerTier`."""
+        ticket = self._planner.flush(tenant, drop=drop)
+        await self._waiting.wait(ticket, None)
+        await self._movement.sync()
+        assert ticket.answer is not None
+        return ticket.answer
+
+    def counters(self) -> Counters:
+        return self._planner.counters
+
+    def stats(self, tenant: str | None = None) -> StoreStats:
+        uptime_s = (self._clock.now_ns() - self._started_ns) / 1e9
+        return store_stats(self._planner, self._movement.moved_bytes, uptime_s, tenant)
+
+    def check_integrity(self) -> None:
+        """See the planner. For tests and idle moments: O(blocks)."""
+        self._planner.check_integrity()
+
+    def _refuse_when_draining(self) -> None:
+        if self._draining:
+            raise Draining("the server is shutting down")
+
+    def _remember(self, action: RememberLayout) -> None:
+        self._note_limit(action.layout)
+        self._loop.spawn(self._movement.remember(action.layout))
+
+    def _note_limit(self, layout: Layout) -> None:
+        residency = self._planner.residency
+        for pool, space_class in (
+            (residency.dram, layout.dram_class),
+            (residency.nvme, layout.nvme_class),
+        ):
+            if pool is None or space_class is None:
+                continue
+            room = pool.space.capacity_bytes // space_class.slot_bytes
+            if room > pool.space.max_slots:
+                log.warning(
+                    "%s has room for %d blocks of %d bytes, but server.max_blocks allows %d",
+                    pool.tier.label, room, layout.block_bytes, pool.space.max_slots,
+                )  # fmt: skip

@@ -1,0 +1,44 @@
+"""What can be counted about the store, at one moment."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from kvstore.core.planner import Planner
+from kvstore.types import StoreStats, Tier, TierStats
+
+
+def store_stats(
+    planner: Planner,
+    moved_bytes: Mapping[Tier, Sequence[int]],
+    uptime_seconds: float,
+    tenant: str | None,
+) -> StoreStats:
+    """`moved_bytes`: into each tier and out of it. `tenant_blocks` is for `tenant`."""
+    counters, residency = planner.counters, planner.residency
+    pools = [pool for pool in (residency.dram, residency.nvme) if pool is not None]
+    return StoreStats(
+        uptime_seconds=uptime_seconds,
+        tiers=tuple(
+            TierStats(
+                tier=pool.tier,
+                capacity_bytes=pool.space.capacity_bytes,
+                used_bytes=pool.space.used_bytes,
+                blocks=len(pool),
+                evictions=pool.evictions,
+                bytes_in=moved_bytes[pool.tier][0],
+                bytes_out=moved_bytes[pool.tier][1],
+                healthy=pool.tier is Tier.DRAM or residency.nvme_on,
+            )
+            for pool in pools
+        ),
+        sessions=planner.open_sessions,
+        leases=planner.open_leases,
+        reservations=planner.open_reservations,
+        acquired_positions=counters.acquired_positions,
+        acquired_hits=counters.acquired_hits,
+        acquired_hits_dram=counters.acquired_hits_dram,
+        committed_blocks=counters.committed_blocks,
+        corrupt_blocks=residency.holdings.corrupt,
+        tenant_blocks=0 if tenant is None else planner.catalog.tenant_blocks(tenant),
+    )

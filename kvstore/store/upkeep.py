@@ -1,0 +1,37 @@
+"""What is done ten times a second: time for the planner, a sign of life, now and then a sync."""
+
+from __future__ import annotations
+
+import asyncio
+
+from kvstore.listing import Listing
+from kvstore.store.loop import Loop
+from kvstore.store.movement import Movement
+
+TICK_S = 0.1
+SYNC_S = 2.0
+"""How much of what was written to NVMe a crash may cost, at most, in time."""
+
+
+class Upkeep:
+    def __init__(self, loop: Loop, movement: Movement, listing: Listing) -> None:
+        self.ticked_ns = loop.clock.now_ns()
+        """When it last came round."""
+        self._loop = loop
+        self._movement = movement
+        self._listing = listing
+
+    async def work(self) -> None:
+        """For as long as the store lives."""
+        loop = self._loop
+        synced_at = asyncio.get_running_loop().time()
+        while True:
+            await asyncio.sleep(TICK_S)
+            loop.planner.tick(loop.clock.now_ns())
+            loop.execute()
+            self.ticked_ns = loop.clock.now_ns()
+            self._listing.beat()
+            now = asyncio.get_running_loop().time()
+            if self._movement.unsynced and now - synced_at >= SYNC_S:
+                synced_at = now
+                loop.spawn(self._movement.sync())
