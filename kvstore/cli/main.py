@@ -26,6 +26,7 @@ COMMANDS: dict[str, Command] = {
     "status": Command("kvstore.cli.status", "show what a running server holds and does"),
     "flush": Command("kvstore.cli.flush", "write what is only in DRAM to NVMe"),
     "clear": Command("kvstore.cli.clear", "forget every block of the caller's tenant"),
+    "fsck": Command("kvstore.cli.fsck", "verify the data directory of a stopped server"),
     "bench": Command("kvstore.cli.bench", "measure this machine and the store on it"),
     "simulate": Command("kvstore.cli.simulate", "replay a trace under each eviction policy"),
     "demo": Command("kvstore.cli.demo", "run a small model with and without the store"),

@@ -119,6 +119,11 @@ class DataHome:
             return {}
         return {(tenant, bytes.fromhex(name)): spec for tenant, name, spec in json.loads(text)}
 
+    def layouts_sound(self) -> bool:
+        """Raises OSError where there are none."""
+        checksum, _, text = (self.path / "layouts").read_bytes().partition(b"\n")
+        return checksum == _checksum(text)
+
     def write_layouts(self, layouts: Layouts) -> None:
         """All of them, or those of before. Durable. Raises OSError."""
         entries = [(tenant, name.hex(), spec) for (tenant, name), spec in layouts.items()]

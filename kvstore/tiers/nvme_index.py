@@ -137,9 +137,7 @@ class Index:
         """The index in directory `path`, emptied where it cannot be used: it can be
         made again, but must neither exceed its capacity nor keep a server from
         starting. Raises `DataVersion`, `DataUnusable`."""
-        if _vouched_for(path) or ((path / _DATA).exists() and _readable(path)):
-            return cls.open_trusted(path, map_bytes)
-        if any(path.iterdir()):
+        if not sound(path) and any(path.iterdir()):
             start_over(path, "the index is damaged")
         return cls.open_trusted(path, map_bytes)
 
@@ -313,6 +311,11 @@ class Index:
             if len(chunk) < _CHUNK:
                 return
             end = chunk[-1][0]
+
+
+def sound(path: Path) -> bool:
+    """Whether there is an index in the directory that can be read."""
+    return _vouched_for(path) or ((path / _DATA).exists() and _readable(path))
 
 
 def _vouched_for(path: Path) -> bool:

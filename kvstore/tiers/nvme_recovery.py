@@ -49,7 +49,10 @@ def open_segments(disk: Disk, geometry: Geometry, most: int) -> list[Segment]:
             disk.remove(name)
             continue
         segments.append(Segment(number, file, geometry))
-        _load_summary(segments[-1], geometry)
+        try:
+            load_summary(segments[-1], geometry)
+        except CorruptBlock as error:
+            _log.error("segment %d is lost: %s", number, error)
     segments.sort(key=lambda s: s.life, reverse=True)
     for segment in segments[most:]:
         segment.file.close()
@@ -59,7 +62,8 @@ def open_segments(disk: Disk, geometry: Geometry, most: int) -> list[Segment]:
     return segments[:most]
 
 
-def _load_summary(segment: Segment, geometry: Geometry) -> None:
+def load_summary(segment: Segment, geometry: Geometry) -> None:
+    """Raises `CorruptBlock` when there is none left, and the segment holds nothing."""
     copies = []
     page = nvme_slot.aligned(geometry.summary_bytes)
     for copy in range(2):
@@ -70,10 +74,7 @@ def _load_summary(segment: Segment, geometry: Geometry) -> None:
             _log.error("a summary of segment %d cannot be read: %s", segment.number, error)
     if not any(map(any, copies)):
         return  # Preallocated, and never begun.
-    try:
-        segment.load(copies)
-    except CorruptBlock as error:
-        _log.error("segment %d is lost: %s", segment.number, error)
+    segment.load(copies)
 
 
 def next_life(index: Index, segments: list[Segment]) -> int:
