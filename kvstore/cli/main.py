@@ -29,6 +29,7 @@ COMMANDS: dict[str, Command] = {
     "fsck": Command("kvstore.cli.fsck", "verify the data directory of a stopped server"),
     "bench": Command("kvstore.cli.bench", "measure this machine and the store on it"),
     "simulate": Command("kvstore.cli.simulate", "replay a trace under each eviction policy"),
+    "plan": Command("kvstore.cli.plan", "size the tiers for a workload"),
     "demo": Command("kvstore.cli.demo", "run a small model with and without the store"),
 }
 

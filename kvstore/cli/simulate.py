@@ -75,12 +75,12 @@ def run(args: argparse.Namespace) -> int:
     from kvstore.sim.readers import read_traces
     from kvstore.sim.sweep import Point, cores, sweep
 
-    with _progress("reading"):
+    with progress("reading"):
         trace = read_traces(args.traces, session_rate=args.session_rate, seed=args.seed)
     by_chain = {"own": None, "published": False, "chain": True}[args.order]
     capacities = args.capacity_blocks or _shares(trace)
     points = [Point(name, size, by_chain) for name in args.policy for size in capacities]
-    with _progress("replaying") as tell:
+    with progress("replaying") as tell:
         rows = sweep(trace, points, args.processes or cores(), tell)
     if args.plots is not None:
         from kvstore_benchmarks.policies.plots import draw
@@ -98,7 +98,7 @@ def _shares(trace: Trace) -> list[int]:
 
 
 @contextmanager
-def _progress(step: str) -> Iterator[Callable[[float], None]]:
+def progress(step: str) -> Iterator[Callable[[float], None]]:
     """A bar on the standard error where that is a terminal."""
     if not sys.stderr.isatty():
         yield lambda part: None

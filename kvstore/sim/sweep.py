@@ -11,16 +11,21 @@ from time import perf_counter
 from typing import Any
 
 from kvstore.config import nearest
+from kvstore.core.cost import REFERENCE, Prefill
 from kvstore.core.policies import POLICIES
 from kvstore.errors import BadRequest
 from kvstore.sim.bounds import Clairvoyant
 from kvstore.sim.replay import Progress, Replay, Result
 from kvstore.sim.trace import Trace
 
-BOUNDS: dict[str, Callable[[Trace, int], Clairvoyant]] = {
-    "belady": lambda trace, capacity: Clairvoyant(trace, capacity, bypass=False),
-    "belady-bypass": lambda trace, capacity: Clairvoyant(trace, capacity),
-    "cost-belady": lambda trace, capacity: Clairvoyant(trace, capacity, by_cost=True),
+BOUNDS: dict[str, Callable[[Trace, int, Prefill], Clairvoyant]] = {
+    "belady": lambda trace, capacity, prefill: Clairvoyant(
+        trace, capacity, bypass=False, prefill=prefill
+    ),
+    "belady-bypass": lambda trace, capacity, prefill: Clairvoyant(trace, capacity, prefill=prefill),
+    "cost-belady": lambda trace, capacity, prefill: Clairvoyant(
+        trace, capacity, by_cost=True, prefill=prefill
+    ),
 }
 
 POLL_S = 0.2
@@ -52,19 +57,25 @@ def policy_called(name: str) -> str:
 
 
 def sweep(
-    trace: Trace, points: Sequence[Point], processes: int, progress: Progress | None = None
+    trace: Trace,
+    points: Sequence[Point],
+    processes: int,
+    progress: Progress | None = None,
+    prefill: Prefill = REFERENCE,
 ) -> list[dict[str, Any]]:
     """One object a point, in their order: what `kvstore simulate --json` prints."""
     tell = progress or (lambda done: None)
     if processes == 1 or len(points) == 1:
         rows: list[dict[str, Any]] = []
         for point in points:
-            rows.append(_replay(trace, point, lambda part: tell((len(rows) + part) / len(points))))
+            rows.append(
+                _replay(trace, point, prefill, lambda part: tell((len(rows) + part) / len(points)))
+            )
         return rows
     # Forked, so that all share the one trace.
     context = multiprocessing.get_context("fork")
     done: Any = context.Array("d", len(points), lock=False)
-    with context.Pool(min(processes, len(points)), _begin, (trace, points, done)) as pool:
+    with context.Pool(min(processes, len(points)), _begin, (trace, points, prefill, done)) as pool:
         pending = pool.map_async(_replay_number, range(len(points)), chunksize=1)
         while not pending.ready():
             pending.wait(POLL_S)
@@ -72,37 +83,37 @@ def sweep(
         return pending.get()
 
 
-_shared: tuple[Trace, Sequence[Point], Synchronized[float]] | None = None
+_shared: tuple[Trace, Sequence[Point], Prefill, Synchronized[float]] | None = None
 # Of a child process only.
 
 
-def _begin(trace: Trace, points: Sequence[Point], done: Any) -> None:
+def _begin(trace: Trace, points: Sequence[Point], prefill: Prefill, done: Any) -> None:
     global _shared
-    _shared = trace, points, done
+    _shared = trace, points, prefill, done
 
 
 def _replay_number(number: int) -> dict[str, Any]:
     assert _shared is not None
-    trace, points, done = _shared
+    trace, points, prefill, done = _shared
 
     def note(part: float) -> None:
         done[number] = part  # type: ignore[index]
 
-    row = _replay(trace, points[number], note)
+    row = _replay(trace, points[number], prefill, note)
     note(1.0)
     return row
 
 
-def _replay(trace: Trace, point: Point, progress: Progress) -> dict[str, Any]:
+def _replay(trace: Trace, point: Point, prefill: Prefill, progress: Progress) -> dict[str, Any]:
     name = policy_called(point.policy)
     started = perf_counter()
     by_chain = False
     if name in BOUNDS:
-        result = BOUNDS[name](trace, point.capacity_blocks).run(progress)
+        result = BOUNDS[name](trace, point.capacity_blocks, prefill).run(progress)
     else:
         policy = POLICIES[name]()
         by_chain = policy.by_chain if point.by_chain is None else point.by_chain
-        replay = Replay(policy, trace, point.capacity_blocks)
+        replay = Replay(policy, trace, point.capacity_blocks, prefill)
         result = replay.run(by_chain=by_chain, progress=progress)
     return _row(point, result, by_chain, perf_counter() - started)
 

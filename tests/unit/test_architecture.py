@@ -67,6 +67,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "kvstore.tiers",
     ),
     "kvstore.sim": (*BASE, "kvstore.core", "kvstore.sim"),
+    "kvstore.plan": (*BASE, "kvstore.core", "kvstore.plan", "kvstore.sim"),
     "kvstore.metrics": (*BASE, "kvstore.store"),
     "kvstore.wire": ("kvstore.errors", "kvstore.types", "kvstore.wire"),
     "kvstore.client": (*BASE, "kvstore.client", "kvstore.local", "kvstore.wire"),
