@@ -16,7 +16,8 @@ Every 64 words are a page, and every page is a hash table of its own: linear pro
 A word of 0 is free and ends a search. So whatever keys a tenant finds by trying (it
 knows its own secret), a search and a listing look at one page at most, a removal goes
 round it a few times, and names of its own that agree in 62 bits count as one. A block
-whose page is full is not listed, and lookups miss it. By chance that does not
+whose page is full is not listed, and lookups miss it, until there is room: the writer
+remembers a page's worth of them for each. By chance that does not
 happen: at the greatest load 19 words of a page are in use, give or take four. A tenant
 that has n blocks with keys made for it can fill n / 64 pages, and hide what belongs
 there from lookups; from acquires it can hide nothing.
@@ -126,6 +127,9 @@ class DirectoryWriter:
         self.entries = 0
         self.unlisted = 0
         """How often a block found its page full. Lookups miss it then."""
+        # By page: infos, by q, of blocks that wait for room there. Only full pages
+        # have any, and PAGE_WORDS of them at most.
+        self._waiting: dict[int, dict[int, int]] = {}
         self._shift = _shift(slots)
         self.fd = os.memfd_create("kvstore-directory", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
@@ -178,6 +182,9 @@ class DirectoryWriter:
         at, word = _place(self._words, q, home)
         if at < 0:
             self.unlisted += 1
+            waiting = self._waiting.setdefault(home & _PAGE, {})
+            if q in waiting or len(waiting) < PAGE_WORDS:
+                waiting[q] = info
             return
         self._words[at] = q ^ info
         self.entries += not word
@@ -185,6 +192,8 @@ class DirectoryWriter:
     def _remove(self, q: int, home: int) -> None:
         words, shift = self._words, self._shift
         hole, word = _place(words, q, home)
+        if hole < 0:
+            self._wait_no_more(q, home)
         if hole < 0 or not word:
             return
         self.entries -= 1
@@ -202,10 +211,23 @@ class DirectoryWriter:
                 # A page without a free word has to be gone round until nothing moves.
                 stay += 1
         words[hole] = 0
+        waiting = self._waiting.get(home & _PAGE)
+        if waiting:
+            q = next(iter(waiting))
+            info = waiting[q]
+            self._wait_no_more(q, home)
+            self._put(q, info, q >> shift)
+
+    def _wait_no_more(self, q: int, home: int) -> None:
+        waiting = self._waiting.get(home & _PAGE, {})
+        waiting.pop(q, None)
+        if not waiting:
+            self._waiting.pop(home & _PAGE, None)
 
     def take_pages(self, old: DirectoryWriter, first: int, pages: int) -> None:
         """Copy pages of a table half as large. Their words go to as many pairs of
-        pages here, which must still be empty, and all find room there."""
+        pages here, which must still be empty, and all find room there. So may blocks
+        that found none in the old table."""
         assert old.slots * 2 == self.slots
         begin, end = first * PAGE_WORDS, (first + pages) * PAGE_WORDS
         fresh = [0] * (2 * (end - begin))
@@ -217,6 +239,10 @@ class DirectoryWriter:
             fresh[at] = word
             self.entries += 1
         self._words[base : 2 * end] = memoryview(array("Q", fresh))
+        if old._waiting:
+            for page in range(begin, end, PAGE_WORDS):
+                for q, info in old._waiting.get(page, {}).items():
+                    self._put(q, info, q >> shift)
 
     def close(self, state: int = CLOSED) -> None:
         """Tell readers, then let go. What they have mapped stays as it is."""
