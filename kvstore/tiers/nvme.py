@@ -11,9 +11,9 @@ crash did. What fails is not read or written again: its place is marked bad.
 
 *Order of writes.* A slot is written at once. What shall be known of it after a
 restart waits in a batch, and a flush makes that durable in this order: the slots and
-the summaries of their segments, with fdatasync; then the index, which so never
-points at data that did not arrive; then segments that were emptied may be used
-again.
+the summaries of their segments, with fdatasync; then summaries that give up what was
+appended again elsewhere; then the index, which so never points at data that did not
+arrive; then segments that were emptied may be used again.
 
 *After a crash* the index is behind at most. What it does not tell of is read from
 the segments' headers (`nvme_recovery`); what was forgotten and synced is marked in
@@ -366,14 +366,14 @@ class NvmeTier:
             self._check_usable()
             todo = self._log.take_flushed()
             try:
-                for segment, summary, offset in todo.summaries:
-                    self._summary[:] = summary
-                    write_all(segment.file, [self._summary], offset)
-                    self._noted_bytes += len(summary)
+                self._write_summaries(todo.summaries)
                 for segment, _, _ in todo.segments:
                     segment.file.fdatasync()
                 if todo.names:
                     self._disk.sync_names()
+                self._write_summaries(todo.later)
+                for segment, _, _ in todo.later:
+                    segment.file.fdatasync()
             except OSError as error:
                 # A full disk too: what is preallocated does not run out of room.
                 raise TierFailed(f"syncing failed: {error.strerror}", error.errno or 0) from error
@@ -384,6 +384,12 @@ class NvmeTier:
             raise
         finally:
             self._flushing.release()
+
+    def _write_summaries(self, summaries: list[tuple[Segment, bytes, int]]) -> None:
+        for segment, summary, offset in summaries:
+            self._summary[:] = summary
+            write_all(segment.file, [self._summary], offset)
+            self._noted_bytes += len(summary)
 
     def _tell_index(self, batch: Batch) -> None:
         """Put it into the index, or as much as goes in. Of which segments it then

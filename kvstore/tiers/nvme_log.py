@@ -7,7 +7,7 @@ emptied: its living blocks are appended once more, and it begins a new life. Wha
 worth keeping is decided by who gives the addresses: what is not is forgotten.
 
 *There is always room.* A segment has as many slots of a size as an extent, and
-there are `SPARE` segments more than extents may be open. So when no segment is
+there are `spare_segments` more than extents may be open. So when no segment is
 free, some size of slots has more segments than open extents, hence dead slots, and
 emptying its segments wins a whole one. Bad places on the medium take from this; a
 log that cannot win a segment says `TierFull`, and has lost nothing by trying.
@@ -46,23 +46,29 @@ _log = logging.getLogger(__name__)
 
 _SLOT_BITS = 20  # Of the largest extent, 2 GiB, in slots of 8 KiB there are 2^18.
 _SLOT_MASK = (1 << _SLOT_BITS) - 1
-_RESERVE = 1
-"""Free segments kept for emptying others into."""
+_RESERVE = 2
+"""Free segments kept: one to empty others into, one that a crash in the middle of that
+may cost."""
 
 
 def spare_segments(segments: int) -> int:
-    """How many of them are there for the log to work with. More would cost capacity,
-    fewer would have blocks appended again more often."""
-    return max(3, segments // 16)
+    """How many of them are there for the log to work with: those in reserve, one of dead
+    slots, one for blocks being written and for bad places. More would cost capacity, fewer
+    would have blocks appended again more often."""
+    return max(_RESERVE + 2, segments // 16)
 
 
 class Flushed(NamedTuple):
     """What a flush has to make durable, in this order."""
 
     summaries: list[tuple[Segment, bytes, int]]
+    """(segment, summary, its offset)"""
     segments: list[tuple[Segment, int, int]]
     """(segment, its life, slots below which all is written)"""
     names: bool
+    later: list[tuple[Segment, bytes, int]]
+    """Summaries that may only be written after all the above is durable: they give up
+    what was moved."""
     batch: Batch
     emptied: list[Segment]
 
@@ -104,7 +110,7 @@ class Log:
         self.extents: dict[int, Extent] = {}
         self._disk = disk
         self.most_extents = most_segments - spare_segments(most_segments)
-        self._most_segments = most_segments
+        self.most_segments = most_segments
         self._sequence = itertools.count(first_sequence)
         self._flush = flush
         # Held while a head is replaced, through all the I/O that takes; the other
@@ -117,6 +123,7 @@ class Log:
         self._emptied: list[Segment] = []
         self._touched: dict[Segment, None] = {}  # In the order in which it was.
         self._new_names = False
+        self._moved = False
         self._batch = Batch()
 
     @property
@@ -308,7 +315,7 @@ class Log:
 
     def _make_segments(self, extents: int) -> None:
         """Preallocate for so many extents; for fewer spares where the disk is full."""
-        wanted = min(self._most_segments, extents + spare_segments(self._most_segments))
+        wanted = min(self.most_segments, extents + spare_segments(self.most_segments))
         numbers = itertools.count()
         while len(self.segments) < wanted:
             number = next(n for n in numbers if n not in self.segments)
@@ -388,6 +395,7 @@ class Log:
                     self._strike(segment, target)  # Forgotten meanwhile.
                     continue
                 index = (owner - 1) % self.extent_bytes // extent.slot_bytes
+                self._moved = True
                 self._strike(victim, slot)
                 self._enter(segment, target, extent, index, owner - 1)
                 self._batch.blocks[segment.number, target] = encode_record(
@@ -416,8 +424,11 @@ class Log:
             segments = [(s, s.life, s.finished) for s in touched]
             for segment, life, finished in segments:
                 batch.segments[segment.number] = (life, finished)
-            summaries = [(s, *s.encode()) for s in touched if s.dirty]
-            return Flushed(summaries, segments, names, batch, emptied)
+            moved, self._moved = self._moved, False
+            new = [s for s in touched if s.dirty and (not moved or s.life != s.durable_life)]
+            summaries = [(s, *s.encode()) for s in new]
+            later = [(s, *s.encode()) for s in touched if s.dirty]
+            return Flushed(summaries, segments, names, later, batch, emptied)
 
     def flushed(self, done: Flushed) -> None:
         """It is durable."""
@@ -425,11 +436,11 @@ class Log:
             for segment, life, finished in done.segments:
                 if segment.life == life:
                     segment.settled = finished
+                    segment.durable_life = life
             self._free += done.emptied
 
     def adopt(self, segment: Segment) -> None:
-        """Take over a segment found at the start. Nothing is appended to it."""
-        self.segments[segment.number] = segment
+        """A segment found at the start has its blocks. Nothing is appended to it."""
         if not segment.living:
             self._free.append(segment)
 
@@ -453,7 +464,7 @@ class Log:
             for segment in self.segments.values():
                 if segment.living != sum(map(bool, segment.owners)):
                     raise InternalError("a segment has lost count of its blocks")
-            if len(self.segments) > self._most_segments:
+            if len(self.segments) > self.most_segments:
                 raise InternalError("there are more segments than the capacity allows")
             if any(s.living for s in (*self._free, *self._emptied)):
                 raise InternalError("a segment in use is to be used again")

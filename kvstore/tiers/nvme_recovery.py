@@ -158,7 +158,13 @@ def find_blocks(index: Index, log: Log, segments: list[Segment], *, clean: bool)
         for slot in late:
             log.drop(segment, slot)
         found.append((segment, np.setdiff1d(there, late) if late else there))
+    log.segments.update((segment.number, segment) for segment, _ in found)
     _give_addresses(log, found)
+    if found and len(found) == log.most_segments and all(s.living for s, _ in found):
+        # There is nothing to empty a segment into, so one has to go.
+        emptiest = min((segment for segment, _ in found), key=lambda s: s.living)
+        for owner in [owner for owner in emptiest.owners if owner]:
+            log.forget(owner - 1)
     for segment, _ in found:
         log.adopt(segment)
 
@@ -215,7 +221,7 @@ def _homes(used: list[tuple[Segment, Slots]], most: int) -> set[int]:
 def _superseded(index: Index, segments: dict[int, Segment]) -> set[tuple[int, int]]:
     """(segment, slot) of blocks of which a later one has the same name."""
     rows = [
-        (xxhash.xxh3_64_intdigest(name), sequence, number, slot)
+        (xxhash.xxh3_64_intdigest(name), sequence, number, slot, life)
         for name, sequence, life, number, slot in index.names()
         if (segment := segments.get(number)) is not None
         and segment.life == life
@@ -225,6 +231,7 @@ def _superseded(index: Index, segments: dict[int, Segment]) -> set[tuple[int, in
     if not rows:
         return set()
     table = np.array(rows, np.uint64)
-    table = table[np.lexsort((table[:, 1], table[:, 0]))]
+    # Of two copies of one block the one in the younger segment: the other was being emptied.
+    table = table[np.lexsort((table[:, 4], table[:, 1], table[:, 0]))]
     earlier = np.flatnonzero(table[:-1, 0] == table[1:, 0])
     return {(int(row[2]), int(row[3])) for row in table[earlier]}

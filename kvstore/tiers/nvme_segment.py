@@ -77,8 +77,9 @@ class Segment:
     """An open segment and who is in it. Its log guards it with a lock."""
 
     __slots__ = (
-        "_geometry", "bad", "dead", "dirty", "file", "filling", "generation", "life", "living",
-        "next", "number", "owners", "settled", "slot_bytes", "slots", "unfinished",
+        "_geometry", "bad", "dead", "dirty", "durable_life", "file", "filling", "generation",
+        "life", "living", "next", "number", "owners", "settled", "slot_bytes", "slots",
+        "unfinished",
     )  # fmt: skip
 
     def __init__(self, number: int, file: DiskFile, geometry: Geometry) -> None:
@@ -86,6 +87,8 @@ class Segment:
         self.file = file
         self._geometry = geometry
         self.life = 0
+        self.durable_life = 0
+        """That of the last summary that is durable."""
         self.generation = 0
         self.settled = 0
         self.bad: set[int] = set()
@@ -215,6 +218,7 @@ class Segment:
         if not found:
             raise CorruptBlock("neither copy of the summary is whole")
         self.generation, self.life, slot_bytes, self.settled, dead, bad = max(found)
+        self.durable_life = self.life
         pages = range(self._geometry.pages) if any(bad) else ()
         self.bad = {number for number in pages if bad[number >> 3] >> (number & 7) & 1}
         self._shape(slot_bytes)
