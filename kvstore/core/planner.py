@@ -54,6 +54,7 @@ from kvstore.core.tickets import (
     ReserveTicket,
     Ticket,
 )
+from kvstore.core.transfers import TransferClass
 from kvstore.errors import BadRequest, NoSession, TooMany
 from kvstore.types import (
     ChainPresence,
@@ -236,9 +237,11 @@ class Planner:
 
     # What the shell reports
 
-    def transfer_done(self, copy: Copy, now_ns: int) -> None:
-        self.residency.filled(copy)
+    def transfer_done(self, copy: Copy, now_ns: int) -> TransferClass:
+        """What it was for, as far as that was known when it started."""
+        transfer_class = self.residency.filled(copy)
         self._target_settled(copy, now_ns, written=True)
+        return transfer_class
 
     def transfer_failed(
         self, copy: Copy, now_ns: int, *, source_corrupt: bool = False, full: bool = False

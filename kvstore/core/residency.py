@@ -93,15 +93,16 @@ class Residency:
 
     # Copies' ends
 
-    def filled(self, copy: Copy) -> None:
-        """A copy has ended well."""
-        self._end_copy(copy)
+    def filled(self, copy: Copy) -> TransferClass:
+        """A copy has ended well; returns what it was for."""
+        transfer_class = self._end_copy(copy)
         copy.target.apply(Event.FILLED)
         if copy.target.state is State.READY:
             self.holdings.came(copy.target)
         elif not copy.target.pins:
             self.holdings.discard(copy.target)
         self.holdings.unpin(copy.source)
+        return transfer_class
 
     def fill_failed(self, copy: Copy, *, source_corrupt: bool) -> None:
         """A copy has ended badly. With `source_corrupt`, because its source is not
@@ -122,9 +123,9 @@ class Residency:
         if self._cancel(target):
             self._not_filled(target)
 
-    def _end_copy(self, copy: Copy) -> None:
-        self.transfers.finish(copy.target)
+    def _end_copy(self, copy: Copy) -> TransferClass:
         self.write_back.ended(copy.target)
+        return self.transfers.finish(copy.target)
 
     def _cancel(self, target: Replica) -> bool:
         """Take back a copy that has not started, and the slot it was to fill."""

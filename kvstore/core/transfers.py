@@ -21,6 +21,10 @@ class TransferClass(enum.IntEnum):
     PREFETCH = 1
     WRITE_BACK = 2
 
+    @property
+    def label(self) -> str:
+        return self.name.lower()
+
 
 class TransferQueue:
     """Queued copies by their target; at most one copy per target."""

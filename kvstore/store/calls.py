@@ -37,10 +37,12 @@ from kvstore.types import (
     Segment,
     SlotGrant,
     StoreStats,
+    Tier,
 )
 
 log = logging.getLogger(__name__)
 
+NO_SLOTS = SlotGrant(0, [], 0)
 LOOKED_AT_A_STEP = 1000
 """Keys looked up before others get their turn: one to two milliseconds."""
 
@@ -106,7 +108,8 @@ class Store:
             await recover(self._loop, self._nvme, self._directory)
         self._loop.execute()
         self._loop.spawn(self._upkeep.work())
-        self._loop.spawn(self._extents.work())
+        for tier in Tier:
+            self._loop.spawn(self._extents.work(tier))
 
     async def drain(self, timeout_s: float) -> None:
         """Refuse new work; write what is in DRAM only to NVMe, as far as time allows."""
@@ -155,7 +158,8 @@ class Store:
 
     def extent_fd(self, session: Session, extent: int) -> int:
         """The memfd of an extent of the session's tenant. It stays the tier's."""
-        if self._planner.residency.dram.space.owner_of(extent) != session.tenant:
+        known = self._planner.residency.dram.space.owner_of(extent) == session.tenant
+        if not (known and self._extents.there(Tier.DRAM, [extent * self.extent_bytes])):
             raise BadRequest(f"there is no extent {extent}")
         return self.dram.extent_fd(extent)
 
@@ -212,23 +216,25 @@ class Store:
         count: int,
         wait_ms: int,
     ) -> SlotGrant:
-        """See the planner. Waits at most `wait_ms` for space."""
+        """See the planner. Waits at most `wait_ms` for space, and until the slots' memory
+        is there."""
         self._refuse_when_draining()
         ticket = self._planner.reserve(
             session, layout_id, count, wait=wait_ms > 0, now_ns=self._clock.now_ns()
         )
         await self._waiting.wait(ticket, wait_ms / 1000)
         assert ticket.answer is not None
-        return ticket.answer
+        return await self._with_memory(session, ticket.answer)
 
-    def commit(
+    async def commit(
         self,
         session: Session,
         layout_id: bytes,
         segments: Sequence[Segment],
         reserve: int,
     ) -> CommitAnswer:
-        """See the planner. `reserve`: slots to reserve in the same call."""
+        """See the planner. `reserve`: slots to reserve in the same call. What is committed
+        is published at once; then it waits until the slots' memory is there."""
         answer = self._planner.commit(
             session,
             layout_id,
@@ -237,7 +243,22 @@ class Store:
             now_ns=self._clock.now_ns(),
         )
         self._loop.execute()
-        return answer
+        return answer._replace(slots=await self._with_memory(session, answer.slots))
+
+    async def _with_memory(self, session: Session, grant: SlotGrant) -> SlotGrant:
+        """The grant, once its memory is there; nothing where there is none to be had."""
+        try:
+            await self._extents.opened(Tier.DRAM, grant.addresses)
+        except TierError:
+            self._give_back(session, grant)
+            return NO_SLOTS
+        except asyncio.CancelledError:
+            self._give_back(session, grant)
+            raise
+        return grant
+
+    def _give_back(self, session: Session, grant: SlotGrant) -> None:
+        self.abort(session, range(grant.first_slot, grant.first_slot + len(grant.addresses)))
 
     def abort(self, session: Session, slot_ids: Sequence[int]) -> None:
         self._planner.abort(session, slot_ids)

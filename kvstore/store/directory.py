@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 
 from kvstore.core.actions import Publish
@@ -12,6 +13,8 @@ from kvstore.store.loop import Loop
 
 log = logging.getLogger(__name__)
 
+GROW_AGAIN_NS = 10_000_000_000
+"""How long after the machine refused memory for a larger table it is asked again."""
 LISTED_A_STEP = 1000
 """Blocks found at the start that go into the directory before others get their turn."""
 
@@ -20,6 +23,7 @@ class Directory:
     def __init__(self, loop: Loop, listing: Listing) -> None:
         self._loop = loop
         self._listing = listing
+        self._grow_at_ns = 0
         loop.handle(Publish, self._publish)
 
     def _publish(self, action: Publish) -> None:
@@ -44,10 +48,16 @@ class Directory:
         await asyncio.sleep(0)
 
     def _grow(self) -> asyncio.Task[None] | None:
+        now_ns = self._loop.clock.now_ns()
+        if now_ns < self._grow_at_ns:
+            return None
         try:
             growing = self._listing.grow()
         except OSError as error:
             # Lookups miss what the table has no room for; nothing else suffers.
+            self._grow_at_ns = now_ns + GROW_AGAIN_NS
+            name = errno.errorcode.get(error.errno or 0, "OTHER")
+            self._loop.observer.io_error("directory", name)
             log.error("the directory cannot grow: %s", error.strerror)
             return None
         return self._loop.spawn(growing)

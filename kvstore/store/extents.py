@@ -1,17 +1,18 @@
 """Extents that come and go: memory of the DRAM tier, files of the NVMe tier.
 
-On NVMe they are opened and closed one after the other, in a thread, so that their sum
-stays within the capacity; copies wait for the extent they need.
+Making one takes as long as the machine needs to find the room, so a thread does it. In
+each tier one comes or goes after the other, so that their sum stays within the
+capacity. Whoever is about to use one waits until it is there.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Iterable
 from functools import partial
 
 from kvstore.core.actions import CloseExtent, OpenExtent
-from kvstore.core.catalog import Replica
 from kvstore.errors import TierError, TierFailed
 from kvstore.store.loop import Loop
 from kvstore.tiers.base import MemoryTier, StorageTier
@@ -25,69 +26,83 @@ class Extents:
         self._loop = loop
         self._dram = dram
         self._nvme = nvme
-        self._work: asyncio.Queue[OpenExtent | CloseExtent] = asyncio.Queue()
-        self._opening: dict[int, asyncio.Future[None]] = {}
+        self._work: dict[Tier, asyncio.Queue[OpenExtent | CloseExtent]] = {
+            tier: asyncio.Queue() for tier in Tier
+        }
+        # Those on their way, and those that will never come.
+        self._lacking: dict[tuple[Tier, int], asyncio.Future[None]] = {}
         loop.handle(OpenExtent, self._open)
         loop.handle(CloseExtent, self._close)
 
-    async def opened(self, target: Replica) -> None:
-        """Once the extent is there that a replica is in. Raises `TierError`."""
-        if target.tier is Tier.DRAM:
+    def there(self, tier: Tier, addresses: Iterable[int]) -> bool:
+        """Whether the extents of these addresses, which the planner gave out, are there."""
+        lacking = self._lacking
+        if not lacking:
+            return True
+        nbytes = self._extent_bytes(tier)
+        return not any((tier, address // nbytes) in lacking for address in addresses)
+
+    async def opened(self, tier: Tier, addresses: Iterable[int]) -> None:
+        """Once the extents of these addresses are there. Raises `TierError`."""
+        if not self._lacking:
             return
+        nbytes = self._extent_bytes(tier)
+        for number in {address // nbytes for address in addresses}:
+            lacking = self._lacking.get((tier, number))
+            if lacking is not None:
+                await asyncio.shield(lacking)
+
+    def _extent_bytes(self, tier: Tier) -> int:
+        if tier is Tier.DRAM:
+            return self._dram.extent_bytes
         assert self._nvme is not None
-        opening = self._opening.get(target.address // self._nvme.extent_bytes)
-        if opening is not None:
-            await asyncio.shield(opening)
+        return self._nvme.extent_bytes
 
     def _open(self, action: OpenExtent) -> None:
-        if action.tier is Tier.NVME:
-            self._opening[action.extent] = asyncio.get_running_loop().create_future()
-            self._work.put_nowait(action)
-            return
-        try:
-            self._dram.open_extent(action.extent)
-        except TierError as error:
-            log.error("no memory for the DRAM tier, it stays at its size: %s", error)
-            self._loop.planner.extent_failed(Tier.DRAM, action.extent)
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._lacking[action.tier, action.extent] = future
+        self._work[action.tier].put_nowait(action)
 
     def _close(self, action: CloseExtent) -> None:
-        if action.tier is Tier.NVME:
-            self._work.put_nowait(action)
-        else:
-            self._dram.close_extent(action.extent)
+        self._work[action.tier].put_nowait(action)
 
-    async def work(self) -> None:
-        """Do what is to be done on NVMe, for as long as the store lives."""
+    async def work(self, tier: Tier) -> None:
+        """Do what is to be done in a tier, for as long as the store lives."""
         while True:
-            action = await self._work.get()
-            assert self._nvme is not None
-            nvme = self._nvme
-            outcome: TierError | None = None
+            action = await self._work[tier].get()
+            failure: TierError | None = None
             try:
-                if isinstance(action, OpenExtent):
-                    await self._loop.in_thread(
-                        partial(nvme.open_extent, action.extent, action.slot_bytes)
-                    )
-                else:
-                    await self._loop.in_thread(partial(nvme.close_extent, action.extent))
+                await self._loop.in_thread(partial(self._do, action))
             except TierError as error:
-                outcome = error
-                if isinstance(action, OpenExtent):
-                    log.error("the NVMe tier cannot grow, it stays at its size: %s", error)
-                    self._loop.planner.extent_failed(Tier.NVME, action.extent)
-                if isinstance(error, TierFailed):
+                failure = error
+                if isinstance(error, TierFailed) and tier is Tier.NVME:
                     self._loop.tier_failed(error, "extent")
             if isinstance(action, OpenExtent):
-                self._settle(action.extent, outcome)
+                self._note(action, failure)
             self._loop.execute()
 
-    def _settle(self, extent: int, outcome: TierError | None) -> None:
-        opening = self._opening[extent]
-        if outcome is None:
-            del self._opening[extent]
-            opening.set_result(None)
+    def _do(self, action: OpenExtent | CloseExtent) -> None:
+        """Runs in a worker thread."""
+        if action.tier is Tier.DRAM:
+            if isinstance(action, OpenExtent):
+                self._dram.open_extent(action.extent)
+            else:
+                self._dram.close_extent(action.extent)
+            return
+        assert self._nvme is not None
+        if isinstance(action, OpenExtent):
+            self._nvme.open_extent(action.extent, action.slot_bytes)
         else:
-            # It stays: copies into this extent may yet begin.
-            opening.set_exception(outcome)
-            # Where no copy waits for it, nobody retrieves it.
-            opening.exception()
+            self._nvme.close_extent(action.extent)
+
+    def _note(self, action: OpenExtent, failure: TierError | None) -> None:
+        key = action.tier, action.extent
+        if failure is None:
+            self._lacking.pop(key).set_result(None)
+            return
+        log.error("the %s tier cannot grow, it stays at its size: %s", action.tier.label, failure)
+        # Stays: slots of it may have been given out already.
+        self._lacking[key].set_exception(failure)
+        # Where nobody waits for it, nobody retrieves it.
+        self._lacking[key].exception()
+        self._loop.planner.extent_failed(action.tier, action.extent)

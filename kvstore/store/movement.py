@@ -14,6 +14,7 @@ import xxhash
 
 from kvstore.core.actions import Copy, Forget
 from kvstore.core.catalog import Layout, Replica
+from kvstore.core.transfers import TransferClass
 from kvstore.errors import CorruptBlock, TierFailed, TierFull
 from kvstore.store.extents import Extents
 from kvstore.store.loop import Loop
@@ -59,13 +60,13 @@ class Movement:
         corrupt = full = False
         failure: Exception | None = None
         try:
-            await self._extents.opened(copy.target)
+            await self._extents.opened(copy.target.tier, [copy.target.address])
             await loop.in_thread(partial(self._move, copy))
         except CorruptBlock as error:
             failure, corrupt = error, True
             loop.observer.corrupt(source.label)
         except TierFull as error:
-            failure, full = error, True
+            failure, full = error, copy.target.tier is Tier.NVME
         except TierFailed as error:
             failure = error
             loop.tier_failed(error, "read" if source is Tier.NVME else "write")
@@ -76,8 +77,8 @@ class Movement:
             loop.observer.io_error("copy", type(error).__name__)
         now_ns = loop.clock.now_ns()
         if failure is None:
-            self._note_done(copy, (now_ns - began_ns) / 1e9)
-            loop.planner.transfer_done(copy, now_ns)
+            transfer_class = loop.planner.transfer_done(copy, now_ns)
+            self._note_done(copy, transfer_class, (now_ns - began_ns) / 1e9)
         else:
             self._note_failure(copy, failure, now_ns)
             loop.planner.transfer_failed(copy, now_ns, source_corrupt=corrupt, full=full)
@@ -100,14 +101,15 @@ class Movement:
             raise CorruptBlock("a block in DRAM is not what was committed")
         self._nvme.write(copy.target.address, header, slot)
 
-    def _note_done(self, copy: Copy, seconds: float) -> None:
+    def _note_done(self, copy: Copy, transfer_class: TransferClass, seconds: float) -> None:
         source, target = copy.source.tier, copy.target.tier
         nbytes = copy.target.block.layout.block_bytes
         self.moved_bytes[source][1] += nbytes
         self.moved_bytes[target][0] += nbytes
         self.unsynced |= target is Tier.NVME
-        kind = "write_back" if target is Tier.NVME else "demand"
-        self._loop.observer.transfer_done(source.label, target.label, kind, nbytes, seconds)
+        self._loop.observer.transfer_done(
+            source.label, target.label, transfer_class.label, nbytes, seconds
+        )
 
     def _note_failure(self, copy: Copy, failure: Exception, now_ns: int) -> None:
         self._failed_copies += 1

@@ -183,9 +183,9 @@ class KVStoreService:
         )
         return pb.ReserveResponse(slots=_slots(grant))
 
-    def commit(self, request: pb.CommitRequest, caller: Caller) -> pb.CommitResponse:
+    async def commit(self, request: pb.CommitRequest, caller: Caller) -> pb.CommitResponse:
         _check_blocks(request.reserve)
-        answer = self._store.commit(
+        answer = await self._store.commit(
             caller.session(), request.layout_id, _segments(request), request.reserve
         )
         return pb.CommitResponse(outcomes=bytes(answer.outcomes), slots=_slots(answer.slots))

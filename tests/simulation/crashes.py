@@ -315,7 +315,7 @@ class Life:
             store.slot_view(session, slot)[:] = data
             versions.append(self._versions)
             sums.append(xxhash.xxh3_64_intdigest(data))
-        answer = store.commit(session, layout_id, [Segment(b"", taken, slots, sums)], 0)
+        answer = await store.commit(session, layout_id, [Segment(b"", taken, slots, sums)], 0)
         for key, version, outcome in zip(taken, versions, answer.outcomes, strict=True):
             name = (session.tenant, layout, key)
             held = self._held.get(name, Held(None, frozenset()))

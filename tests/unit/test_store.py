@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import subprocess
 import sys
@@ -42,9 +43,11 @@ class Seen:
 
     def __init__(self) -> None:
         self.events: list[tuple[object, ...]] = []
+        self.kinds: list[str] = []
 
     def transfer_done(self, src: str, dst: str, kind: str, nbytes: int, seconds: float) -> None:
         self.events.append(("transfer", src, dst, nbytes))
+        self.kinds.append(kind)
 
     def evicted(self, tier: str, reason: str, blocks: int) -> None:
         self.events.append(("evicted", tier))
@@ -64,11 +67,17 @@ class Faulty(HeapStorage):
 
     fail_write: Exception | None = None
     fail_read: Exception | None = None
+    refuse_extents = False
 
     def __init__(self, capacity_bytes: int, extent_bytes: int) -> None:
         super().__init__(capacity_bytes, extent_bytes)
         self.gate = threading.Event()
         self.gate.set()
+
+    def open_extent(self, extent: int, slot_bytes: int) -> None:
+        if self.refuse_extents:
+            raise TierFull("no room for a file")
+        super().open_extent(extent, slot_bytes)
 
     def write(self, address: int, header: BlockHeader, payload: memoryview) -> None:
         if self.fail_write is not None:
@@ -82,11 +91,28 @@ class Faulty(HeapStorage):
         super().read(address, header, into)
 
 
+class SlowMemory(HeapMemory):
+    """Takes its time, or refuses, as told."""
+
+    refuse = False
+
+    def __init__(self, extent_bytes: int, capacity_bytes: int) -> None:
+        super().__init__(extent_bytes, capacity_bytes)
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def open_extent(self, extent: int) -> None:
+        assert self.gate.wait(10)
+        if self.refuse:
+            raise TierFull("the machine gave no memory")
+        super().open_extent(extent)
+
+
 class Rig:
     def __init__(self, *, dram_slots: int = 16, nvme_slots: int = 64) -> None:
         self.seen = Seen()
         self.clock = ManualClock()
-        self.dram = HeapMemory(EXTENT, dram_slots * SLOT)
+        self.dram = SlowMemory(EXTENT, dram_slots * SLOT)
         self.nvme = Faulty(nvme_slots * SLOT, EXTENT) if nvme_slots else None
         self.store = self.make_store()
 
@@ -118,7 +144,7 @@ class Rig:
                 self.store.slot_view(session, slot)[:] = content(block_key)
             sums = [xxhash.xxh3_64_intdigest(content(block_key)) for block_key in some]
             parent = keys[stored - 1] if stored else b""
-            self.store.commit(session, lid, [Segment(parent, some, slots, sums)], 0)
+            await self.store.commit(session, lid, [Segment(parent, some, slots, sums)], 0)
             stored += len(some)
         return stored
 
@@ -182,6 +208,105 @@ def test_what_dram_cannot_hold_is_served_from_nvme() -> None:
     run(Rig(), body)
 
 
+def test_memory_that_takes_long_to_come_delays_nobody_else() -> None:
+    async def body(rig: Rig) -> None:
+        session = rig.session()
+        layout_id = rig.store.register_layout("t", SPEC)
+        first = await rig.store.reserve(session, layout_id, 4, 0)
+        rig.dram.gate.clear()
+        waiting = asyncio.create_task(rig.store.reserve(session, layout_id, 2, 0))
+        await until(lambda: rig.store.stats().tiers[0].used_bytes == 6 * SLOT)
+        sums = [xxhash.xxh3_64_intdigest(bytes(BLOCK))] * 2
+        slots = range(first.first_slot, first.first_slot + 2)
+        segment = Segment(b"", chain(1, 2), slots, sums)
+        committing = asyncio.create_task(rig.store.commit(session, layout_id, [segment], 2))
+        await until(lambda: rig.store.stats().committed_blocks == 2)
+        assert (await rig.acquire(session, chain(1, 2))).held == 2
+        extent = max(r.address for r in rig.store._planner.residency.dram.replicas()) // EXTENT
+        with pytest.raises(BadRequest, match="no extent"):
+            rig.store.extent_fd(session, extent)
+        assert not waiting.done()
+        assert not committing.done()
+        rig.dram.gate.set()
+        assert len((await committing).slots.addresses) == 2
+        grant = await waiting
+        rig.store.slot_view(session, grant.first_slot)[:] = bytes(BLOCK)
+        assert len(grant.addresses) == 2
+
+    run(Rig(), body)
+
+
+def test_memory_that_the_machine_refuses_is_granted_to_nobody() -> None:
+    async def body(rig: Rig) -> None:
+        session = rig.session()
+        await rig.put(session, chain(1, 4))
+        rig.dram.refuse = True
+        layout_id = rig.store.register_layout("t", SPEC)
+        assert (await rig.store.reserve(session, layout_id, 2, 0)).addresses == []
+        rig.dram.refuse = False
+        assert rig.store.stats().reservations == 0
+        assert await rig.put(session, chain(2, 4)) == 4, "the rest of DRAM goes on"
+        assert rig.store.stats().tiers[0].used_bytes <= 4 * SLOT
+
+    run(Rig(), body)
+
+
+def test_copies_into_an_extent_that_never_came_end_as_for_want_of_room() -> None:
+    async def body(rig: Rig) -> None:
+        assert rig.nvme is not None
+        rig.nvme.refuse_extents = True
+        session = rig.session()
+        await rig.put(session, chain(1, 14))
+        assert await rig.store.flush("t", False) == 0
+        assert not any(event[0] == "io_error" for event in rig.seen.events)
+
+    run(Rig(), body)
+
+
+def test_what_was_prefetched_is_told_from_what_was_waited_for() -> None:
+    async def body(rig: Rig) -> None:
+        session = rig.session()
+        layout_id = rig.store.register_layout("t", SPEC)
+        await rig.put(session, chain(1, 4))
+        await rig.store.flush("t", True)
+        assert set(rig.seen.kinds) == {"write_back"}
+        del rig.seen.kinds[:]
+        assert await rig.store.prefetch("t", [ChainQuery([layout_id], chain(1, 2))]) == 2
+        await until(lambda: len(rig.seen.kinds) == 2)
+        assert (await rig.acquire(session, chain(1, 4))).held == 4
+        assert rig.seen.kinds == ["prefetch"] * 2 + ["demand"] * 2
+
+    run(Rig(), body)
+
+
+def test_a_directory_that_cannot_grow_is_reported_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("kvstore.listing.MIN_SLOTS", 64)
+    monkeypatch.setattr("kvstore.listing.PAGES_A_STEP", 1)
+
+    async def body(rig: Rig) -> None:
+        session = rig.session()
+        with monkeypatch.context() as patched:
+            patched.setattr("kvstore.listing.DirectoryWriter", no_memory)
+            for base in range(8):
+                await rig.put(session, chain(base, 6))
+            failures = ("io_error", "directory", "ENOMEM")
+            assert rig.seen.events.count(failures) == 1
+            assert caplog.text.count("the directory cannot grow") == 1
+            rig.clock.advance_ms(11_000)
+            await rig.put(session, chain(8, 1))
+            assert rig.seen.events.count(failures) == 2
+        rig.clock.advance_ms(11_000)
+        await rig.put(session, chain(9, 1))
+        await until(lambda: rig.store._listing._table.slots > 64)
+
+    def no_memory(*_: object) -> None:
+        raise OSError(errno.ENOMEM, "no memory")
+
+    run(Rig(nvme_slots=256), body)
+
+
 def test_a_drained_store_is_found_again_after_a_restart() -> None:
     rig = Rig()
 
@@ -195,7 +320,7 @@ def test_a_drained_store_is_found_again_after_a_restart() -> None:
             rig.session()
 
     run(rig, before)
-    rig.dram = HeapMemory(EXTENT, 16 * SLOT)
+    rig.dram = SlowMemory(EXTENT, 16 * SLOT)
     rig.store = rig.make_store()
 
     async def after(rig: Rig) -> None:
@@ -428,7 +553,7 @@ def test_what_was_cleared_stays_so_after_a_restart() -> None:
         assert await rig.store.clear("t") == 100
 
     run(rig, before)
-    rig.dram = HeapMemory(EXTENT, 16 * SLOT)
+    rig.dram = SlowMemory(EXTENT, 16 * SLOT)
     rig.store = rig.make_store()
 
     async def after(rig: Rig) -> None:
@@ -473,7 +598,7 @@ def test_everything_found_at_a_start_is_in_the_directory(monkeypatch: pytest.Mon
         await rig.store.flush("t", False)
 
     run(rig, before)
-    rig.dram = HeapMemory(EXTENT, 16 * SLOT)
+    rig.dram = SlowMemory(EXTENT, 16 * SLOT)
     rig.store = rig.make_store()
 
     async def after(rig: Rig) -> None:

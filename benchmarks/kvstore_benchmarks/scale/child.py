@@ -217,7 +217,7 @@ async def _measure_leases(figures: Figures, store: Store) -> None:
         slots = (await store.reserve(session, SPEC.layout_id, CHAIN, 1000)).first_slot
         segment = Segment(b"", keys, range(slots, slots + CHAIN), [_CHECKSUM] * CHAIN)
         began = time.perf_counter()
-        store.commit(session, SPEC.layout_id, [segment], 0)
+        await store.commit(session, SPEC.layout_id, [segment], 0)
         stored.append(time.perf_counter() - began)
     figures["commit_us"] = quantiles(stored)
     chosen = random.Random(2)
