@@ -10,10 +10,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.e2e.conftest import (
+    BLOCK,
     Answer,
     Engine,
     Server,
@@ -50,19 +52,50 @@ def one_by_one(engine: Engine, texts: list[list[int]]) -> list[Answer]:
     return [engine.generate(text)[0] for text in texts]
 
 
+def multi(transfer: dict[str, Any]) -> dict[str, Any]:
+    """The connector as one of several, which here is alone."""
+    return {
+        "kv_connector": "MultiConnector",
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": {"connectors": [transfer]},
+    }
+
+
 @pytest.fixture(scope="module")
 def process(start_engine: StartEngine) -> Engine:
     return start_engine(family=None).wait_ready()
 
 
-@pytest.mark.parametrize("family", ["gemma3", "gpt_oss", "deepseek", "qwen3_next"])
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("gemma3", {}),
+        ("gpt_oss", {}),
+        ("deepseek", {}),
+        ("qwen3_next", {}),
+        ("llama", {"kv_cache_dtype": "fp8", "inside_multi": True}),
+    ],
+    ids=["windows", "windows and sinks", "latent", "states", "fp8 inside MultiConnector"],
+)
 def test_warm_from_the_store_is_a_local_hit_to_the_last_bit(
-    process: Engine, model_path: Callable[[str], Path], server: Server, family: str
+    process: Engine,
+    model_path: Callable[[str], Path],
+    server: Server,
+    family: str,
+    changes: dict[str, Any],
 ) -> None:
-    options = engine_options(model_path(family), {"endpoint": str(server.socket)})
+    options = engine_options(model_path(family), {"endpoint": str(server.socket)}) | changes
+    if options.pop("inside_multi", False):
+        options["kv_transfer_config"] = multi(options["kv_transfer_config"])
     process.restart(options)
     texts = list(PROMPTS.values())
     cold = one_by_one(process, texts)
+    for block in (0, 17, LONG // BLOCK - 1):
+        wrong = list(texts[0])
+        wrong[block * BLOCK : (block + 1) * BLOCK] = prompt(4, BLOCK)
+        (other,) = process.generate(wrong)
+        assert difference(other, cold[0]) > 0, "a wrong block would not be seen"
     assert [each["cached"] for each in cold] == [0] * len(texts)
     local = one_by_one(process, texts)
     assert local[0]["cached"] > LONG // 2
