@@ -124,10 +124,9 @@ class Engine:
         line, self._buffer = self._buffer.split(b"\n", 1)
         return json.loads(line)
 
-    def generate(
-        self, *prompts: list[int], max_tokens: int = 4, salt: str | None = None
-    ) -> list[Answer]:
-        self.tell(op="generate", prompts=prompts, max_tokens=max_tokens, salt=salt)
+    def generate(self, *prompts: list[int], max_tokens: int = 4, **options: Any) -> list[Answer]:
+        """`options`: as of `generate` in engine_main."""
+        self.tell(op="generate", prompts=prompts, max_tokens=max_tokens, **options)
         answers: list[Answer] = self.result()
         return answers
 

@@ -49,12 +49,21 @@ def _end(engines: list[Any]) -> None:
 
 
 def generate(
-    llm: Any, prompts: list[list[int]], max_tokens: int, salt: str | None = None
+    llm: Any,
+    prompts: list[list[int]],
+    max_tokens: int,
+    salt: str | None = None,
+    handover: dict[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     from vllm import SamplingParams
 
     parameters = SamplingParams(
-        max_tokens=max_tokens, temperature=0, detokenize=False, logprobs=8, ignore_eos=True
+        max_tokens=max_tokens,
+        temperature=0,
+        detokenize=False,
+        logprobs=8,
+        ignore_eos=True,
+        extra_args=None if handover is None else {"kv_transfer_params": handover},
     )
     salted = {} if salt is None else {"cache_salt": salt}
     requests = [{"prompt_token_ids": prompt} | salted for prompt in prompts]
@@ -62,6 +71,7 @@ def generate(
     return [
         {
             "cached": output.num_cached_tokens,
+            "handover": output.kv_transfer_params,
             "tokens": list(output.outputs[0].token_ids),
             "logprobs": [
                 {str(token): entry.logprob for token, entry in position.items()}

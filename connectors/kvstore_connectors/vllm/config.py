@@ -6,6 +6,8 @@
                         strings. Of no effect on one that is running already.
     acquire_timeout_ms  How long a request may wait for its blocks to come up from
                         slower tiers before it is computed instead.
+    handover_timeout_ms How long a request that another vLLM computes the prompt of
+                        waits when no more of its blocks come.
 
 Whether blocks are stored, loaded or both follows `kv_role`.
 """
@@ -19,7 +21,7 @@ from typing import Any
 
 from kvstore.errors import ConfigError
 
-_MAX_ACQUIRE_TIMEOUT_MS = 60_000
+_MAX_TIMEOUT_MS = 60_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +31,7 @@ class ConnectorConfig:
     endpoint: str | None = None
     server_args: tuple[str, ...] = ()
     acquire_timeout_ms: int = 1000
+    handover_timeout_ms: int = 2000
 
     @classmethod
     def parse(cls, extra: Mapping[str, Any]) -> ConnectorConfig:
@@ -42,7 +45,8 @@ class ConnectorConfig:
         config = cls(
             endpoint=_socket_path(extra.get("endpoint")),
             server_args=_arguments(extra.get("server_args", ())),
-            acquire_timeout_ms=_milliseconds(extra.get("acquire_timeout_ms", 1000)),
+            acquire_timeout_ms=_milliseconds(extra, "acquire_timeout_ms", 1000),
+            handover_timeout_ms=_milliseconds(extra, "handover_timeout_ms", 2000),
         )
         if config.endpoint is not None and config.server_args:
             raise ConfigError(
@@ -73,11 +77,12 @@ def _arguments(value: object) -> tuple[str, ...]:
     return tuple(value)
 
 
-def _milliseconds(value: object) -> int:
+def _milliseconds(extra: Mapping[str, Any], key: str, default: int) -> int:
+    value = extra.get(key, default)
     # bool is an int to isinstance.
-    if type(value) is not int or not 1 <= value <= _MAX_ACQUIRE_TIMEOUT_MS:
+    if type(value) is not int or not 1 <= value <= _MAX_TIMEOUT_MS:
         raise ConfigError(
-            "kv_connector_extra_config: 'acquire_timeout_ms' must be a whole number from 1 to"
-            f" {_MAX_ACQUIRE_TIMEOUT_MS}, not {value!r}"
+            f"kv_connector_extra_config: {key!r} must be a whole number from 1 to"
+            f" {_MAX_TIMEOUT_MS}, not {value!r}"
         )
     return value

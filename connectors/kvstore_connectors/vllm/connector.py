@@ -98,6 +98,7 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
             bands=bands,
             workers=self._vllm_config.parallel_config.world_size,
             acquire_timeout_ms=config.acquire_timeout_ms,
+            handover_timeout_ms=config.handover_timeout_ms,
             loads=self._kv_transfer_config.is_kv_consumer,
             stores=self._kv_transfer_config.is_kv_producer,
             specs_for=self._specs_for,
@@ -199,16 +200,16 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
     def request_finished(
         self, request: Request, block_ids: list[int]
     ) -> tuple[bool, dict[str, Any] | None]:
-        if self._scheduler is not None:
-            self._scheduler.request_finished(request)
-        return False, None
+        if self._scheduler is None:
+            return False, None
+        return False, self._scheduler.request_finished(request)
 
     def request_finished_all_groups(
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
-        if self._scheduler is not None:
-            self._scheduler.request_finished(request)
-        return False, None
+        if self._scheduler is None:
+            return False, None
+        return False, self._scheduler.request_finished(request)
 
     def has_pending_push_work(self) -> bool:
         return self._scheduler is not None and self._scheduler.stores_pending

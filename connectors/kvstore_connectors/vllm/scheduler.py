@@ -24,12 +24,18 @@ import secrets
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from kvstore_connectors.vllm.acquire import AcquireQueue, Held, Taken, Ticket, TicketState
 from kvstore_connectors.vllm.groups import Band, Bands
+from kvstore_connectors.vllm.handover import (
+    ASK_EVERY_S,
+    LOOK_EVERY_S,
+    Coming,
+    answer_for_decode,
+)
 from kvstore_connectors.vllm.link import StoreLink
 from kvstore_connectors.vllm.metadata import LoadJob, LoadPart, StepMetadata, WorkerReport
 from kvstore_connectors.vllm.orders import Pins, StoreOrders
@@ -62,7 +68,8 @@ class _Tracked:
 
     `prompt_tokens`: those whose blocks have keys. `loadable`: how far a load can go.
     `offered`: for each band, up to which block it has been stored. `junction`: where
-    full attention goes on in the store, but windows or states do not.
+    full attention goes on in the store, but windows or states do not. `coming`: what
+    another vLLM is storing of it, as long as that is waited for.
     """
 
     request: Request
@@ -76,6 +83,7 @@ class _Tracked:
     local_tokens: int = 0
     loading: bool = False
     junction: int = 0
+    coming: Coming | None = None
 
 
 class SchedulerSide:
@@ -89,6 +97,7 @@ class SchedulerSide:
         bands: Bands,
         workers: int,
         acquire_timeout_ms: int,
+        handover_timeout_ms: int,
         loads: bool,
         stores: bool,
         specs_for: Callable[[str], Sequence[LayoutSpec]],
@@ -99,6 +108,7 @@ class SchedulerSide:
         self._bands = bands
         self._block_sizes = {band.block_tokens for band in bands.bands}
         self._patience_s = acquire_timeout_ms / 1000 + ANSWER_GRACE_S
+        self._handover_s = handover_timeout_ms / 1000
         self._loads = loads
         self._stores = stores
         self._specs_for = specs_for
@@ -125,12 +135,16 @@ class SchedulerSide:
             # An adapter's name does not say which weights it has, and a session
             # that goes on has no fixed prompt.
             return
+        # vLLM needs one token to compute, to have something to sample from.
+        loadable = self._bands.aligned(min(request.num_prompt_tokens - 1, tokens))
         self._tracked[request.request_id] = _Tracked(
             request=request,
             prompt_tokens=tokens,
-            # vLLM needs one token to compute, to have something to sample from.
-            loadable=self._bands.aligned(min(request.num_prompt_tokens - 1, tokens)),
+            loadable=loadable,
             offered=[0] * len(self._bands.bands),
+            coming=Coming.of(
+                request.kv_transfer_params, loadable, self._handover_s, time.monotonic()
+            ),
         )
 
     def get_num_new_matched_tokens(
@@ -232,12 +246,17 @@ class SchedulerSide:
         split = {CacheHitSource.HOST: host, CacheHitSource.DISK: num_external_tokens - host}
         return {source: tokens for source, tokens in split.items() if tokens}
 
-    def request_finished(self, request: Request) -> None:
+    def request_finished(self, request: Request) -> dict[str, Any] | None:
+        """What to hand over to a vLLM that decodes, where a proxy asks for that."""
         self._dram_tokens.pop(request.request_id, None)
         tracked = self._tracked.pop(request.request_id, None)
         if tracked is not None:
             # A load under way goes on: vLLM holds its blocks until it is reported.
             self._finish_loading_way(tracked)
+        stored = tracked is not None and self._stores and self._link.up
+        return answer_for_decode(
+            request.kv_transfer_params, tracked.loadable if tracked and stored else 0
+        )
 
     # -- steps ------------------------------------------------------------------
 
@@ -324,8 +343,12 @@ class SchedulerSide:
                 return False
             if self._outstanding >= MAX_OUTSTANDING:
                 return False
+            if tracked.coming is not None and time.monotonic() < tracked.coming.next_look_s:
+                return False
             wanted = self._wanted(tracked, num_computed_tokens)
             seen = self._queue.peek(wanted)
+            if seen is not None and self._more_is_coming(tracked, seen, LOOK_EVERY_S):
+                return False
             if seen is not None and seen <= num_computed_tokens:
                 # The usual case of a new prompt: there is nothing to ask for.
                 tracked.done = True
@@ -346,6 +369,13 @@ class SchedulerSide:
             return False
         tracked.ticket = None
         held = ticket.held
+        # Windows and states do not show in a look, and may come after all the rest.
+        if self._more_is_coming(tracked, held.tokens if held else 0, ASK_EVERY_S):
+            self._outstanding -= 1
+            if held is not None:
+                self._queue.release(held)
+            return False
+        tracked.coming = None
         if held is not None:
             self._learn(ticket.wanted, held.full_tokens, held.tokens)
             tracked.junction = held.full_tokens
@@ -355,6 +385,18 @@ class SchedulerSide:
             return True
         tracked.held = held
         return True
+
+    def _more_is_coming(self, tracked: _Tracked, seen: int, pause_s: float) -> bool:
+        """Whether to look or ask again in a later step."""
+        coming = tracked.coming
+        if coming is None:
+            return False
+        if coming.wait_on(seen, time.monotonic(), pause_s):
+            return True
+        if seen < coming.tokens:
+            self.stats.add(handover_timeouts=1)
+            tracked.coming = None
+        return False
 
     def _wanted(self, tracked: _Tracked, local_tokens: int) -> Wanted:
         keys = {
@@ -413,7 +455,10 @@ class SchedulerSide:
         tracked.offered = [0] * len(self._bands.bands)
 
     def _awaits_answer(self) -> bool:
-        return any(tracked.ticket is not None for tracked in self._tracked.values())
+        return any(
+            tracked.ticket is not None or (tracked.coming is not None and not tracked.done)
+            for tracked in self._tracked.values()
+        )
 
     # -- stores -----------------------------------------------------------------
 

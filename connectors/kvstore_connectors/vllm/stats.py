@@ -24,6 +24,7 @@ COUNTERS = {
     "asked_blocks": "Prompt blocks the store was asked for.",
     "found_blocks": "Prompt blocks the store held, of those asked for.",
     "acquire_timeouts": "Requests computed because the store did not answer in time.",
+    "handover_timeouts": "Prompts that another vLLM was to store and did not in time.",
     "detached": "Requests computed without asking, for want of a server.",
     "loaded_blocks": "Blocks loaded into the engine's KV cache.",
     "loaded_bytes": "Bytes of the blocks loaded.",

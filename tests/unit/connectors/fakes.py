@@ -77,6 +77,7 @@ class FakeRequest:
     num_preemptions: int = 0
     num_computed_tokens: int = 0
     shared_prefix_boundary: int = 0
+    kv_transfer_params: Any = None
 
     def __post_init__(self) -> None:
         self.num_prompt_tokens = len(self.tokens)

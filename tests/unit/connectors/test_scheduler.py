@@ -39,6 +39,7 @@ class World:
             "bands": bands,
             "workers": world,
             "acquire_timeout_ms": 1000,
+            "handover_timeout_ms": 1000,
             "loads": True,
             "stores": True,
             "specs_for": lambda salt: [spec()],
