@@ -1,33 +1,39 @@
 # `make demo` and `make test` set up what they need. Nothing is installed outside
-# .venv, .venv-wire and .venv-peers, and a set-up that is done is not done again
+# .venv and .venv-*, and a set-up that is done is not done again
 # until what it was made from changes.
 
 PYTHON ?= python3
 VENV := .venv
 WIRE_VENV := .venv-wire
 PEERS := .venv-peers
+ROUTER := .venv-router
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := -m pip --disable-pip-version-check --quiet
 PROTOS := $(wildcard proto/kvstore/wire/v1/*.proto)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test soak lint proto wire-tools lock bench-local bench-peers bench-vllm clean
+.PHONY: help demo demo-pd test soak lint proto wire-tools lock bench-local bench-peers bench-vllm bench-serve clean
 
 help:
 	@echo "make demo         set up, then show a real vLLM served from DRAM and NVMe"
+	@echo "make demo-pd      one vLLM that prefills and one that decodes, behind vllm-router"
 	@echo "make test         set up, then lint, type check and run every test"
 	@echo "make soak         the longer proofs"
 	@echo "make lint         ruff and mypy alone"
 	@echo "make bench-local  put, get and lookup against memcpy and O_DIRECT"
 	@echo "make bench-peers  set up Mooncake Store and LMCache for 'kvstore bench local --peers'"
 	@echo "make bench-vllm   time to first token with and without the store"
+	@echo "make bench-serve  an OpenAI server under load, with and without the store"
 	@echo "make proto        generate kvstore/wire/v1 from proto/"
 	@echo "make lock         write requirements/*.txt from what is installed in .venv"
 	@echo "make clean        remove the environments and caches"
 
 demo: $(READY)-run
 	$(BIN)/kvstore demo $(ARGS)
+
+demo-pd: $(READY)-run $(ROUTER)/.ready
+	$(BIN)/kvstore demo --pd --router $(ROUTER) $(ARGS)
 
 test: $(READY)-dev wire-tools lint
 	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
@@ -48,6 +54,9 @@ bench-peers: $(PEERS)/.ready
 bench-vllm: $(READY)-run
 	$(BIN)/kvstore bench vllm $(ARGS)
 
+bench-serve: $(READY)-run
+	$(BIN)/kvstore bench serve $(ARGS)
+
 proto: wire-tools
 	$(WIRE_VENV)/bin/python -m grpc_tools.protoc -I proto \
 	    --python_out=. --pyi_out=. --grpc_python_out=. $(PROTOS)
@@ -58,7 +67,7 @@ lock: $(READY)-dev
 wire-tools: $(WIRE_VENV)/.ready
 
 clean:
-	rm -rf $(VENV) $(WIRE_VENV) $(PEERS) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
+	rm -rf $(VENV) $(WIRE_VENV) $(PEERS) $(ROUTER) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
 
 # Without --no-compile half of the time would go into compiling modules that
 # nothing here imports; the others are compiled when they are first used.
@@ -90,6 +99,11 @@ $(READY)-dev: $(READY)-run requirements/dev.txt
 $(WIRE_VENV)/.ready: requirements/wire.txt | $(BIN)/python
 	$(BIN)/python -m venv $(WIRE_VENV)
 	$(WIRE_VENV)/bin/python $(PIP) install --no-deps -r requirements/wire.txt
+	@touch $@
+
+$(ROUTER)/.ready: requirements/router.txt | $(BIN)/python
+	$(BIN)/python -m venv $(ROUTER)
+	$(ROUTER)/bin/python $(PIP) install --no-deps -r requirements/router.txt
 	@touch $@
 
 # It makes the stamp itself, and only where every peer is there.

@@ -1,4 +1,4 @@
-"""`kvstore bench local`, `clients`, `index` and `vllm`."""
+"""`kvstore bench local`, `clients`, `index`, `vllm` and `serve`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
+from kvstore.cli.demo import require_vllm
 from kvstore.cli.main import COMMANDS, Subparsers
 
 
@@ -51,11 +52,19 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
     vllm = which.add_parser("vllm", help="time to first token with and without the store")
     vllm.add_argument("--rounds", type=int, default=7, metavar="N", help="default: 7")
     vllm.add_argument("--tokens", type=int, default=8192, metavar="N", help="a prompt; 8192")
+    serve = which.add_parser("serve", help="an OpenAI server under load, with and without it")
+    serve.add_argument("--rounds", type=int, default=5, metavar="N", help="default: 5")
+    serve.add_argument(
+        "--trace",
+        type=Path,
+        metavar="FILE",
+        help="replay requests of this trace, in Mooncake's format",
+    )
     for benchmark in (local, clients):
         benchmark.add_argument(
             "--plots", type=Path, metavar="DIR", help="draw the figures there, as PNG"
         )
-    for benchmark in (local, clients, index, vllm):
+    for benchmark in (local, clients, index, vllm, serve):
         benchmark.add_argument("--json", action="store_true", help="print one object")
         benchmark.add_argument("--quick", action="store_true", help="a try-out, not a measurement")
         benchmark.add_argument(
@@ -95,6 +104,14 @@ def run(args: argparse.Namespace) -> int:
         from kvstore_benchmarks.scale.main import run as run_index
 
         return run_index(args.dir, FEW if args.quick else args.blocks, as_object=args.json)
+    if args.benchmark == "serve":
+        from kvstore_benchmarks.serving.bench import Options as Serving
+        from kvstore_benchmarks.serving.bench import run as run_serving
+
+        require_vllm()
+        rounds = 1 if args.quick else args.rounds
+        serving = Serving(rounds, args.dir, args.trace, args.quick)
+        return run_serving(serving, as_object=args.json)
     from kvstore_benchmarks.end_to_end.bench import run as run_vllm
 
     return run_vllm(args.dir, args.rounds, args.tokens, quick=args.quick, as_object=args.json)

@@ -19,11 +19,26 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
         metavar="DIR",
         help="where model and data may lie; default: this user's cache",
     )
+    parser.add_argument(
+        "--pd", action="store_true", help="one vLLM that prefills and one that decodes, instead"
+    )
+    parser.add_argument(
+        "--router",
+        type=Path,
+        default=Path(".venv-router"),
+        metavar="DIR",
+        help="environment with vllm-router, for --pd; default: .venv-router",
+    )
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
     require_vllm()
+    if args.pd:
+        from kvstore_benchmarks.serving.pd import Options
+        from kvstore_benchmarks.serving.pd import run as run_pd
+
+        return run_pd(Options(args.router, args.dir), as_object=args.json)
     from kvstore_benchmarks.end_to_end.demo import run as run_demo
 
     return run_demo(args.dir, as_object=args.json)
