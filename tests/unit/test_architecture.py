@@ -99,6 +99,7 @@ GPU_ALLOWED = (
     "kvstore.tiers.vram",
     "kvstore_connectors.vllm",
     "kvstore_benchmarks.end_to_end",
+    "kvstore_benchmarks.serving",
     "kvstore_benchmarks.peers.lmcache",
 )
 
@@ -114,6 +115,7 @@ ENVIRONMENT_READERS = (
     "kvstore.config",
     "kvstore_connectors.vllm",
     "kvstore_benchmarks.end_to_end",
+    "kvstore_benchmarks.serving",
     "kvstore_benchmarks.pipe",
 )
 
