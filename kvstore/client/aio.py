@@ -350,9 +350,6 @@ class AsyncClient:
         """The server may have granted what a cancelled caller no longer hears of."""
         try:
             return await asyncio.shield(begun.task)
-        except Unavailable:
-            _unheard(begun.step)
-            raise
         except asyncio.CancelledError:
             self._drop(begun)
             raise
@@ -383,21 +380,21 @@ class _Begun:
     task: asyncio.Task[Any]
 
 
-def _unheard(step: Call) -> None:
-    if step.undo is not None:
-        step.undo(None)
-
-
 async def _undo(begun: _Begun) -> None:
     undo = begun.step.undo
     try:
         response = await begun.task
-        if undo is not None and (back := undo(response)) is not None:
-            await begun.transport.call(back)
-    except Unavailable:
-        _unheard(begun.step)
     except KVStoreError:
-        # Nothing was granted.
+        # Nothing was granted, or `undo` knows already that nobody heard of it.
+        return
+    if undo is None or (back := undo(response)) is None:
+        return
+    try:
+        await begun.transport.call(back)
+    except Unavailable:
+        undo(None)
+    except KVStoreError:
+        # There is nothing to give back any more.
         return
 
 

@@ -76,6 +76,10 @@ def connect(core: Core, budget: Budget) -> Flow[Link]:
         core.backoff.check()
     try:
         link = yield from _new_link(core, budget)
+    except NoSession as error:
+        # The one just made: whoever made it is gone again.
+        core.backoff.failed()
+        raise Unavailable(str(error)) from error
     except KVStoreError:
         core.backoff.failed()
         raise

@@ -27,7 +27,7 @@ from kvstore.client.steps import (
 from kvstore.client.transfers import Got
 from kvstore.client.transport import SyncTransport
 from kvstore.client.wire import ServerInfo
-from kvstore.errors import BadRequest, LeaseExpired, Unavailable
+from kvstore.errors import BadRequest, KVStoreError, LeaseExpired, Unavailable
 from kvstore.types import (
     ChainPresence,
     ChainQuery,
@@ -301,9 +301,10 @@ class Client:
             raise BadRequest("this client was made before a fork; make another in the child")
         resume: Callable[[Any], Any] = flow.send
         value: Any = None
-        transport = self._transport
+        transport, step = self._transport, None
         while True:
             try:
+                step = None
                 step = resume(value)
                 transport = self._transport
                 value = self._perform(step)
@@ -312,7 +313,7 @@ class Client:
                 result: T = stop.value
                 return result
             except BaseException as error:
-                if not isinstance(error, Exception):
+                if _is_interrupt(error, step):
                     self._start_over(transport)
                 if inspect.getgeneratorstate(flow) == inspect.GEN_CLOSED:
                     raise
@@ -373,6 +374,14 @@ class Client:
             return self._run(connecting.connect(self._core, budget))
         finally:
             connecting_now.release()
+
+
+def _is_interrupt(error: BaseException, step: Any) -> bool:
+    """It was raised by a signal's handler. Whatever a step raises of itself is of the
+    one tree of errors, but for work, which may be the caller's own."""
+    if not isinstance(error, Exception):
+        return True
+    return not (step is None or isinstance(error, KVStoreError) or isinstance(step, Work))
 
 
 class Lease(LeaseBase):

@@ -11,7 +11,7 @@ import grpc
 
 from kvstore.client.background import Background, Outcome
 from kvstore.client.failures import typed_error
-from kvstore.client.lines import Exchange
+from kvstore.client.lines import Exchange, Lines
 from kvstore.client.rpc import CHANNEL_OPTIONS, Endpoint, Stubs, metadata
 from kvstore.client.steps import Call, OpenSession, ReadStream, WriteStream
 from kvstore.errors import BadRequest, KVStoreError, Unavailable
@@ -33,9 +33,9 @@ class SyncTransport:
         self._background = Background()
 
     def call(self, step: Call) -> Any:
-        if step.lines is not None:
-            return self.begin(step).end()
-        return self._call(step)
+        if step.lines is None:
+            return self._call(step)
+        return _hear(step, Exchange(step.lines, step.method, step.request, step.timeout_s))
 
     def _call(self, step: Call) -> Any:
         try:
@@ -54,11 +54,22 @@ class SyncTransport:
             raise _closed(error) from error
 
     def begin(self, step: Call) -> Begun:
-        if step.lines is not None:
-            exchange = Exchange(step.lines, step.method, step.request, step.timeout_s)
-            return Begun(self, step, exchange.end, exchange.leave)
-        outcome = self.start(partial(self._call, step))
-        return Begun(self, step, partial(outcome.wait, step.timeout_s + _GRACE_S), _nothing)
+        if step.lines is None:
+            outcome = self.start(partial(self._call, step))
+            return Begun(self, step, partial(_wait, step, outcome), _nothing)
+        if not step.lines.may_begin():
+            # Made when its response is wanted, or in the background where it is not.
+            later = partial(self.call, step)
+            return Begun(self, step, later, partial(self.start, later), sent=False)
+        lines, exchange = step.lines, None
+        try:
+            exchange = Exchange(lines, step.method, step.request, step.timeout_s)
+        finally:
+            if exchange is None:
+                lines.end_begun()
+        return Begun(
+            self, step, partial(_end_begun, step, exchange), partial(_leave_begun, lines, exchange)
+        )
 
     def start(self, work: Callable[[], T]) -> Outcome[T]:
         """Have `work` done while the caller goes on."""
@@ -114,45 +125,84 @@ class SyncTransport:
 
 
 class Begun:
-    """A call under way."""
+    """A call under way, or, where it is not `sent` yet, one that `end` makes.
+
+    `wait`: its response; `leave`: nobody wants it. One of them is called, once.
+    """
 
     def __init__(
         self,
         transport: SyncTransport,
         step: Call,
         wait: Callable[[], Any],
-        leave: Callable[[], None],
+        leave: Callable[[], Any],
+        *,
+        sent: bool = True,
     ) -> None:
         self._transport = transport
         self._step = step
         self._wait = wait
         self._leave = leave
+        self._sent = sent
 
     def end(self) -> Any:
         """Its response."""
-        try:
-            return self._wait()
-        except Unavailable:
-            _unheard(self._step)
-            raise
+        return self._wait()
 
     def drop(self) -> None:
         """Have given back what it grants, if it does. Does not wait."""
-        if self._step.undo is None:
+        undo = self._step.undo
+        if undo is None:
             self._leave()
-        else:
-            self._transport.start(partial(self._undo, self._step.undo))
+        elif self._sent:
+            self._transport.start(partial(self._undo, undo))
 
     def _undo(self, undo: Callable[[Any | None], Call | None]) -> None:
         try:
-            back = undo(self.end())
-            if back is not None:
-                self._transport.call(back)
+            response = self._wait()
+        except KVStoreError:
+            # Nothing was granted, or `undo` knows already that nobody heard of it.
+            return
+        back = undo(response)
+        if back is None:
+            return
+        try:
+            self._transport.call(back)
         except Unavailable:
             undo(None)
         except KVStoreError:
-            # Nothing was granted.
+            # There is nothing to give back any more.
             return
+
+
+def _wait(step: Call, outcome: Outcome[Any]) -> Any:
+    try:
+        return outcome.wait(step.timeout_s + _GRACE_S)
+    except Unavailable:
+        _unheard(step)
+        raise
+
+
+def _hear(step: Call, exchange: Exchange) -> Any:
+    try:
+        return exchange.end()
+    except Unavailable:
+        if exchange.sent:
+            _unheard(step)
+        raise
+
+
+def _end_begun(step: Call, exchange: Exchange) -> Any:
+    try:
+        return _hear(step, exchange)
+    finally:
+        assert step.lines is not None
+        step.lines.end_begun()
+
+
+def _leave_begun(lines: Lines, exchange: Exchange) -> None:
+    exchange.leave()
+    lines.end_begun()
 
 
 class _Stream:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import grpc
@@ -14,7 +16,7 @@ import grpc.aio
 
 from kvstore.client import lines as lines_
 from kvstore.client.failures import typed_error
-from kvstore.client.lines import Lines
+from kvstore.client.lines import Line, Lines
 from kvstore.client.rpc import CHANNEL_OPTIONS, Endpoint, Stubs, metadata
 from kvstore.client.steps import Call, OpenSession, ReadStream, WriteStream
 from kvstore.errors import BadRequest, KVStoreError, Unavailable
@@ -28,7 +30,9 @@ class AsyncTransport:
     def __init__(self, endpoint: Endpoint) -> None:
         self._channel = grpc.aio.insecure_channel(endpoint.target, options=CHANNEL_OPTIONS)
         self._stubs = Stubs(self._channel)
-        self._turns = asyncio.Semaphore(lines_.MOST_LINES)
+        self._turns = asyncio.Semaphore(lines_.MOST_CALLS)
+        # Of its own: others' work must not wait for a server that hangs.
+        self._opening = ThreadPoolExecutor(1, "kvstore-line")
 
     async def call(self, step: Call) -> Any:
         if step.lines is not None:
@@ -41,26 +45,44 @@ class AsyncTransport:
                 wait_for_ready=step.wait_for_ready,
             )
         except grpc.RpcError as error:
-            raise _typed(step.method, error) from error
+            typed = _typed(step.method, error)
+            if isinstance(typed, Unavailable):
+                _unheard(step)
+            raise typed from error
         except (ValueError, grpc.aio.UsageError) as error:
             raise _closed(error) from error
 
     async def _call_on_line(self, step: Call, lines: Lines) -> Any:
         call = lines_.encode_call(step.method, step.request)
+        sent = False
         try:
             async with asyncio.timeout(step.timeout_s), self._turns:
-                line = lines.at_hand()
-                if line is None:
-                    line = await asyncio.to_thread(lines.take, step.timeout_s)
+                line = lines.at_hand() or await self._open(lines, step.timeout_s)
                 try:
-                    number, message = await _exchange(step.method, line.socket, call)
+                    await _send(step.method, line.socket, call)
+                    sent = True
+                    number, message = await _receive(step.method, line.socket)
                 except BaseException:
                     lines.discard(line)
                     raise
-                lines.give_back(line)
-        except TimeoutError:
+                lines.keep(line)
+        except (TimeoutError, Unavailable) as error:
+            if sent:
+                _unheard(step)
+            if isinstance(error, Unavailable):
+                raise
             raise Unavailable(f"{step.method}: no answer in time") from None
         return lines_.decode_answer(step.method, number, message)
+
+    async def _open(self, lines: Lines, timeout_s: float) -> Line:
+        """A new line, which is kept where nobody waits for it any more."""
+        loop = asyncio.get_running_loop()
+        opening = loop.run_in_executor(self._opening, lines.open, timeout_s)
+        try:
+            return await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            opening.add_done_callback(partial(_keep, lines))
+            raise
 
     async def read(self, step: ReadStream) -> None:
         try:
@@ -109,26 +131,43 @@ class AsyncTransport:
 
     async def close(self) -> None:
         """Ends every RPC under way. Idempotent."""
+        self._opening.shutdown(wait=False, cancel_futures=True)
         await self._channel.close(None)
 
 
-async def _exchange(method: str, line: socket.socket, call: bytes) -> tuple[int, memoryview]:
-    """The answer to a call, as `lines.split` gives it."""
-    loop = asyncio.get_running_loop()
+async def _send(method: str, line: socket.socket, call: bytes) -> None:
     line.setblocking(False)
     try:
-        await loop.sock_sendall(line, call)
+        await asyncio.get_running_loop().sock_sendall(line, call)
     except OSError as error:
         raise lines_.unsent(method, error) from error
+
+
+async def _receive(method: str, line: socket.socket) -> tuple[int, memoryview]:
+    """The answer, as `lines.split` gives it."""
+    loop = asyncio.get_running_loop()
     answer = bytearray()
     missing = lines_.FIRST_BYTES
     try:
         while missing:
-            answer += await loop.sock_recv(line, max(missing, lines_.FIRST_BYTES))
+            data = await loop.sock_recv(line, max(missing, lines_.FIRST_BYTES))
+            if not data:
+                raise ConnectionResetError
+            answer += data
             missing = lines_.missing_of(answer)
     except OSError as error:
         raise lines_.unheard(method, error) from error
     return lines_.split(answer)
+
+
+def _keep(lines: Lines, opening: asyncio.Future[Line]) -> None:
+    if not opening.cancelled() and opening.exception() is None:
+        lines.keep(opening.result())
+
+
+def _unheard(step: Call) -> None:
+    if step.undo is not None:
+        step.undo(None)
 
 
 class _Stream:

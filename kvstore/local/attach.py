@@ -23,6 +23,7 @@ half of the conversation (`Attachment`).
 from __future__ import annotations
 
 import array
+import contextlib
 import json
 import os
 import select
@@ -285,9 +286,9 @@ class Attachment:
     def _fetch(self, request: Request, timeout_s: float) -> tuple[Reply, int]:
         """The reply, and the one descriptor that comes with it."""
         deadline = time.monotonic() + timeout_s
-        if not self._lock.acquire(timeout=max(0.0, timeout_s)):
-            raise Unavailable("the attach socket did not answer in time")
-        try:
+        # Without a time of its own, which a signal could come after: whoever has the lock
+        # has a deadline, and those who had to wait beyond theirs are gone at once.
+        with self._lock:
             if self._closed:
                 raise Unavailable("detached from the server")
             while self._owed:
@@ -297,8 +298,6 @@ class Attachment:
             self._owed += 1
             datagram, descriptors = _receive(self._socket, deadline)
             self._owed -= 1
-        finally:
-            self._lock.release()
         try:
             reply = decode_reply(datagram)
             if isinstance(reply, ErrorReply):
@@ -323,9 +322,12 @@ class Attachment:
 
     def close(self) -> None:
         """End the session. Idempotent."""
+        self._closed = True
+        # Wakes whoever waits for an answer.
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
         # Not for ever: an interrupt may have left the lock taken.
         held = self._lock.acquire(timeout=_CLOSE_S)
-        self._closed = True
         self._socket.close()
         if held:
             self._lock.release()

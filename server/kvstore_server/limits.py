@@ -33,6 +33,8 @@ ATTACH_TIMEOUT_S = 5.0
 """How long a connection to the attach socket may stay silent before it attaches."""
 MAX_LINES = 32
 """Of one session: calls it may have under way at a time."""
+CALL_TIMEOUT_S = 5.0
+"""How long a call on a line may take to come whole."""
 SPARE_CONNECTIONS = 64
 """Connections to the attach socket that are not sessions (yet)."""
 

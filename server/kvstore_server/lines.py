@@ -6,7 +6,8 @@ says; who calls is known from whom the line was given to. A call and its answer 
 tenth of what gRPC takes in Python (docs/decisions/0008).
 
 A client that closes its line while a call is waiting has left: the call is cancelled. A
-client that does not read its answers is not called on for more.
+client that does not read its answers is not called on for more, and one that does not send
+the rest of a call has its line closed, because the part is kept in memory.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from google.protobuf.message import DecodeError, Message
 from kvstore.errors import BadRequest, TooLarge, TooMany
 from kvstore.local.attach import ErrorReply, encode_reply
 from kvstore.wire import frames
+from kvstore_server import limits
 from kvstore_server.callers import Caller
 from kvstore_server.calls import Calls, UnaryMethod
 
@@ -55,6 +57,7 @@ class Line(asyncio.Protocol):
         self._on_end = on_end
         self._transport: asyncio.Transport | None = None
         self._received = bytearray()
+        self._patience: asyncio.TimerHandle | None = None
         self._waiting: asyncio.Task[None] | None = None
         self._writable = True
         self._ended = False
@@ -66,6 +69,8 @@ class Line(asyncio.Protocol):
         if self._ended:
             return
         self._ended = True
+        self._received.clear()
+        self._patience_ends()
         if self._waiting is not None:
             self._waiting.cancel()
         if self._transport is not None:
@@ -102,7 +107,10 @@ class Line(asyncio.Protocol):
         """Answer the first call that is complete. A further one has its turn after
         everybody else's."""
         received = self._received
-        if self._waiting is not None or not self._writable or len(received) < _HEAD_BYTES:
+        if self._ended or self._waiting is not None or not self._writable:
+            return
+        if len(received) < _HEAD_BYTES:
+            self._await_rest()
             return
         length, name_bytes = frames.HEAD.unpack_from(received)
         if not 1 + name_bytes <= length <= frames.MAX_FRAME_BYTES:
@@ -112,13 +120,25 @@ class Line(asyncio.Protocol):
             return
         end = frames.LENGTH_BYTES + length
         if len(received) < end:
+            self._await_rest()
             return
         name = bytes(received[_HEAD_BYTES : _HEAD_BYTES + name_bytes])
         message = bytes(received[_HEAD_BYTES + name_bytes : end])
         del received[:end]
+        self._patience_ends()
         self._call(name, message)
         if received:
             asyncio.get_running_loop().call_soon(self._advance)
+
+    def _await_rest(self) -> None:
+        if self._received and self._patience is None:
+            loop = asyncio.get_running_loop()
+            self._patience = loop.call_later(limits.CALL_TIMEOUT_S, self.close)
+
+    def _patience_ends(self) -> None:
+        if self._patience is not None:
+            self._patience.cancel()
+            self._patience = None
 
     def _call(self, name: bytes, message: bytes) -> None:
         method = self._lines.methods.get(name)
@@ -168,5 +188,6 @@ class Line(asyncio.Protocol):
     def _hang_up(self) -> None:
         """End it once what was said is sent."""
         self._received.clear()
+        self._patience_ends()
         if self._transport is not None:
             self._transport.close()

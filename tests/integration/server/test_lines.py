@@ -15,6 +15,7 @@ import pytest
 
 from kvstore.wire import frames
 from kvstore.wire.v1 import kvstore_pb2 as pb
+from kvstore_server import limits
 from kvstore_server.app import App
 from kvstore_server.limits import MAX_LINES
 from tests.integration.server.harness import (
@@ -204,6 +205,46 @@ async def test_a_call_whose_client_left_is_cancelled(tmp_path: Path) -> None:
         await info(line)
         waiting.socket.close()
         await eventually(lambda: not app.busy(), within_s=5)
+
+
+@in_loop
+async def test_calls_in_a_row_are_not_done_for_a_client_that_left(tmp_path: Path) -> None:
+    """Seconds of work that nobody wants, which the others wait beside."""
+    async with serving(tmp_path) as app, line_to(app) as (line, raw):
+        await info(line)
+        begun = done(app, "GetStats")
+        gone = await in_thread(RawLine, raw)
+        await in_thread(gone.socket.sendall, call("GetStats", b"") * 20_000)
+        gone.socket.close()
+        await info(line)
+        await asyncio.sleep(0.3)
+        settled = done(app, "GetStats")
+        await asyncio.sleep(0.1)
+        assert done(app, "GetStats") == settled
+        assert settled - begun < 20_000
+
+
+@in_loop
+async def test_a_call_that_does_not_come_whole_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four megabytes on each of its lines are a client's to take, but not for ever."""
+    monkeypatch.setattr(limits, "CALL_TIMEOUT_S", 0.2)
+    async with serving(tmp_path) as app, line_to(app) as (line, raw):
+        await info(line)
+        part = await in_thread(RawLine, raw)
+        await in_thread(part.socket.sendall, call("Lookup", bytes(1 << 20))[:-1])
+        with pytest.raises((EOFError, ConnectionResetError)):
+            await in_thread(part.read)
+        part.socket.close()
+        await asyncio.sleep(0.3)
+        await info(line)
+
+
+def done(app: App, method: str) -> int:
+    """Calls of a method that were answered."""
+    count = app.metrics.registry.get_sample_value("kvstore_call_seconds_count", {"method": method})
+    return int(count or 0)
 
 
 @in_loop

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import pytest
 
-from kvstore.client.lines import MOST_LINES, Exchange, Lines
+from kvstore.client.lines import MOST_BEGUN, MOST_CALLS, Exchange, Lines
+from kvstore.client.rpc import Endpoint
+from kvstore.client.steps import Call
+from kvstore.client.transport import SyncTransport
+from kvstore.client.transport_aio import AsyncTransport
 from kvstore.errors import (
     InternalError,
     LeaseExpired,
@@ -223,14 +228,187 @@ def test_closing_wakes_who_waits(server: Server, lines: Lines) -> None:
 
 
 def test_calls_beyond_the_most_lines_wait_for_one_in_time(server: Server, lines: Lines) -> None:
-    under_way = [begin(lines) for _ in range(MOST_LINES)]
+    under_way = [begin(lines) for _ in range(MOST_CALLS)]
     with pytest.raises(Unavailable, match="under way"):
         begin(lines, 0.02).end()
-    assert len(server.ends) == MOST_LINES
+    assert len(server.ends) == MOST_CALLS
     server.answer(3, 3)
     assert renewed(under_way[3]) == 3
     begin(lines)
-    assert len(server.ends) == MOST_LINES
+    assert len(server.ends) == MOST_CALLS
+
+
+def test_those_that_wait_for_a_turn_end_with_the_session(server: Server, lines: Lines) -> None:
+    """They would wait out their time for a session that is gone."""
+    under_way = [begin(lines) for _ in range(MOST_CALLS)]
+    errors: list[str] = []
+
+    def wait() -> None:
+        with pytest.raises(Unavailable) as error:
+            begin(lines, 60.0).end()
+        errors.append(str(error.value))
+
+    waiting = [threading.Thread(target=wait) for _ in range(3)]
+    for thread in waiting:
+        thread.start()
+    lines.close()
+    for thread in waiting:
+        thread.join(10)
+    assert len(errors) == 3
+    assert all("has ended" in error for error in errors)
+    for exchange in under_way:
+        with pytest.raises(Unavailable):
+            exchange.end()
+
+
+def test_given_up_calls_do_not_use_up_the_turns(server: Server, lines: Lines) -> None:
+    for _ in range(2 * MOST_CALLS):
+        with pytest.raises(Unavailable, match="in time"):
+            begin(lines, 0.001).end()
+    exchange = begin(lines)
+    server.answer(len(server.ends) - 1, 5)
+    assert renewed(exchange) == 5
+
+
+def step(lines: Lines, undone: list[Any], timeout_s: float = 5.0) -> Call:
+    def undo(response: Any) -> None:
+        undone.append(response)
+
+    return Call("Renew", pb.RenewRequest(), b"", timeout_s, undo=undo, lines=lines)
+
+
+@pytest.fixture
+def transport() -> Iterator[SyncTransport]:
+    transport = SyncTransport(Endpoint("unix:/nowhere", None))
+    yield transport
+    transport.close()
+
+
+def test_calls_that_are_begun_leave_turns_for_others(
+    server: Server, lines: Lines, transport: SyncTransport
+) -> None:
+    """Who has begun one needs another call before it ends the first."""
+    undone: list[Any] = []
+    begun = [transport.begin(step(lines, undone)) for _ in range(MOST_CALLS)]
+    assert len(server.ends) == MOST_BEGUN
+    plain = begin(lines)
+    server.hear(MOST_BEGUN)
+    server.answer(MOST_BEGUN, 1)
+    assert renewed(plain) == 1
+    for end in range(MOST_BEGUN):
+        server.hear(end)
+        server.answer(end, end)
+        assert begun[end].end().expires_ns == end
+    # The others are made when they are wanted, or not at all.
+    begun[-1].drop()
+    ender = threading.Thread(target=begun[-2].end)
+    ender.start()
+    while not (called := [i for i, end in enumerate(server.ends) if has_call(end)]):
+        time.sleep(0.001)
+    server.answer(called[0], 7)
+    ender.join(10)
+    assert not undone
+
+
+def has_call(end: socket.socket) -> bool:
+    """There is a call to hear."""
+    end.setblocking(False)
+    try:
+        end.recv(1 << 16)
+    except BlockingIOError:
+        return False
+    finally:
+        end.settimeout(5)
+    return True
+
+
+def test_only_what_was_sent_is_undone(
+    server: Server, lines: Lines, transport: SyncTransport
+) -> None:
+    """Undoing what nobody heard of ends the session, with all that others hold."""
+    undone: list[Any] = []
+    under_way = [begin(lines) for _ in range(MOST_CALLS)]
+    with pytest.raises(Unavailable, match="under way"):
+        transport.call(step(lines, undone, 0.01))
+    assert not undone
+    server.answer(0, 1)
+    renewed(under_way[0])
+    with pytest.raises(Unavailable, match="in time"):
+        transport.call(step(lines, undone, 0.01))
+    assert undone == [None]
+
+
+def test_an_answer_that_breaks_off_ends_the_call(server: Server, lines: Lines) -> None:
+    exchange = begin(lines)
+    server.send(0, frames.HEAD.pack(1000, frames.ANSWER) + b"part")
+    server.ends[0].close()
+    with pytest.raises(Unavailable):
+        exchange.end()
+
+
+async def until(true: Callable[[], bool]) -> None:
+    for _ in range(5000):
+        if true():
+            return
+        await asyncio.sleep(0.001)
+    raise AssertionError("it does not come")
+
+
+def in_loop(work: Any) -> Any:
+    return asyncio.run(asyncio.wait_for(work, 20))
+
+
+def test_an_answer_that_breaks_off_does_not_hang_the_loop(server: Server, lines: Lines) -> None:
+    async def main() -> None:
+        transport = AsyncTransport(Endpoint("unix:/nowhere", None))
+        calling = asyncio.create_task(transport.call(step(lines, [])))
+        await until(lambda: bool(server.ends) and has_call(server.ends[0]))
+        server.send(0, frames.HEAD.pack(1000, frames.ANSWER) + b"part")
+        server.ends[0].close()
+        with pytest.raises(Unavailable):
+            await calling
+        await transport.close()
+
+    in_loop(main())
+
+
+def test_cancelled_calls_do_not_use_up_the_lines(server: Server, lines: Lines) -> None:
+    async def main() -> None:
+        transport = AsyncTransport(Endpoint("unix:/nowhere", None))
+        for moment in range(3 * MOST_CALLS):
+            calling = asyncio.create_task(transport.call(step(lines, [])))
+            for _ in range(moment % 5):
+                await asyncio.sleep(0)
+            calling.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await calling
+        calling = asyncio.create_task(transport.call(step(lines, [])))
+        await until(lambda: any(map(has_call, server.ends)))
+        calling.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await calling
+        assert len(lines._lines) <= MOST_CALLS
+        await transport.close()
+
+    in_loop(main())
+
+
+def test_a_forked_child_leaves_its_parents_lines_alone(server: Server, lines: Lines) -> None:
+    exchange = begin(lines)
+    child = os.fork()
+    if child == 0:
+        lines.close()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    server.answer(0, 4)
+    assert renewed(exchange) == 4
+
+
+def test_a_response_that_is_none_is_an_error_of_the_tree(server: Server, lines: Lines) -> None:
+    exchange = begin(lines)
+    server.send(0, frames.frame(frames.ANSWER, b"\xff\xff"))
+    with pytest.raises(InternalError):
+        exchange.end()
 
 
 def test_a_request_that_is_too_large_is_not_sent(server: Server, lines: Lines) -> None:
