@@ -50,8 +50,8 @@ CAPACITY = 4 << 20
 DRAM_SLOTS = 24
 MAX_BLOCKS = 4096
 CLIENTS = 3
-CHAINS = 6
-CHAIN = 12
+CHAINS = 5
+CHAIN = 16
 SECRET = b"s" * 32
 
 SPECS = (LayoutSpec("m", "bf16", 16, 3000), LayoutSpec("big", "bf16", 16, 9000))
@@ -139,6 +139,8 @@ class Life:
         self._wild = sabotage and self.rng.random() < 0.6
         self._held: dict[Name, Held] = {}
         self._versions = 0
+        self._in_flight: set[int] = set()
+        """Versions whose commit has not been answered."""
         self._store: Store
         self._tier: NvmeTier
         self._loop: VirtualLoop
@@ -315,7 +317,9 @@ class Life:
             store.slot_view(session, slot)[:] = data
             versions.append(self._versions)
             sums.append(xxhash.xxh3_64_intdigest(data))
+        self._in_flight.update(versions)
         answer = await store.commit(session, layout_id, [Segment(b"", taken, slots, sums)], 0)
+        self._in_flight.difference_update(versions)
         for key, version, outcome in zip(taken, versions, answer.outcomes, strict=True):
             name = (session.tenant, layout, key)
             held = self._held.get(name, Held(None, frozenset()))
@@ -380,6 +384,7 @@ class Life:
         unless the disk was failing or said that it had done what it had not."""
         mine = {name: held for name, held in self._held.items() if name[0] == session.tenant}
         before = self._versions
+        in_flight = set(self._in_flight)
         in_use = self._in_use()
         await self._store.clear(session.tenant)
         in_use |= self._in_use()
@@ -387,7 +392,8 @@ class Life:
         for name, held in mine.items():
             now = self._held[name]
             known = {v for v in (held.current, *held.others) if v is not None}
-            newer = {v for v in (now.current, *now.others) if v is not None and v > before}
+            versions = {v for v in (now.current, *now.others) if v is not None}
+            newer = {v for v in versions if v > before or v in in_flight}
             gone = honest and self._stored_key(session, name) not in in_use
             keep = newer if gone else newer | known
             current = now.current if now.current is not None and now.current in newer else None

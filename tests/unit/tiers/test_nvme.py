@@ -699,6 +699,25 @@ def test_readers_are_not_disturbed_by_blocks_that_move(tmp_path: Path) -> None:
     tier.close()
 
 
+def test_a_reader_that_was_overtaken_by_a_move_looks_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tier = open_tier(tmp_path)
+    everything = fill(tier, tier.usable_bytes // EXTENT_BYTES)
+    address, header = next(iter(everything.items()))
+    before = tier._log.where(address)
+    assert before is not None
+    rng = random.Random(1)
+    others = list(everything)[1:]
+    while before[0].life == before[1].life or before[0].next <= before[1].slot:
+        put(tier, rng.choice(others), 1)
+    where = tier._log.where
+    answers = iter([before])
+    monkeypatch.setattr(tier._log, "where", lambda a: next(answers, None) or where(a))
+    assert get(tier, address, header) == bytes(payload_of(address))
+    tier.close()
+
+
 def test_what_is_stored_first_after_a_start_moves_nothing(tmp_path: Path) -> None:
     """There is capacity; none of it was preallocated in the life before."""
     tier = open_tier(tmp_path)

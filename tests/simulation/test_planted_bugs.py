@@ -1,0 +1,192 @@
+"""Bugs, planted one at a time into a copy of the project: the tests named beside each
+must find it. A test that lets one live proves less than it says.
+
+The text that a bug replaces must be there exactly once; where the code has changed, so
+must the bug.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+pytestmark = [pytest.mark.soak, pytest.mark.timeout(900)]
+
+ROOT = Path(__file__).parents[2]
+COPIED = ("kvstore", "server", "connectors", "benchmarks", "tests", "docs", "proto")
+
+NVME = "tests/unit/tiers/test_nvme.py"
+SLOT = "tests/unit/tiers/test_nvme_slot.py"
+TIER_CRASHES = "tests/simulation/test_tier_crashes.py"
+NTH_CALL = "tests/simulation/test_nth_call.py"
+CRASHES = "tests/simulation/test_crashes.py"
+CORE = "tests/simulation/test_random_lives.py tests/unit/core"
+
+
+class Bug(NamedTuple):
+    file: str
+    right: str
+    wrong: str
+    killed_by: str
+
+
+BUGS = {
+    "a sync is skipped": Bug(
+        "kvstore/tiers/nvme.py",
+        "                for segment, _, _ in todo.segments:\n"
+        "                    segment.file.fdatasync()\n",
+        "",
+        TIER_CRASHES,
+    ),
+    "the index is told before the data is synced": Bug(
+        "kvstore/tiers/nvme.py",
+        "            self._check_usable()\n            todo = self._log.take_flushed()\n",
+        "            self._check_usable()\n            todo = self._log.take_flushed()\n"
+        "            self._tell_index(todo.batch)\n",
+        NVME,
+    ),
+    "a failed sync is asked again": Bug(
+        "kvstore/tiers/nvme.py",
+        "        except TierFailed as error:\n            self._failed = error\n            raise\n"
+        "        finally:",
+        "        except TierFailed as error:\n            raise\n        finally:",
+        NVME,
+    ),
+    "the payload's checksum is not compared": Bug(
+        "kvstore/tiers/nvme.py",
+        "if xxhash.xxh3_64_intdigest(into[:length]) != header.checksum:",
+        "if xxhash.xxh3_64_intdigest(into[:length]) is None:",
+        NVME,
+    ),
+    "the header's checksum is not compared": Bug(
+        "kvstore/tiers/nvme_slot.py",
+        "if google_crc32c.value(bytes(page)) != crc:",
+        "if google_crc32c.value(bytes(page)) is None:",
+        SLOT,
+    ),
+    "a slot does not say where it is": Bug(
+        "kvstore/tiers/nvme_slot.py", "if stored.place != place:", "if False:", SLOT
+    ),
+    "a damaged place is used again": Bug(
+        "kvstore/tiers/nvme_log.py", "            segment.spoil(place.slot)\n", "", NVME
+    ),
+    "what is forgotten is not marked so": Bug(
+        "kvstore/tiers/nvme_segment.py",
+        "        self.dead[slot >> 3] |= 1 << (slot & 7)\n",
+        "",
+        NVME,
+    ),
+    "an emptied segment is used before its blocks are safe": Bug(
+        "kvstore/tiers/nvme_log.py",
+        "            self._emptied.append(victim)\n",
+        "            self._free.append(victim)\n            return\n",
+        TIER_CRASHES,
+    ),
+    "blocks are given up before their copies are safe": Bug(
+        "kvstore/tiers/nvme_log.py",
+        "(not moved or s.life != s.durable_life)",
+        "True",
+        TIER_CRASHES,
+    ),
+    "one copy of the summary is always the one overwritten": Bug(
+        "kvstore/tiers/nvme_segment.py",
+        "self.generation % 2 * geometry.summary_bytes",
+        "0 * geometry.summary_bytes",
+        "tests/unit/tiers/test_nvme_segment.py",
+    ),
+    "half of a block is taken for all of it after a crash": Bug(
+        "kvstore/tiers/nvme_recovery.py",
+        "            if slot >= segment.settled:\n"
+        "                check_payload(stored.header, payload)\n",
+        "",
+        "tests/unit/tiers/test_nvme_recovery.py",
+    ),
+    "the earlier of two blocks of one name is kept": Bug(
+        "kvstore/tiers/nvme_recovery.py",
+        "for row in table[earlier]}",
+        "for row in table[earlier + 1]}",
+        NVME,
+    ),
+    "more segments than the capacity allows": Bug(
+        "kvstore/tiers/nvme_log.py",
+        "wanted = min(self.most_segments, extents + spare_segments(self.most_segments))",
+        "wanted = extents + 2 * spare_segments(self.most_segments)",
+        NVME,
+    ),
+    "a reader does not look where its block went": Bug(
+        "kvstore/tiers/nvme.py", "            if where == before:\n", "            if True:\n", NVME
+    ),
+    "a tenant is left out of the name": Bug(
+        "kvstore/naming.py",
+        "blake2b(layout_id, key=secret, digest_size=32)",
+        'blake2b(layout_id, key=b"everybody", digest_size=32)',
+        CRASHES + " tests/unit/test_naming.py",
+    ),
+    "a lease is not released": Bug(
+        "kvstore/core/leases.py", "        self._let_go(lease.replicas)\n", "", CORE
+    ),
+    "a slot is used again under a lease": Bug(
+        "kvstore/core/dram_room.py",
+        "        if replica.pins:\n            return Verdict.IN_USE\n",
+        "",
+        CORE,
+    ),
+    "a clear is answered before it is durable": Bug(
+        "kvstore/store/calls.py",
+        "        await self._movement.all_forgotten()\n        await self._movement.sync()\n",
+        "        await self._movement.all_forgotten()\n",
+        CRASHES,
+    ),
+    "what a client spoiled is made durable": Bug(
+        "kvstore/store/movement.py",
+        "if xxhash.xxh3_64_intdigest(slot[: header.length]) != header.checksum:",
+        "if False:",
+        "tests/unit/test_store.py",
+    ),
+}
+
+
+def copy_of_the_project(target: Path) -> Path:
+    for name in COPIED:
+        shutil.copytree(
+            ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__", "*.png")
+        )
+    shutil.copy(ROOT / "pyproject.toml", target)
+    return target
+
+
+def run_tests(project: Path, tests: str) -> subprocess.CompletedProcess[str]:
+    paths = (str(project / part) for part in ("", "server", "connectors", "benchmarks"))
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests.split()],
+        cwd=project,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_without_a_bug_the_tests_pass(tmp_path: Path) -> None:
+    project = copy_of_the_project(tmp_path / "project")
+    tests = " ".join(sorted({test for bug in BUGS.values() for test in bug.killed_by.split()}))
+    ran = run_tests(project, tests)
+    assert ran.returncode == 0, ran.stdout[-3000:]
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_the_bug_is_found(name: str, tmp_path: Path) -> None:
+    bug = BUGS[name]
+    project = copy_of_the_project(tmp_path / "project")
+    file = project / bug.file
+    text = file.read_text()
+    assert text.count(bug.right) == 1, "the bug does not fit the code any more"
+    file.write_text(text.replace(bug.right, bug.wrong))
+    ran = run_tests(project, bug.killed_by)
+    assert ran.returncode == 1, f"it lives: {ran.stdout[-2000:]}"
