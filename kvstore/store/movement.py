@@ -59,14 +59,17 @@ class Movement:
         source = copy.source.tier
         corrupt = full = False
         failure: Exception | None = None
+        there = False
         try:
             await self._extents.opened(copy.target.tier, [copy.target.address])
+            there = True
             await loop.in_thread(partial(self._move, copy))
         except CorruptBlock as error:
             failure, corrupt = error, True
             loop.observer.corrupt(source.label)
         except TierFull as error:
-            failure, full = error, copy.target.tier is Tier.NVME
+            # Of an extent that never came the planner knows: there are others.
+            failure, full = error, there
         except TierFailed as error:
             failure = error
             loop.tier_failed(error, "read" if source is Tier.NVME else "write")
