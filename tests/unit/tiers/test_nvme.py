@@ -129,24 +129,17 @@ def test_only_the_owner_can_read_what_is_stored(tmp_path: Path) -> None:
         assert entry.stat().st_mode & 0o077 == 0, entry
 
 
-@pytest.mark.parametrize("where", ["header", "payload"])
-def test_any_bit_of_a_slot_flipped_is_a_corrupt_block(tmp_path: Path, where: str) -> None:
-    """Every bit of the header that says something, and 1,000 of the payload."""
+def flip(tmp_path: Path, bits: Iterable[int]) -> int:
+    """Flip each bit of a slot alone; how many there were. Each must be noticed."""
     tier = open_tier(tmp_path, direct=False)
-    headers = fill(tier, 1)
-    address, header = next(iter(headers.items()))
+    address, header = next(iter(fill(tier, 1).items()))
     file, offset = slot_file(tier, tmp_path, address)
-    if where == "header":
-        bits: Iterable[int] = [*range(8 * 128), *range(8 * 128, 8 * HEADER_BYTES, 61)]
-    else:
-        bits = (
-            8 * HEADER_BYTES + bit for bit in random.Random(1).sample(range(8 * BLOCK_BYTES), 1000)
-        )
     found = tier._log.where(address)
     assert found is not None
     segment, place = found
     into = aligned(BLOCK_BYTES)
     fd = os.open(file, os.O_RDWR)
+    count = 0
     for bit in bits:
         position = offset + bit // 8
         original = os.pread(fd, 1, position)
@@ -154,9 +147,27 @@ def test_any_bit_of_a_slot_flipped_is_a_corrupt_block(tmp_path: Path, where: str
         with pytest.raises(CorruptBlock):
             tier._read(segment, place, header, into)
         os.pwrite(fd, original, position)
+        count += 1
     os.close(fd)
     assert get(tier, address, header) == bytes(payload_of(address))
     tier.close()
+    return count
+
+
+PAYLOAD_BITS = range(8 * HEADER_BYTES, 8 * (HEADER_BYTES + BLOCK_BYTES))
+
+
+def test_any_bit_of_a_header_flipped_is_a_corrupt_block(tmp_path: Path) -> None:
+    assert flip(tmp_path, range(8 * HEADER_BYTES)) == 32_768
+
+
+def test_any_of_a_thousand_bits_of_a_payload_flipped_is_a_corrupt_block(tmp_path: Path) -> None:
+    assert flip(tmp_path, random.Random(1).sample(PAYLOAD_BITS, 1000)) == 1000
+
+
+@pytest.mark.soak
+def test_any_of_a_hundred_thousand_bits_flipped_is_a_corrupt_block(tmp_path: Path) -> None:
+    assert flip(tmp_path, random.Random(2).sample(PAYLOAD_BITS, 100_000)) == 100_000
 
 
 def test_a_damaged_slot_is_never_used_again(tmp_path: Path) -> None:
