@@ -28,7 +28,7 @@ from kvstore_benchmarks.pipe import ChildFailed
 from kvstore_benchmarks.serving.model import NAME
 
 HOST = "127.0.0.1"
-START_TIMEOUT_S = 400.0
+START_TIMEOUT_S = 600.0
 STOP_TIMEOUT_S = 30.0
 CALL_TIMEOUT_S = 120.0
 _POLL_S = 0.2

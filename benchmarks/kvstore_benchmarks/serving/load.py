@@ -14,7 +14,7 @@ from kvstore_benchmarks.pipe import Pipe
 from kvstore_benchmarks.serving.instance import HOST
 from kvstore_benchmarks.serving.model import NAME
 
-START_TIMEOUT_S = 300.0
+START_TIMEOUT_S = 600.0
 LOAD_TIMEOUT_S = 600.0
 
 # Prompts are drawn from Python's `hash` of a string, among others.

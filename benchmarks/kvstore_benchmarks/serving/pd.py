@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from kvstore.errors import ConfigError
 from kvstore_benchmarks.end_to_end.model import BLOCK_TOKENS, SHAPE, prompt
 from kvstore_benchmarks.end_to_end.rounds import COPY_PIECE_BYTES
 from kvstore_benchmarks.figures import finite, machine, median, ratio, seconds_text
@@ -71,7 +73,12 @@ class Fleet:
 
 
 def run(options: Options, *, as_object: bool) -> int:
-    """Print the tables; 1 where an answer is wrong or was not handed over."""
+    """Print the tables; 1 where an answer is wrong or was not handed over.
+
+    Raises `ConfigError` on a machine that cannot show it.
+    """
+    if not {0, 1} <= os.sched_getaffinity(0):
+        raise ConfigError("prefill and decode each need a core: this may not run on cores 0 and 1")
     with progress() as step:
         figures = measure(options, step)
     if as_object:
