@@ -78,7 +78,7 @@ class Band:
         last = position // self.block_tokens
         return min(self.rule.first_token(position) // self.block_tokens, last), last
 
-    def wanted(self, start: int, stop: int, points: Collection[int]) -> Collection[int]:
+    def wanted(self, start: int, stop: int, points: Collection[int]) -> Sequence[int]:
         """Those of the blocks [start, stop) that are needed to resume at some point."""
         if self.rule.is_full:
             return range(start, stop)

@@ -44,8 +44,8 @@ class KnownKeys:
             del self._keys[next(iter(self._keys))]
 
     def discard(self, keys: Iterable[bytes]) -> None:
-        for key in keys:
-            self._keys.pop(key, None)
+        for key in self._keys.keys() & keys:
+            del self._keys[key]
 
     def clear(self) -> None:
         self._keys.clear()
@@ -108,14 +108,10 @@ class StoreOrders:
         if self.pins is None:
             return None
         known = self.known[group]
-        job = StoreJob(self._next_job, request_id, group, [], [], [])
-        for key, parent, block_id in zip(keys, parents, block_ids, strict=True):
-            if key not in known:
-                job.block_ids.append(block_id)
-                job.keys.append(key)
-                job.parents.append(parent)
-        if not job.keys:
+        new = [each for each in zip(block_ids, keys, parents, strict=True) if each[1] not in known]
+        if not new:
             return None
+        job = StoreJob(self._next_job, request_id, group, *map(list, zip(*new, strict=True)))
         self._next_job += 1
         # As if they were there: another request must not store them too.
         known.add(job.keys)

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -504,22 +504,27 @@ class SchedulerSide:
         self,
         tracked: _Tracked,
         band: Band,
-        wanted: Collection[int],
+        wanted: Sequence[int],
         tables: Sequence[Sequence[int]],
     ) -> None:
-        first, last = min(wanted), max(wanted) + 1
+        first, last = wanted[0], wanted[-1] + 1
         # From the block before on, for its key is the first one's parent.
         begin = max(first - 1, 0)
         keys = self._keys(tracked.request, band.block_tokens, begin, last)
+        parents = [b"", *keys] if begin == first else keys
+        keys = keys[first - begin :]
         for member in band.members:
-            table = tables[self._bands.groups[member]]
-            places = [place for place in wanted if table[place] != NULL_BLOCK]
+            block_ids = list(tables[self._bands.groups[member]][first:last])
+            if len(wanted) == last - first and NULL_BLOCK not in block_ids:
+                self._order(tracked, member, keys, parents[: last - first], block_ids)
+                continue
+            there = [place - first for place in wanted if block_ids[place - first] != NULL_BLOCK]
             self._order(
                 tracked,
                 member,
-                [keys[place - begin] for place in places],
-                [keys[place - begin - 1] if place else b"" for place in places],
-                [table[place] for place in places],
+                [keys[index] for index in there],
+                [parents[index] for index in there],
+                [block_ids[index] for index in there],
             )
 
     def _order_state(self, tracked: _Tracked, group: int, block_id: int, position: int) -> None:
@@ -550,4 +555,6 @@ class SchedulerSide:
         """Keys of the blocks [start, stop): the hash at each one's last token."""
         step = block_tokens // self._bands.hash_tokens
         hashes = request.block_hashes
+        if step == 1:
+            return list(map(bytes, hashes[start:stop]))
         return [bytes(hashes[index * step + step - 1]) for index in range(start, stop)]
