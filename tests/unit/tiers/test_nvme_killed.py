@@ -16,7 +16,7 @@ from tests.unit.tiers.blocks import EXTENT_BYTES, get, payload_of, put
 CAPACITY_BYTES = 8 << 20
 MAX_BLOCKS = 1 << 20
 BLOCK_BYTES = 3000
-EXTENTS = 12
+EXTENTS = 9
 
 
 def churn(path: str) -> None:
