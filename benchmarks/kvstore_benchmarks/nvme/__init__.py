@@ -1,0 +1,1 @@
+"""What does the NVMe tier cost beside the bare disk?"""
