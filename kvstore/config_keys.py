@@ -26,6 +26,7 @@ EVICTIONS = (
     "gdsf",
     "priority-lru",
     "workload-aware",
+    "worth",
 )
 """The project's own policies (`kvstore.core.policies`)."""
 EVICTION_ENTRY_POINTS = "kvstore.policies"

@@ -16,7 +16,7 @@ from kvstore.errors import BadRequest
 if TYPE_CHECKING:
     from kvstore.sim.trace import Trace
 
-DEFAULT_POLICIES = "lru,arc,s3-fifo,lhd,belady-bypass"
+DEFAULT_POLICIES = "worth,lru,arc,s3-fifo,belady-bypass"
 DEFAULT_SHARES = (0.01, 0.05, 0.1, 0.25, 0.5)
 """Of the trace's blocks."""
 RATIOS = {

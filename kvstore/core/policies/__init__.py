@@ -26,6 +26,7 @@ from kvstore.core.policies.sieve import Sieve
 from kvstore.core.policies.two_q import TwoQ
 from kvstore.core.policies.w_tinylfu import WTinyLFU
 from kvstore.core.policies.workload_aware import WorkloadAware
+from kvstore.core.policies.worth import Worth
 
 MakePolicy = Callable[[], EvictionPolicy]
 
@@ -55,6 +56,7 @@ POLICIES = _Policies({
     "gdsf": GDSF,
     "priority-lru": PriorityLRU,
     "workload-aware": WorkloadAware,
+        "worth": Worth,
 })  # fmt: skip
 
 __all__ = ["LRU", "POLICIES", "EvictionPolicy", "MakePolicy", "Use"]
