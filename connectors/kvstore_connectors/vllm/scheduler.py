@@ -142,10 +142,14 @@ class SchedulerSide:
             prompt_tokens=tokens,
             loadable=loadable,
             offered=[0] * len(self._bands.bands),
-            coming=Coming.of(
-                request.kv_transfer_params, loadable, self._handover_s, time.monotonic()
-            ),
+            coming=self._coming(request, loadable),
         )
+
+    def _coming(self, request: Request, loadable: int) -> Coming | None:
+        if not self._loads or request.skip_reading_prefix_cache:
+            return None
+        params, now_s = request.kv_transfer_params, time.monotonic()
+        return Coming.of(params, loadable, self._handover_s, now_s)
 
     def get_num_new_matched_tokens(
         self, request: Request, num_computed_tokens: int

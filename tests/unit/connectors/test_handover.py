@@ -179,6 +179,16 @@ def test_a_thousand_hand_overs_cancelled_at_any_point_leave_nothing(
     assert world.quiet()
 
 
+def test_an_engine_that_loads_nothing_waits_for_nothing(clock: Clock) -> None:
+    for world, skips in ((World(loads=False), False), (World(), True)):
+        request = FakeRequest(list(range(4 * BLOCK_TOKENS)), kv_transfer_params=BY_PREFILL)
+        request.skip_reading_prefix_cache = skips
+        world.side.on_new_request(request)  # type: ignore[arg-type]
+        assert world.match(request) == (0, False)
+        world.meta()
+        assert world.queue.waits == 0, "an idle step is not held up"
+
+
 def test_a_store_that_goes_away_ends_the_wait(world: World, clock: Clock) -> None:
     request = arrive(world, BY_PREFILL)
     world.queue.seen = 0
