@@ -30,8 +30,8 @@ from kvstore_benchmarks.serving.workloads import CLIENTS, Workload, workloads
 DRAM = "1GiB"
 NVME = "2GiB"
 CONTEXT = 4096
-CACHE_BLOCKS = 320
-"""10,240 tokens: what the clients have under way fits, what they come back to does not."""
+CACHE_BLOCKS = 160
+"""5,120 tokens: what the clients have under way fits, what they come back to does not."""
 
 WARM_UP = -1
 """The round before the first: it touches every page, and is not kept."""

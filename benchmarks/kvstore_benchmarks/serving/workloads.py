@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import lzma
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -94,15 +93,18 @@ def replayed(trace: Path, requests: int, scratch: Path) -> Workload:
 
 
 def trace_slice(trace: Path, start: int, count: int) -> Iterator[str]:
-    """Requests of the trace whose conversation has another turn among the first
-    `TRACE_LINES`, in their order, with shorter prompts and answers, the clock starting
-    at 0 and waiting `TRACE_GAP_MS` at most. Few others share more than a preamble."""
+    """Requests of conversations with several turns among the first `TRACE_LINES`, one
+    conversation after the other being taken and all then in the order of the trace, with
+    shorter prompts and answers, the clock starting at 0 and waiting `TRACE_GAP_MS` at
+    most. Few other requests share more than a preamble."""
     with lzma.open(trace, "rt") if trace.suffix == ".xz" else trace.open() as file:
         requests = [json.loads(line) for line in islice(file, TRACE_LINES)]
-    turns = Counter(_conversation(request) for request in requests)
-    wanted = [each for each in requests if turns[_conversation(each)] > 1]
+    conversations: dict[tuple[int, ...], list[dict[str, Any]]] = {}
+    for request in requests:
+        conversations.setdefault(_conversation(request), []).append(request)
+    wanted = [each for turns in conversations.values() if len(turns) > 1 for each in turns]
     clock, last = 0, None
-    for request in wanted[start : start + count]:
+    for request in sorted(wanted[start : start + count], key=lambda each: int(each["timestamp"])):
         tokens = request["input_length"] // TRACE_SHRINK
         now = request["timestamp"]
         clock += 0 if last is None else min(now - last, TRACE_GAP_MS)

@@ -80,8 +80,10 @@ def trace(tmp_path: Path) -> Path:
     requests = [
         request(0, 0, 1, 2),
         request(1, 0, 8, 9),
+        request(2, 0, 20, 21),
         request(90_000, 0, 1, 2, 3),
         request(90_100, 0, 1, 2, 3, 4, 5),
+        request(90_200, 0, 20, 21, 22),
     ]
     path = tmp_path / "trace.jsonl"
     path.write_text("".join(json.dumps(each) + "\n" for each in requests))
@@ -89,12 +91,13 @@ def trace(tmp_path: Path) -> Path:
 
 
 def test_a_replay_keeps_conversations_and_shrinks_the_rest(trace: Path) -> None:
-    lines = [json.loads(line) for line in trace_slice(trace, 0, 8)]
+    lines = [json.loads(line) for line in trace_slice(trace, 0, 3)]
     assert [each["hash_ids"][-1] for each in lines] == [2, 3, 5]
     assert [each["timestamp"] for each in lines] == [0, 1000, 1100]
     assert [each["input_length"] for each in lines] == [96, 128, 192]
     assert {each["output_length"] for each in lines} == {16}
-    assert [json.loads(line)["hash_ids"][-1] for line in trace_slice(trace, 1, 1)] == [3]
+    everything = [json.loads(line)["hash_ids"][-1] for line in trace_slice(trace, 0, 9)]
+    assert everything == [2, 21, 3, 5, 22], "in the order of the trace, without the one turn"
 
 
 def test_without_a_trace_there_is_no_replay(tmp_path: Path, trace: Path) -> None:
