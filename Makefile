@@ -36,7 +36,18 @@ demo-pd: $(READY)-run $(ROUTER)/.ready
 	$(BIN)/kvstore demo --pd --router $(ROUTER) $(ARGS)
 
 test: $(READY)-dev wire-tools lint
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
+ifdef ARGS
+	$(BIN)/python -m pytest $(ARGS)
+else
+	$(MAKE) --no-print-directory -j 2 --output-sync=line test-engines test-others
+endif
+
+# Side by side: an engine leaves a core free most of the time.
+test-engines:
+	$(BIN)/python -m pytest -m e2e
+
+test-others:
+	$(BIN)/python -m pytest -m "not e2e and not soak"
 
 soak: $(READY)-dev
 	$(BIN)/python -m pytest -m soak --timeout 7200 $(ARGS)
