@@ -39,7 +39,7 @@ test: $(READY)-dev wire-tools lint
 ifdef ARGS
 	$(BIN)/python -m pytest $(ARGS)
 else
-	$(MAKE) --no-print-directory -j 2 --output-sync=line test-engines test-others
+	$(MAKE) --no-print-directory -j 2 test-engines test-others
 endif
 
 # Side by side: an engine leaves a core free most of the time.
