@@ -39,15 +39,16 @@ test: $(READY)-dev wire-tools lint
 ifdef ARGS
 	$(BIN)/python -m pytest $(ARGS)
 else
-	$(MAKE) --no-print-directory -j 2 test-engines test-others
+	$(BIN)/python -m pytest -m e2e
+	$(MAKE) --no-print-directory -j 2 test-units test-wholes
 endif
 
-# Side by side: an engine leaves a core free most of the time.
-test-engines:
-	$(BIN)/python -m pytest -m e2e
+# Side by side, and not beside engines, which want all cores.
+test-units:
+	$(BIN)/python -m pytest -m "not e2e and not soak" tests/unit
 
-test-others:
-	$(BIN)/python -m pytest -m "not e2e and not soak"
+test-wholes:
+	$(BIN)/python -m pytest -m "not e2e and not soak" tests/integration tests/simulation
 
 soak: $(READY)-dev
 	$(BIN)/python -m pytest -m soak --timeout 7200 $(ARGS)

@@ -56,33 +56,48 @@ class AsyncTransport:
         call = lines_.encode_call(step.method, step.request)
         sent = False
         try:
-            async with asyncio.timeout(step.timeout_s), self._turns:
-                line = lines.at_hand() or await self._open(lines, step.timeout_s)
+            async with asyncio.timeout(step.timeout_s):
+                line = await self._line(lines, step.timeout_s)
                 try:
                     await _send(step.method, line.socket, call)
                     sent = True
                     number, message = await _receive(step.method, line.socket)
                 except BaseException:
                     lines.discard(line)
+                    self._turns.release()
                     raise
-                lines.keep(line)
         except (TimeoutError, Unavailable) as error:
             if sent:
                 _unheard(step)
             if isinstance(error, Unavailable):
                 raise
             raise Unavailable(f"{step.method}: no answer in time") from None
+        lines.keep(line)
+        self._turns.release()
         return lines_.decode_answer(step.method, number, message)
 
-    async def _open(self, lines: Lines, timeout_s: float) -> Line:
-        """A new line, which is kept where nobody waits for it any more."""
+    async def _line(self, lines: Lines, timeout_s: float) -> Line:
+        """A line and the turn that goes with it. One that is being opened for a caller
+        who left has its turn still, so that there are never more lines than turns."""
+        await self._turns.acquire()
+        line = lines.at_hand()
+        if line is not None:
+            return line
         loop = asyncio.get_running_loop()
         opening = loop.run_in_executor(self._opening, lines.open, timeout_s)
         try:
             return await asyncio.shield(opening)
         except asyncio.CancelledError:
-            opening.add_done_callback(partial(_keep, lines))
+            opening.add_done_callback(partial(self._opened_for_nobody, lines))
             raise
+        except BaseException:
+            self._turns.release()
+            raise
+
+    def _opened_for_nobody(self, lines: Lines, opening: asyncio.Future[Line]) -> None:
+        self._turns.release()
+        if not opening.cancelled() and opening.exception() is None:
+            lines.keep(opening.result())
 
     async def read(self, step: ReadStream) -> None:
         try:
@@ -158,11 +173,6 @@ async def _receive(method: str, line: socket.socket) -> tuple[int, memoryview]:
     except OSError as error:
         raise lines_.unheard(method, error) from error
     return lines_.split(answer)
-
-
-def _keep(lines: Lines, opening: asyncio.Future[Line]) -> None:
-    if not opening.cancelled() and opening.exception() is None:
-        lines.keep(opening.result())
 
 
 def _unheard(step: Call) -> None:
