@@ -45,6 +45,11 @@ class Call(NamedTuple):
     undo: Callable[[Any | None], Call | None] | None = None
     lines: Lines | None = None
 
+    def unheard(self) -> None:
+        """Nobody heard the response to a call that the server may have done."""
+        if self.undo is not None:
+            self.undo(None)
+
 
 class Begin(NamedTuple):
     """Send a call and go on; the result stands for it, to be given to `End` or

@@ -48,7 +48,7 @@ class SyncTransport:
         except grpc.RpcError as error:
             typed = _typed(step.method, error)
             if isinstance(typed, Unavailable):
-                _unheard(step)
+                step.unheard()
             raise typed from error
         except ValueError as error:
             raise _closed(error) from error
@@ -179,7 +179,7 @@ def _wait(step: Call, outcome: Outcome[Any]) -> Any:
     try:
         return outcome.wait(step.timeout_s + _GRACE_S)
     except Unavailable:
-        _unheard(step)
+        step.unheard()
         raise
 
 
@@ -188,7 +188,7 @@ def _hear(step: Call, exchange: Exchange) -> Any:
         return exchange.end()
     except Unavailable:
         if exchange.sent:
-            _unheard(step)
+            step.unheard()
         raise
 
 
@@ -218,11 +218,6 @@ class _Stream:
 
 def _nothing() -> None:
     return
-
-
-def _unheard(step: Call) -> None:
-    if step.undo is not None:
-        step.undo(None)
 
 
 def _typed(method: str, error: grpc.RpcError) -> KVStoreError:

@@ -47,7 +47,7 @@ class AsyncTransport:
         except grpc.RpcError as error:
             typed = _typed(step.method, error)
             if isinstance(typed, Unavailable):
-                _unheard(step)
+                step.unheard()
             raise typed from error
         except (ValueError, grpc.aio.UsageError) as error:
             raise _closed(error) from error
@@ -68,7 +68,7 @@ class AsyncTransport:
                     raise
         except (TimeoutError, Unavailable) as error:
             if sent:
-                _unheard(step)
+                step.unheard()
             if isinstance(error, Unavailable):
                 raise
             raise Unavailable(f"{step.method}: no answer in time") from None
@@ -173,11 +173,6 @@ async def _receive(method: str, line: socket.socket) -> tuple[int, memoryview]:
     except OSError as error:
         raise lines_.unheard(method, error) from error
     return lines_.split(answer)
-
-
-def _unheard(step: Call) -> None:
-    if step.undo is not None:
-        step.undo(None)
 
 
 class _Stream:

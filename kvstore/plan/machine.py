@@ -53,6 +53,10 @@ class Engine:
     def kv_tokens(self) -> float:
         return max(0.0, self.kv_space_gb) * 1e9 / self.kv_bytes
 
+    def requests_at_a_time(self, context: float) -> float:
+        """With so many tokens each."""
+        return self.kv_tokens / max(context, 1.0)
+
     @property
     def prefill(self) -> Prefill:
         return Prefill(

@@ -143,7 +143,7 @@ def _memory(engine: Engine, demand: Demand) -> Section:
             ),
             Figure("kv_tokens", "tokens at a time", engine.kv_tokens, "", "space / bytes a token"),
             Figure(
-                "requests", "requests at a time", engine.kv_tokens / max(context, 1.0), "",
+                "requests", "requests at a time", engine.requests_at_a_time(context), "",
                 f"tokens / (prompt {demand.prompt_tokens:.0f} + output {demand.output_tokens:.0f})",
             ),
         ],
@@ -153,7 +153,7 @@ def _memory(engine: Engine, demand: Demand) -> Section:
 
 def _speed(engine: Engine, demand: Demand) -> Section:
     prefill, context = engine.prefill, demand.prompt_tokens + demand.output_tokens
-    batch = max(1.0, engine.kv_tokens / max(context, 1.0))
+    batch = max(1.0, engine.requests_at_a_time(context))
     step_ms = engine.decode_step_ms(batch, context)
     return Section(
         "speed",
@@ -208,7 +208,7 @@ def _links(engine: Engine) -> Section:
 def _demand(sizing: Sizing) -> Section:
     demand, engine = sizing.demand, sizing.engine
     context = demand.prompt_tokens + demand.output_tokens
-    batch = max(1.0, engine.kv_tokens / max(context, 1.0))
+    batch = max(1.0, engine.requests_at_a_time(context))
     decode_ms = demand.output_tokens * engine.decode_step_ms(batch, context) / batch
     return Section(
         "demand",
