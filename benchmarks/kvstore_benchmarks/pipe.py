@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import IO, Any, Self
 
 from kvstore.errors import KVStoreError
 
@@ -34,7 +34,7 @@ class Pipe:
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
         """`environment` is added to this process's own."""
-        self._log = tempfile.NamedTemporaryFile("w+b", prefix="kvstore-child-", suffix=".log")  # noqa: SIM115 - open as long as the child runs
+        self._log = open_log("child")
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -111,5 +111,15 @@ class Pipe:
         self._arrived.release()
 
     def _log_tail(self) -> str:
-        text = Path(self._log.name).read_text(errors="replace")
-        return "\n".join(text.splitlines()[-_LOG_TAIL_LINES:])
+        return log_tail(self._log)
+
+
+def open_log(name: str) -> IO[bytes]:
+    """Where a child may write; gone when it is closed."""
+    return tempfile.NamedTemporaryFile("w+b", prefix=f"kvstore-{name}-", suffix=".log")
+
+
+def log_tail(log: IO[bytes]) -> str:
+    """The last lines of what a child wrote."""
+    text = Path(log.name).read_text(errors="replace")
+    return "\n".join(text.splitlines()[-_LOG_TAIL_LINES:])

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
 
 from kvstore_benchmarks.clients.crowd import Crowd, Shift
 from kvstore_benchmarks.clients.report import faults, p99_ratios, shift_figures
@@ -17,7 +15,8 @@ from kvstore_benchmarks.clients.tables import show
 from kvstore_benchmarks.clients.work import SHAPES
 from kvstore_benchmarks.figures import finite, gbps, machine, median
 from kvstore_benchmarks.local.baselines import aligned_blocks, memcpy_seconds
-from kvstore_benchmarks.progress import Progress, progress
+from kvstore_benchmarks.present import present
+from kvstore_benchmarks.progress import Progress
 from kvstore_benchmarks.server import Server
 
 DRAM = "1GiB"
@@ -46,19 +45,13 @@ QUICK = Options(counts=(1, 3), seconds=0.3, crowd=2, rounds=1)
 
 def run(options: Options, *, as_object: bool, plots: Path | None) -> int:
     """0, or 1 where a client met an error or got other bytes than were put."""
-    draw = None
-    if plots is not None:
-        from kvstore_benchmarks.plots import Plots
-
-        draw = Plots(plots)
-    with progress() as step:
-        figures = _figures(options, step)
-    if draw is not None:
-        draw.clients(figures)
-    if as_object:
-        print(json.dumps(figures, indent=2))
-    else:
-        show(figures, Console())
+    figures = present(
+        partial(_figures, options),
+        lambda pictures, figures: pictures.clients(figures),
+        show,
+        as_object=as_object,
+        plots=plots,
+    )
     return 1 if faults(figures) else 0
 
 

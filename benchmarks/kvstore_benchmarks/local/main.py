@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
 
 from kvstore.client.sync import Client
 from kvstore_benchmarks.local.measure import measure
@@ -18,7 +16,8 @@ from kvstore_benchmarks.local.report import as_json
 from kvstore_benchmarks.local.samples import QUICK, Plan, Samples
 from kvstore_benchmarks.local.tables import show
 from kvstore_benchmarks.peers.peer import KINDS
-from kvstore_benchmarks.progress import Progress, progress
+from kvstore_benchmarks.present import present
+from kvstore_benchmarks.progress import Progress
 from kvstore_benchmarks.server import Server
 
 DRAM = "768MiB"
@@ -40,19 +39,13 @@ class Options:
 
 
 def run(options: Options, *, as_object: bool, plots: Path | None) -> int:
-    draw = None
-    if plots is not None:
-        from kvstore_benchmarks.plots import Plots
-
-        draw = Plots(plots)
-    with progress() as step:
-        figures = _figures(options, step)
-    if draw is not None:
-        draw.local(figures)
-    if as_object:
-        print(json.dumps(figures, indent=2))
-    else:
-        show(figures, Console())
+    present(
+        partial(_figures, options),
+        lambda pictures, figures: pictures.local(figures),
+        show,
+        as_object=as_object,
+        plots=plots,
+    )
     return 0
 
 

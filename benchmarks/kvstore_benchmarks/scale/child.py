@@ -31,7 +31,7 @@ from kvstore.store import MAX_RUNNING, Session, Store
 from kvstore.tiers.dram import DramTier
 from kvstore.tiers.nvme import NvmeTier
 from kvstore.types import ChainQuery, Segment
-from kvstore_benchmarks.figures import finite, percentile
+from kvstore_benchmarks.figures import quantiles as figures_quantiles
 from kvstore_benchmarks.scale.fill import (
     BLOCK_BYTES,
     CHAIN,
@@ -115,7 +115,7 @@ def memory(kind: str) -> int:
 
 def quantiles(seconds: list[float]) -> Figures:
     """Microseconds."""
-    return {f"p{p}": finite(percentile(seconds, p) * 1e6, 2) for p in (50, 99)}
+    return dict(figures_quantiles([each * 1e6 for each in seconds], 2))
 
 
 def sampled(work: Callable[[int], None], count: int = SAMPLES) -> list[float]:

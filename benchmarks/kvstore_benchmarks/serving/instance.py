@@ -12,7 +12,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -24,7 +23,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from kvstore_benchmarks.end_to_end.model import BLOCK_TOKENS
-from kvstore_benchmarks.pipe import ChildFailed
+from kvstore_benchmarks.pipe import ChildFailed, log_tail, open_log
 from kvstore_benchmarks.serving.model import NAME
 
 HOST = "127.0.0.1"
@@ -32,7 +31,6 @@ START_TIMEOUT_S = 600.0
 STOP_TIMEOUT_S = 30.0
 CALL_TIMEOUT_S = 120.0
 _POLL_S = 0.2
-_LOG_TAIL_LINES = 12
 
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -66,7 +64,7 @@ class Child:
     ) -> None:
         self.name = name
         self.port = port
-        self._log = tempfile.NamedTemporaryFile("w+b", prefix=f"kvstore-{name}-", suffix=".log")  # noqa: SIM115 - open as long as the child runs
+        self._log = open_log(name)
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -146,8 +144,7 @@ class Child:
         self._log.close()
 
     def _log_tail(self) -> str:
-        text = Path(self._log.name).read_text(errors="replace")
-        return "\n".join(text.splitlines()[-_LOG_TAIL_LINES:])
+        return log_tail(self._log)
 
 
 class Instance(Child):
