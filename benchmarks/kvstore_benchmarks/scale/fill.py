@@ -27,7 +27,11 @@ from kvstore.types import LayoutSpec
 BLOCK_BYTES = 4096
 CHAIN = 256
 EXTENT_BYTES = 128 << 20
-MAX_BLOCKS = 10_000_000
+MOST_BLOCKS = 10_000_000
+"""To be measured."""
+_SLOTS = EXTENT_BYTES // slot_bytes(BLOCK_BYTES)
+MAX_BLOCKS = -(-MOST_BLOCKS // _SLOTS) * _SLOTS
+"""For the store, which opens whole extents."""
 SPEC = LayoutSpec("scale", "bfloat16", 16, BLOCK_BYTES)
 KEPT, CLEARED = "kept", "cleared"
 """Two tenants, one of which is cleared."""
@@ -51,7 +55,7 @@ def chain(number: int) -> list[bytes]:
 
 def capacity_for(blocks: int) -> int:
     """Of a tier with room for so many blocks and a few extents more."""
-    extents = -(-blocks // (EXTENT_BYTES // slot_bytes(BLOCK_BYTES))) + 4
+    extents = -(-blocks // _SLOTS) + 4
     extents += 2 * spare_segments(extents)
     # The index takes at most a thirty-second of it, rounded up here.
     return extents * EXTENT_BYTES * 31 // 30 + (8 << 20)

@@ -17,7 +17,7 @@ from rich.table import Table
 from kvstore.config import default_data_path
 from kvstore.errors import BadRequest
 from kvstore_benchmarks.figures import seconds_text
-from kvstore_benchmarks.scale.fill import CHAIN, MAX_BLOCKS
+from kvstore_benchmarks.scale.fill import CHAIN, MOST_BLOCKS
 
 QUICK = (2_560, 10_240)
 LEAST = 10 * CHAIN
@@ -46,8 +46,8 @@ ROWS = (
 def run(folder: Path | None, sizes: Sequence[int], *, as_object: bool) -> int:
     """`sizes`: numbers of blocks. Raises `BadRequest`."""
     for blocks in sizes:
-        if not LEAST <= blocks <= MAX_BLOCKS:
-            raise BadRequest(f"from {LEAST} to {MAX_BLOCKS} blocks can be measured, not {blocks}")
+        if not LEAST <= blocks <= MOST_BLOCKS:
+            raise BadRequest(f"from {LEAST} to {MOST_BLOCKS} blocks can be measured, not {blocks}")
     console = Console(stderr=True)
     measured = []
     with console.status("starting") as status:
