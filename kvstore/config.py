@@ -18,7 +18,7 @@ import re
 import tempfile
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -73,6 +73,8 @@ class StoreConfig:
     max_blocks: int = 10_000_000
     """A tier."""
     eviction: str = "lru"
+    shares: Mapping[str, float] = field(default_factory=dict)
+    """Of what moves between tiers, by tenant; 1 for others."""
 
 
 class Config(msgspec.Struct, frozen=True):
@@ -224,7 +226,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def _convert(key: Key, raw: Any, source: str, strict: bool) -> Any:
-    if key.name == "tenants.uids" and isinstance(raw, str):
+    if isinstance(raw, str) and key.name in ("tenants.uids", "tenants.shares"):
         raw = _split_pairs(key, raw, source)
     try:
         return msgspec.convert(raw, key.type, strict=strict)
@@ -237,7 +239,8 @@ def _split_pairs(key: Key, text: str, source: str) -> dict[str, str]:
     for item in filter(None, text.split(",")):
         left, equals, right = item.partition("=")
         if not equals:
-            raise ConfigError(f"{key.name} ({source}): expected UID=TENANT, not {item!r}")
+            what = "UID=TENANT" if key.name == "tenants.uids" else "TENANT=SHARE"
+            raise ConfigError(f"{key.name} ({source}): expected {what}, not {item!r}")
         pairs[left.strip()] = right.strip()
     return pairs
 
@@ -285,6 +288,9 @@ def _check(config: Config) -> None:
             "policy.eviction",
             f"no policy {name!r} ({', '.join(known)}){nearest(name, known)}",
         )
+    for tenant in config.tenants.shares:
+        if not _TENANT.fullmatch(tenant):
+            raise config.refuse("tenants.shares", f"{tenant!r} is not a tenant's name")
     for uid, tenant in config.tenants.uids.items():
         if not uid.isdecimal():
             raise config.refuse("tenants.uids", f"{uid!r} is not a numeric user id")
@@ -348,6 +354,7 @@ def store_config(config: Config, machine: Machine | None = None) -> StoreConfig:
         max_reservations=config.server.max_reservations,
         max_blocks=config.server.max_blocks,
         eviction=config.policy.eviction,
+        shares=config.tenants.shares,
     )
 
 

@@ -161,6 +161,14 @@ class Tenants(Section, frozen=True):
     tcp: Annotated[
         str, Meta(description="Tenant of callers over TCP. Empty: they are refused.")
     ] = "default"
+    shares: Annotated[
+        dict[str, Annotated[float, Meta(gt=0)]],
+        Meta(
+            description="Share of the traffic between memory and disk by tenant, where several "
+            'want more than there is, as `{"alice" = 3.0}`; 1 for the others. In flags and '
+            "environment `alice=3,bob=1`."
+        ),
+    ] = msgspec.field(default_factory=dict)
 
 
 class Key(NamedTuple):

@@ -239,10 +239,18 @@ def _tiers(stats: StoreStats) -> Iterable[Metric]:
     healthy = GaugeMetricFamily(
         "kvstore_tier_healthy", "0 once a fault switched the tier off.", labels=["tier"]
     )
+    stalled = GaugeMetricFamily(
+        "kvstore_tier_stalled", "1 while the tier does not answer.", labels=["tier"]
+    )
+    stalls = CounterMetricFamily(
+        "kvstore_tier_stalls", "Times a tier stopped answering.", labels=["tier"]
+    )
     for tier in stats.tiers:
         label = [tier.tier.label]
         capacity.add_metric(label, tier.capacity_bytes)
         used.add_metric(label, tier.used_bytes)
         blocks.add_metric(label, tier.blocks)
         healthy.add_metric(label, 1 if tier.healthy else 0)
-    yield from (capacity, used, blocks, healthy)
+        stalled.add_metric(label, 1 if tier.stalled else 0)
+        stalls.add_metric(label, tier.stalls)
+    yield from (capacity, used, blocks, healthy, stalled, stalls)

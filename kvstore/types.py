@@ -65,6 +65,23 @@ class CommitOutcome(enum.IntEnum):
     """Asked without a slot, and not there."""
 
 
+class Refusal(enum.IntEnum):
+    """Why blocks that are held are not brought up for who asks. Values are the wire's."""
+
+    LATE = 1
+    """They could not be there in time."""
+    RECOMPUTE = 2
+    """To compute them takes less long."""
+    FULL = 3
+    """Too much is queued."""
+    STALLED = 4
+    """The tier they are in does not answer."""
+
+    @property
+    def label(self) -> str:
+        return self.name.lower()
+
+
 @dataclass(frozen=True, slots=True)
 class LayoutSpec:
     """Everything that makes two blocks' bytes interchangeable.
@@ -132,6 +149,10 @@ class TierStats(NamedTuple):
     bytes_in: int
     bytes_out: int
     healthy: bool
+    stalled: bool
+    """It does not answer, and is left alone until it does."""
+    stalls: int
+    """Times it stopped answering."""
 
 
 class StoreStats(NamedTuple):

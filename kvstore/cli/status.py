@@ -75,6 +75,8 @@ def _status(
                 "bytes_in": tier.bytes_in,
                 "bytes_out": tier.bytes_out,
                 "healthy": tier.healthy,
+                "stalled": tier.stalled,
+                "stalls": tier.stalls,
             }
             for tier in stats.tiers
         ],
@@ -123,9 +125,15 @@ def _show(status: dict[str, Any]) -> None:
             str(tier["evictions"]),
             _human(tier["bytes_in"]),
             _human(tier["bytes_out"]),
-            "ok" if tier["healthy"] else "[bold red]off[/]",
+            _health(tier),
         )
     console.print(tiers)
+
+
+def _health(tier: dict[str, Any]) -> str:
+    if not tier["healthy"]:
+        return "[bold red]off[/]"
+    return "[bold red]does not answer[/]" if tier["stalled"] else "ok"
 
 
 def _human(nbytes: float) -> str:

@@ -137,6 +137,8 @@ def stats(response: pb.GetStatsResponse) -> StoreStats:
                 bytes_in=tier.bytes_in,
                 bytes_out=tier.bytes_out,
                 healthy=tier.healthy,
+                stalled=tier.stalled,
+                stalls=tier.stalls,
             )
             for tier in response.tiers
             if tier.tier in known

@@ -1,6 +1,6 @@
 """What the planner asks its shell to do. The shell executes them in this order.
 
-The shell answers a `Copy` with `transfer_done` or `transfer_failed`, and a
+The shell answers each copy of a `Move` with `transfer_done` or `transfer_failed`, and a
 `Forget` with `forgotten`. Everything else needs no answer.
 """
 
@@ -35,13 +35,20 @@ class CloseExtent:
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """Move a block's bytes from `source` to `target`, a replica being filled.
+    """A block's bytes are to go from `source` to `target`, a replica being filled.
 
     Both stay valid until the shell reports back.
     """
 
     source: Replica
     target: Replica
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """Make these copies one after the other, all of them in one direction."""
+
+    copies: list[Copy]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,4 +77,4 @@ class Answer:
     ticket: Ticket
 
 
-Action = OpenExtent | CloseExtent | Copy | Forget | Publish | RememberLayout | Answer
+Action = OpenExtent | CloseExtent | Move | Forget | Publish | RememberLayout | Answer

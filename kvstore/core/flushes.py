@@ -29,11 +29,12 @@ class Flushes:
             raise NoLowerTier("there is no tier behind DRAM, or it is switched off")
         ticket = FlushTicket(tenant, drop)
         ticket.writing.update(
-            copy.target
-            for copy in self._residency.transfers.copies()
-            if copy.target.tier is Tier.NVME
-            and copy.target.state is State.FILLING
-            and tenant in (None, copy.target.block.layout.tenant)
+            transfer.copy.target
+            for transfer in self._residency.transfers
+            if transfer.copy is not None
+            and transfer.into is Tier.NVME
+            and transfer.copy.target.state is State.FILLING
+            and tenant in (None, transfer.tenant)
         )
         self._flushes.append(ticket)
         self._chores.add(self._search(ticket))

@@ -3,7 +3,7 @@
 An acquire pins what is in DRAM, has the rest brought up, and is settled when all of
 that has ended, well or badly: the longest prefix that is READY then becomes a lease.
 A chain for which there is no room in DRAM yet is *cramped*: it goes on when room is
-made, and is cut short where none can come.
+made, and is cut short where none can come, or where a transfer is refused.
 
 Pinning, settling and letting go take time for every block, so they are chores
 (`core.chores`); most acquires are over with the first part. In between, what is pinned
@@ -28,9 +28,9 @@ from kvstore.core.residency import Residency
 from kvstore.core.sessions import Lease, Session
 from kvstore.core.space import SpaceClass
 from kvstore.core.tickets import AcquireTicket, ChainClaim
-from kvstore.core.transfers import TransferClass
+from kvstore.core.transfers import TransferClass, Wish
 from kvstore.errors import ForeignLease, LeaseExpired, TooMany
-from kvstore.types import ChainQuery, LeaseGrant
+from kvstore.types import ChainQuery, LeaseGrant, Refusal
 
 MAX_LEASED = 1 << 22
 """Blocks that the leases of one session may hold together, each as often as it is
@@ -67,9 +67,17 @@ class Leases:
         return len(self._leases)
 
     def acquire(
-        self, session: Session, chains: Sequence[ChainQuery], *, wait: bool, now_ns: int
+        self,
+        session: Session,
+        chains: Sequence[ChainQuery],
+        *,
+        wait: bool,
+        now_ns: int,
+        deadline_ns: int | None = None,
+        priority: int = 50,
     ) -> AcquireTicket:
-        """Pin the longest prefix of each chain. Without `wait`, only what is in DRAM.
+        """Pin the longest prefix of each chain. Without `wait`, only what is in DRAM;
+        what has to be brought up is wanted by `deadline_ns`.
 
         Raises `UnknownLayout`, `TooMany`; nothing is pinned then.
         """
@@ -83,7 +91,8 @@ class Leases:
             ChainClaim(shards, asked.keys, [[] for _ in shards])
             for asked, shards in zip(chains, layouts, strict=True)
         ]
-        ticket = AcquireTicket(session, claims, wait=wait)
+        wish = Wish(TransferClass.DEMAND, now_ns, priority, deadline_ns)
+        ticket = AcquireTicket(session, claims, wish, wait=wait)
         self._tickets.add(ticket)
         session.tickets.add(ticket)
         self._chores.add(self._claim(ticket, now_ns))
@@ -127,8 +136,8 @@ class Leases:
     def _extend(self, ticket: AcquireTicket) -> Chore:
         """Pin what else can be pinned; see to it that it is brought up."""
         for claim in ticket.claims:
-            while claim.claimed < len(claim.keys) and claim.layouts:
-                position = self._claim_position(claim, ticket.wait)
+            while claim.claimed < len(claim.keys) and claim.layouts and claim.refusal is None:
+                position = self._claim_position(ticket, claim)
                 if position is None:
                     yield NAMED * len(claim.layouts)
                     break
@@ -141,13 +150,13 @@ class Leases:
                         cost = CHANGED
                 yield cost * len(position)
 
-    def _claim_position(self, claim: ChainClaim, wait: bool) -> list[Replica] | None:
-        """One replica a layout, pinned, or None; `claim.cramped` says whether it is
-        room that is lacking."""
+    def _claim_position(self, ticket: AcquireTicket, claim: ChainClaim) -> list[Replica] | None:
+        """One replica a layout, pinned, or None; `claim` says whether it is room that is
+        lacking, or a transfer that was refused."""
         claim.cramped = False
         position: list[Replica] = []
         for layout in claim.layouts:
-            replica = self._claim_block(claim, layout, claim.keys[claim.claimed], wait)
+            replica = self._claim_block(ticket, claim, layout, claim.keys[claim.claimed])
             if replica is None:
                 for pinned in position:
                     self._holdings.unpin(pinned)
@@ -164,20 +173,27 @@ class Leases:
         return any(c.cramped for c in ticket.claims) and self._residency.busy
 
     def _claim_block(
-        self, claim: ChainClaim, layout: Layout, key: bytes, wait: bool
+        self, ticket: AcquireTicket, claim: ChainClaim, layout: Layout, key: bytes
     ) -> Replica | None:
-        """The block's DRAM replica, pinned, READY or (with `wait`) on its way."""
+        """The block's DRAM replica, pinned, READY or (for who waits) on its way."""
         block = self._catalog.find(layout, key)
         if block is None:
             return None
         replica = block.dram
-        if replica is None and wait and is_ready(block.nvme):
-            replica = self._residency.bring_up(block, TransferClass.DEMAND)
+        if replica is None and ticket.wait and is_ready(block.nvme):
+            brought = self._residency.bring_up(block, ticket.wish)
+            if isinstance(brought, Refusal):
+                claim.refusal = brought
+                return None
+            replica = brought
             claim.cramped = replica is None
         if replica is None:
             return None
-        if replica.state is State.FILLING and wait:
-            self._residency.transfers.promote(replica)
+        if replica.state is State.FILLING and ticket.wait:
+            if self._residency.stalled:
+                claim.refusal = Refusal.STALLED
+                return None
+            self._residency.transfers.hurry(replica, ticket.wish)
         elif replica.state is not State.READY:
             return None
         self._holdings.pin(replica)
@@ -391,7 +407,8 @@ class Leases:
 
     def answer_all(self, now_ns: int) -> None:
         """Nothing more will come up: settle every ticket as things are."""
-        for ticket in {t for waiting in self._filling.values() for t in waiting}:
+        waiting = {ticket for tickets in self._filling.values() for ticket in tickets}
+        for ticket in waiting | set(self._cramped):
             self.give_up(ticket, now_ns)
 
     def add_wanted(self, wanted: dict[SpaceClass, int]) -> None:

@@ -17,7 +17,7 @@ class Limits:
     max_layouts: int
     """Layouts a tenant."""
     max_running: int
-    """Transfers at a time."""
+    """Batches of copies at a time."""
 
 
 @dataclass(slots=True)

@@ -30,7 +30,7 @@ from functools import partial
 from itertools import count
 
 from kvstore.core import recovery
-from kvstore.core.actions import Action, Copy, Publish, RememberLayout
+from kvstore.core.actions import Action, Copy, Move, Publish, RememberLayout
 from kvstore.core.catalog import Block, Catalog, Replica, is_ready
 from kvstore.core.chores import Chores
 from kvstore.core.clears import Clears
@@ -55,6 +55,7 @@ from kvstore.core.tickets import (
     Ticket,
 )
 from kvstore.core.transfers import TransferClass
+from kvstore.core.write_back import DEPTH
 from kvstore.errors import BadRequest, NoSession, TooMany
 from kvstore.types import (
     ChainPresence,
@@ -77,24 +78,27 @@ class Planner:
         nvme: Space | None,
         nvme_slot_bytes: Callable[[int], int] | None,
         first_id: int = 1,
+        weight: Callable[[str], float] = lambda tenant: 1.0,
     ) -> None:
         """`first_id`: where the ids of leases and slots begin. One that differs
-        from life to life of a server keeps ids of an earlier one from fitting."""
+        from life to life of a server keeps ids of an earlier one from fitting.
+        `weight`: a tenant's share of what moves between tiers, for what it is to
+        those of others."""
         self.limits = limits
         self.counters = Counters()
         self.catalog = Catalog(tenant_key, limits.max_layouts, nvme_slot_bytes)
         self.holdings = Holdings(self.catalog, dram, nvme, POLICIES[eviction])
-        self.residency = Residency(self.holdings, limits.max_running)
+        self.residency = Residency(self.holdings, limits.max_running, weight)
         ids = count(first_id)
         self.chores = Chores()
         self.leases = Leases(self.residency, self.chores, limits, self.counters, ids)
         self.reservations = Reservations(self.residency, self.chores, limits, self.counters, ids)
         self.prefetches = Prefetches(self.residency, self.chores)
         self.clears = Clears(self.residency, self.chores)
-        self.flushes = Flushes(self.residency, self.chores, max_writing=2 * limits.max_running)
+        self.flushes = Flushes(self.residency, self.chores, max_writing=DEPTH)
         self._sessions: dict[bytes, Session] = {}
 
-    def take_actions(self) -> list[Action]:
+    def take_actions(self, now_ns: int) -> list[Action]:
         """What is to be done now, in order."""
         self.chores.next_turn()
         self.flushes.go_on()
@@ -103,7 +107,8 @@ class Planner:
         self.leases.add_wanted(wanted)
         self.residency.write_back.go_on(wanted)
         holdings = self.holdings
-        holdings.actions.extend(self.residency.transfers.start())
+        for batch in self.residency.transfers.start(now_ns):
+            holdings.actions.append(Move([t.copy for t in batch.transfers if t.copy is not None]))
         if holdings.changed:
             changed, holdings.changed = holdings.changed, set()
             holdings.actions.append(Publish([(key, *self.presence(key)) for key in changed]))
@@ -183,9 +188,18 @@ class Planner:
     # Leases and reservations
 
     def acquire(
-        self, session: Session, chains: Sequence[ChainQuery], *, wait: bool, now_ns: int
+        self,
+        session: Session,
+        chains: Sequence[ChainQuery],
+        *,
+        wait: bool,
+        now_ns: int,
+        deadline_ns: int | None = None,
+        priority: int = 50,
     ) -> AcquireTicket:
-        return self.leases.acquire(session, chains, wait=wait, now_ns=now_ns)
+        return self.leases.acquire(
+            session, chains, wait=wait, now_ns=now_ns, deadline_ns=deadline_ns, priority=priority
+        )
 
     def lease(self, session: Session, lease_id: int) -> Lease:
         return self.leases.get(session, lease_id)
@@ -226,8 +240,8 @@ class Planner:
 
     # Prefetch, clear, flush
 
-    def prefetch(self, tenant: str, chains: Sequence[ChainQuery]) -> PrefetchTicket:
-        return self.prefetches.prefetch(tenant, chains)
+    def prefetch(self, tenant: str, chains: Sequence[ChainQuery], now_ns: int) -> PrefetchTicket:
+        return self.prefetches.prefetch(tenant, chains, now_ns)
 
     def clear(self, tenant: str) -> ClearTicket:
         return self.clears.clear(tenant)
@@ -239,7 +253,7 @@ class Planner:
 
     def transfer_done(self, copy: Copy, now_ns: int) -> TransferClass:
         """What it was for, as far as that was known when it started."""
-        transfer_class = self.residency.filled(copy)
+        transfer_class = self.residency.filled(copy, now_ns)
         self._target_settled(copy, now_ns, written=True)
         return transfer_class
 
@@ -249,7 +263,7 @@ class Planner:
         """`full`: the target tier had no room after all; it is left alone for a while."""
         if full:
             self.residency.write_back.refused(now_ns)
-        self.residency.fill_failed(copy, source_corrupt=source_corrupt)
+        self.residency.fill_failed(copy, now_ns, source_corrupt=source_corrupt)
         self._target_settled(copy, now_ns, written=False)
 
     def _target_settled(self, copy: Copy, now_ns: int, *, written: bool) -> None:
@@ -290,6 +304,8 @@ class Planner:
 
     def tick(self, now_ns: int) -> None:
         """To be called several times a second: ends what has run out of time."""
+        if self.residency.look_at_link(now_ns):
+            self.leases.answer_all(now_ns)
         self.leases.expire(now_ns)
         self.reservations.expire(now_ns)
         self.residency.write_back.tick(now_ns)
@@ -345,8 +361,9 @@ class Planner:
     def _pinned(self) -> Iterator[Replica]:
         """Every replica in use, once a use."""
         yield from self.leases.pins()
-        for copy in self.residency.transfers.copies():
-            yield copy.source
+        for transfer in self.residency.transfers:
+            if transfer.copy is not None:
+                yield transfer.copy.source
 
 
 def _absent(block: Block | None) -> bool:

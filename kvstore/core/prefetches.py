@@ -11,8 +11,8 @@ from kvstore.core.catalog import Block, Layout
 from kvstore.core.chores import CHANGED, NAMED, Chore, Chores
 from kvstore.core.residency import Residency
 from kvstore.core.tickets import PrefetchTicket
-from kvstore.core.transfers import TransferClass
-from kvstore.types import ChainQuery
+from kvstore.core.transfers import TransferClass, Wish
+from kvstore.types import ChainQuery, Refusal
 
 
 class Prefetches:
@@ -20,12 +20,12 @@ class Prefetches:
         self._residency = residency
         self._chores = chores
 
-    def prefetch(self, tenant: str, chains: Sequence[ChainQuery]) -> PrefetchTicket:
+    def prefetch(self, tenant: str, chains: Sequence[ChainQuery], now_ns: int) -> PrefetchTicket:
         """Answered with the number of blocks that are on their way because of it, once
         it has seen to all it can. Raises `UnknownLayout`."""
         catalog = self._residency.catalog
         layouts = [[catalog.layout(tenant, i) for i in chain.layout_ids] for chain in chains]
-        ticket = PrefetchTicket(layouts, chains)
+        ticket = PrefetchTicket(Wish(TransferClass.PREFETCH, now_ns), layouts, chains)
         self._chores.add(self._start(ticket))
         return ticket
 
@@ -39,7 +39,8 @@ class Prefetches:
                 blocks = self._readable(layouts, key)
                 lacking = [block for block in blocks if block.dram is None]
                 for block in lacking:
-                    if self._residency.bring_up(block, TransferClass.PREFETCH) is None:
+                    target = self._residency.bring_up(block, ticket.wish)
+                    if target is None or isinstance(target, Refusal):
                         self._answer(ticket)
                         return
                     ticket.started += 1

@@ -13,28 +13,37 @@ transfers end, so the planner asks again then.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from kvstore.core.actions import Copy
+from kvstore.core.breaker import BreakerState
 from kvstore.core.catalog import Block, Replica, is_ready
 from kvstore.core.chores import CHANGED, Chore
 from kvstore.core.dram_room import DramRoom
 from kvstore.core.holdings import Holdings
+from kvstore.core.learned import LinkCost, Speed
 from kvstore.core.lifecycle import Event, State
 from kvstore.core.nvme_room import NvmeRoom
-from kvstore.core.transfers import TransferClass, TransferQueue
+from kvstore.core.transfers import Link, Transfer, TransferClass, Wish
 from kvstore.core.write_back import WriteBack
-from kvstore.types import Tier
+from kvstore.types import Refusal, Tier
+
+NOMINAL = {Tier.DRAM: Speed(1e-4, 1.5e9), Tier.NVME: Speed(1e-4, 1.0e9)}
+"""A common drive, read and written; what this one does is learned."""
 
 
 class Residency:
-    def __init__(self, holdings: Holdings, max_running: int) -> None:
+    def __init__(
+        self, holdings: Holdings, max_running: int, weight: Callable[[str], float]
+    ) -> None:
+        """`weight`: a tenant's share of the link to NVMe."""
         self.holdings = holdings
         self.catalog = holdings.catalog
         self.dram = holdings.dram
         self.nvme = holdings.nvme
         self.actions = holdings.actions
-        self.transfers = TransferQueue(max_running)
+        costs = {tier: LinkCost(speed) for tier, speed in NOMINAL.items()}
+        self.transfers = Link(max_running, costs, weight)
         nvme_room = None if self.nvme is None else NvmeRoom(holdings, self.nvme)
         self.write_back = WriteBack(holdings, nvme_room, self.transfers)
         self._room = DramRoom(holdings, self.write_back)
@@ -47,6 +56,11 @@ class Residency:
     def busy(self) -> bool:
         """Something is under way that may make room when it ends."""
         return len(self.transfers) > 0 or self.holdings.forgetting > 0
+
+    @property
+    def stalled(self) -> bool:
+        """NVMe does not answer; nothing is asked of it until it does."""
+        return self.transfers.breaker.state is BreakerState.OPEN
 
     # Coming in
 
@@ -76,26 +90,34 @@ class Residency:
             replica.block.dram = None
             self.dram.vacate(replica)
 
-    def bring_up(self, block: Block, transfer_class: TransferClass) -> Replica | None:
+    def bring_up(self, block: Block, wish: Wish) -> Replica | Refusal | None:
         """Start filling a DRAM replica from NVMe, where the block is READY; None
         when there is no room in DRAM now."""
         source = block.nvme
         assert source is not None and source.state is State.READY and block.dram is None
+        refusal = self.transfers.refusal(wish.transfer_class)
+        if refusal is not None:
+            return refusal
         self.holdings.pin(source)
-        # What is only wished for takes what is free, and pushes nobody out.
-        evict = transfer_class is TransferClass.DEMAND
+        # What is only hoped for takes what is free, and pushes nobody out.
+        evict = wish.transfer_class is TransferClass.DEMAND
         target = self._room.place(block, State.FILLING, evict=evict)
         if target is None:
             self.holdings.unpin(source)
             return None
-        self.transfers.push(Copy(source, target), transfer_class)
+        self.transfers.push(
+            Transfer(
+                target, block.layout.block_bytes, Tier.DRAM, block.layout.tenant, wish,
+                Copy(source, target),
+            )
+        )  # fmt: skip
         return target
 
     # Copies' ends
 
-    def filled(self, copy: Copy) -> TransferClass:
+    def filled(self, copy: Copy, now_ns: int) -> TransferClass:
         """A copy has ended well; returns what it was for."""
-        transfer_class = self._end_copy(copy)
+        transfer_class = self._end_copy(copy, now_ns, well=True)
         copy.target.apply(Event.FILLED)
         if copy.target.state is State.READY:
             self.holdings.came(copy.target)
@@ -104,11 +126,11 @@ class Residency:
         self.holdings.unpin(copy.source)
         return transfer_class
 
-    def fill_failed(self, copy: Copy, *, source_corrupt: bool) -> None:
+    def fill_failed(self, copy: Copy, now_ns: int, *, source_corrupt: bool) -> None:
         """A copy has ended badly. With `source_corrupt`, because its source is not
         what was once put there: then the block is not there any more."""
         target = copy.target
-        self._end_copy(copy)
+        self._end_copy(copy, now_ns, well=False)
         abandoned = target.state is State.ABANDONED
         target.apply(Event.FILL_FAILED)
         self.holdings.pool_of(target).vacate(target)
@@ -123,19 +145,20 @@ class Residency:
         if self._cancel(target):
             self._not_filled(target)
 
-    def _end_copy(self, copy: Copy) -> TransferClass:
+    def _end_copy(self, copy: Copy, now_ns: int, *, well: bool) -> TransferClass:
         self.write_back.ended(copy.target)
-        return self.transfers.finish(copy.target)
+        return self.transfers.ended(copy.target, now_ns, well=well).transfer_class
 
     def _cancel(self, target: Replica) -> bool:
         """Take back a copy that has not started, and the slot it was to fill."""
-        copy = self.transfers.cancel(target)
-        if copy is None:
+        transfer = self.transfers.cancel(target)
+        if transfer is None:
             return False
+        assert transfer.copy is not None
         target.apply(Event.FILL_FAILED)
         self.holdings.pool_of(target).vacate(target)
         self.write_back.ended(target)
-        self.holdings.unpin(copy.source)
+        self.holdings.unpin(transfer.copy.source)
         return True
 
     def _not_filled(self, target: Replica) -> None:
@@ -147,6 +170,23 @@ class Residency:
             block.nvme = None
             self.holdings.note_dirty(block)
         self.holdings.left_a_tier(block)
+
+    # A device that does not answer
+
+    def look_at_link(self, now_ns: int) -> bool:
+        """True when NVMe is found to have stopped answering: then nothing is sent there
+        any more until it does, and what has not begun is called off, but for demand, which
+        who waits for it gives up."""
+        if not self.transfers.breaker.look(self.transfers.oldest_ns(), now_ns):
+            return False
+        for transfer_class in (TransferClass.WRITE_BACK, TransferClass.PREFETCH):
+            self._call_off(self.transfers.queued(transfer_class))
+        return True
+
+    def _call_off(self, transfers: Iterable[Transfer]) -> None:
+        for transfer in transfers:
+            assert transfer.copy is not None
+            self.call_off(transfer.copy.target)
 
     # Going out
 

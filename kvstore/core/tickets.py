@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 
 from kvstore.core.catalog import Layout, Replica
 from kvstore.core.sessions import Session
-from kvstore.types import ChainQuery, LeaseGrant, SlotGrant
+from kvstore.core.transfers import Wish
+from kvstore.types import ChainQuery, LeaseGrant, Refusal, SlotGrant
 
 
 @dataclass(eq=False, slots=True)
@@ -22,6 +23,7 @@ class ChainClaim:
     `columns[s][p]` is the replica of position p in layout s; all columns are equally
     long. `from_dram` counts the leading positions that were in DRAM when asked for.
     `cramped`: the next position is held, but there was no room in DRAM to bring it up.
+    `refusal`: why it goes no further, though more is held.
     """
 
     layouts: list[Layout]
@@ -29,6 +31,7 @@ class ChainClaim:
     columns: list[list[Replica]]
     from_dram: int = 0
     cramped: bool = False
+    refusal: Refusal | None = None
 
     @property
     def claimed(self) -> int:
@@ -40,6 +43,7 @@ class ChainClaim:
 class AcquireTicket:
     session: Session
     claims: list[ChainClaim]
+    wish: Wish
     missing: set[Replica] = field(default_factory=set)
     """Replicas still being filled."""
     wait: bool = False
@@ -87,6 +91,7 @@ class ClearTicket:
 class PrefetchTicket:
     """The answer: blocks that are being brought up for it."""
 
+    wish: Wish
     layouts: list[list[Layout]]
     chains: Sequence[ChainQuery]
     started: int = 0

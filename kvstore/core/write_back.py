@@ -15,17 +15,19 @@ from kvstore.core.holdings import Holdings
 from kvstore.core.lifecycle import State
 from kvstore.core.nvme_room import NvmeRoom
 from kvstore.core.space import SpaceClass
-from kvstore.core.transfers import TransferClass, TransferQueue
+from kvstore.core.transfers import Link, Transfer, TransferClass, Wish
 from kvstore.types import Tier
 
-DEPTH = 32
+DEPTH = 128
 """Copies to NVMe that may be queued at a time."""
 PAUSE_NS = 1_000_000_000
 """How long nothing is written to NVMe after it refused a write for want of space."""
 
+_AHEAD_OF_NEED = Wish(TransferClass.WRITE_BACK)
+
 
 class WriteBack:
-    def __init__(self, holdings: Holdings, room: NvmeRoom | None, transfers: TransferQueue) -> None:
+    def __init__(self, holdings: Holdings, room: NvmeRoom | None, transfers: Link) -> None:
         self._holdings = holdings
         self._room = room
         self._transfers = transfers
@@ -40,6 +42,7 @@ class WriteBack:
         return (
             self._holdings.nvme_on
             and not self._paused
+            and self._transfers.refusal(TransferClass.WRITE_BACK) is None
             and self._room is not None
             and not self._room.full
         )
@@ -65,6 +68,8 @@ class WriteBack:
         assert source is not None and source.state is State.READY and block.nvme is None
         if self._room is None or not self._holdings.nvme_on:
             return None
+        if self._transfers.refusal(TransferClass.WRITE_BACK) is not None:
+            return None
         # What is being written must not be taken for what may leave.
         self._holdings.pin(source)
         target = self._room.place(block)
@@ -72,7 +77,12 @@ class WriteBack:
             self._holdings.unpin(source)
             return None
         self._holdings.note_dirty(block)
-        self._transfers.push(Copy(source, target), TransferClass.WRITE_BACK)
+        self._transfers.push(
+            Transfer(
+                target, block.layout.block_bytes, Tier.NVME, block.layout.tenant, _AHEAD_OF_NEED,
+                Copy(source, target),
+            )
+        )  # fmt: skip
         self._count(block, 1)
         return target
 

@@ -89,6 +89,7 @@ class Store:
             else Space(nvme.usable_bytes, nvme.extent_bytes, max_slots=config.max_blocks),
             nvme_slot_bytes=None if nvme is None else nvme.slot_bytes,
             first_id=1 + secrets.randbits(48),
+            weight=lambda tenant: config.shares.get(tenant, 1.0),
         )
         capacity = dram.usable_bytes + (0 if nvme is None else nvme.usable_bytes)
         self._listing = Listing(capacity, self.epoch, clock)
@@ -195,9 +196,11 @@ class Store:
     ) -> list[LeaseGrant]:
         """See the planner. Waits at most `wait_ms` for blocks to come up."""
         self._refuse_when_draining()
+        now_ns = self._clock.now_ns()
         ticket = self._planner.acquire(
-            session, chains, wait=wait_ms > 0, now_ns=self._clock.now_ns()
-        )
+            session, chains,
+            wait=wait_ms > 0, now_ns=now_ns, deadline_ns=now_ns + wait_ms * 1_000_000,
+        )  # fmt: skip
         await self._waiting.wait(ticket, wait_ms / 1000)
         assert ticket.answer is not None
         return ticket.answer
@@ -280,7 +283,7 @@ class Store:
     async def prefetch(self, tenant: str, chains: Sequence[ChainQuery]) -> int:
         """Blocks that are on their way because of it."""
         self._refuse_when_draining()
-        ticket = self._planner.prefetch(tenant, chains)
+        ticket = self._planner.prefetch(tenant, chains, self._clock.now_ns())
         await self._waiting.wait(ticket, None)
         assert ticket.answer is not None
         return ticket.answer

@@ -72,7 +72,7 @@ class Extents:
             action = await self._work[tier].get()
             failure: TierError | None = None
             try:
-                await self._loop.in_thread(partial(self._do, action))
+                await self._loop.in_thread(partial(self._do, action), tier)
             except TierError as error:
                 failure = error
                 if isinstance(error, TierFailed) and tier is Tier.NVME:

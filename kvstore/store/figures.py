@@ -29,6 +29,8 @@ def store_stats(
                 bytes_in=moved_bytes[pool.tier][0],
                 bytes_out=moved_bytes[pool.tier][1],
                 healthy=pool.tier is Tier.DRAM or residency.nvme_on,
+                stalled=pool.tier is Tier.NVME and residency.stalled,
+                stalls=residency.transfers.breaker.opened if pool.tier is Tier.NVME else 0,
             )
             for pool in pools
         ),

@@ -10,7 +10,7 @@ import asyncio
 import errno
 import logging
 from collections.abc import Callable, Coroutine
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar
 
 from kvstore.clock import Clock
@@ -22,6 +22,9 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 A = TypeVar("A")
+
+SLOW_WORK_S = 0.1
+"""How long chores wait for threads at most: one may wait for a drive that hangs."""
 
 
 class StoreObserver(Protocol):
@@ -46,6 +49,8 @@ class Loop:
         """Threads' work that makes slow progress beside a busy loop: chores wait for it."""
         self.closed = False
         self._executor = executor
+        # Apart: the others may all be waiting for a drive that hangs.
+        self._memory_executor = ThreadPoolExecutor(1, "kvstore-memory")
         self._handlers: dict[type, Callable[[Any], None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._at_chores = False
@@ -58,7 +63,7 @@ class Loop:
     def execute(self) -> None:
         """Carry out what the planner wants by now. To be called after every event."""
         handlers = self._handlers
-        while actions := self.planner.take_actions():
+        while actions := self.planner.take_actions(self.clock.now_ns()):
             for action in actions:
                 handlers[type(action)](action)
         self._count_evictions()
@@ -71,7 +76,7 @@ class Loop:
             while self.planner.chores:
                 # Such threads take turns with the loop: no more than one at a time.
                 if self.slow_work:
-                    await asyncio.wait(self.slow_work)
+                    await asyncio.wait(self.slow_work, timeout=SLOW_WORK_S)
                 await asyncio.sleep(0)
                 self.planner.chores.go_on()
                 self.execute()
@@ -100,8 +105,10 @@ class Loop:
             self.observer.io_error("task", type(error).__name__)
             log.error("a background task ended with an error", exc_info=error)
 
-    async def in_thread(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._executor, work)
+    async def in_thread(self, work: Callable[[], T], tier: Tier = Tier.NVME) -> T:
+        """Have a thread do what waits for `tier`."""
+        executor = self._memory_executor if tier is Tier.DRAM else self._executor
+        return await asyncio.get_running_loop().run_in_executor(executor, work)
 
     def tier_failed(self, error: TierFailed, op: str) -> None:
         """The NVMe tier failed at `op`: it is used no more."""
@@ -119,4 +126,5 @@ class Loop:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        self._memory_executor.shutdown(wait=True)
         self._executor.shutdown(wait=True)

@@ -12,10 +12,10 @@ from functools import partial
 
 import xxhash
 
-from kvstore.core.actions import Copy, Forget
+from kvstore.core.actions import Copy, Forget, Move
 from kvstore.core.catalog import Layout, Replica
 from kvstore.core.transfers import TransferClass
-from kvstore.errors import CorruptBlock, TierFailed, TierFull
+from kvstore.errors import CorruptBlock, TierError, TierFailed, TierFull
 from kvstore.store.extents import Extents
 from kvstore.store.loop import Loop
 from kvstore.tiers.base import BlockHeader, MemoryTier, StorageTier
@@ -24,8 +24,8 @@ from kvstore.types import Tier
 log = logging.getLogger(__name__)
 
 MAX_RUNNING = 4
-"""Copies between tiers at a time; the executor should have as many threads and
-a few more for the tier's other work."""
+"""Batches of copies between tiers at a time; the executor should have as many threads
+and a few more for the tier's other work."""
 WARNING_EVERY_NS = 1_000_000_000
 
 
@@ -44,51 +44,71 @@ class Movement:
         self._to_forget: list[Replica] = []
         self._failed_copies = 0
         self._next_warning_ns = 0
-        loop.handle(Copy, self._begin)
+        loop.handle(Move, self._begin)
         loop.handle(Forget, self._forget)
 
     # Copies
 
-    def _begin(self, copy: Copy) -> None:
-        self._loop.spawn(self._copy(copy))
+    def _begin(self, move: Move) -> None:
+        self._loop.spawn(self._make(move.copies))
 
-    async def _copy(self, copy: Copy) -> None:
-        """One copy between tiers, reported to the planner however it ends."""
+    async def _make(self, copies: list[Copy]) -> None:
+        """A batch of copies, each reported to the planner however it ends."""
         loop = self._loop
         began_ns = loop.clock.now_ns()
-        source = copy.source.tier
-        corrupt = full = False
-        failure: Exception | None = None
-        there = False
-        try:
-            await self._extents.opened(copy.target.tier, [copy.target.address])
-            there = True
-            await loop.in_thread(partial(self._move, copy))
-        except CorruptBlock as error:
-            failure, corrupt = error, True
-            loop.observer.corrupt(source.label)
-        except TierFull as error:
-            # Of an extent that never came the planner knows: there are others.
-            failure, full = error, there
-        except TierFailed as error:
-            failure = error
-            loop.tier_failed(error, "read" if source is Tier.NVME else "write")
-        except Exception as error:  # noqa: BLE001
-            # The outermost point of a background task: whoever waits for this copy
-            # must hear of its end, even of one nobody foresaw.
-            failure = error
-            loop.observer.io_error("copy", type(error).__name__)
+        failures: list[Exception | None] = [await self._lacking(copy) for copy in copies]
+        there = [copy for copy, lacking in zip(copies, failures, strict=True) if lacking is None]
+        ends = iter(await loop.in_thread(partial(self._move_all, there)))
         now_ns = loop.clock.now_ns()
-        if failure is None:
-            transfer_class = loop.planner.transfer_done(copy, now_ns)
-            self._note_done(copy, transfer_class, (now_ns - began_ns) / 1e9)
-        else:
-            self._note_failure(copy, failure, now_ns)
-            loop.planner.transfer_failed(copy, now_ns, source_corrupt=corrupt, full=full)
+        seconds = (now_ns - began_ns) / 1e9 / len(copies)
+        for copy, lacking in zip(copies, failures, strict=True):
+            failure = next(ends) if lacking is None else lacking
+            if failure is None:
+                transfer_class = loop.planner.transfer_done(copy, now_ns)
+                self._note_done(copy, transfer_class, seconds)
+            else:
+                self._failed(copy, failure, now_ns, there=lacking is None)
         loop.execute()
 
+    async def _lacking(self, copy: Copy) -> TierError | None:
+        """Why the extent that a copy goes to will never be there."""
+        try:
+            await self._extents.opened(copy.target.tier, [copy.target.address])
+        except TierError as error:
+            return error
+        return None
+
+    def _move_all(self, copies: list[Copy]) -> list[Exception | None]:
+        """Runs in a worker thread. How each ended."""
+        ends: list[Exception | None] = []
+        for copy in copies:
+            try:
+                self._move(copy)
+            except Exception as error:  # noqa: BLE001
+                # The outermost point of a background task: whoever waits for this copy
+                # must hear of its end, even of one nobody foresaw.
+                ends.append(error)
+            else:
+                ends.append(None)
+        return ends
+
+    def _failed(self, copy: Copy, failure: Exception, now_ns: int, *, there: bool) -> None:
+        """`there`: the extent of its target is."""
+        loop, source = self._loop, copy.source.tier
+        corrupt = isinstance(failure, CorruptBlock)
+        if corrupt:
+            loop.observer.corrupt(source.label)
+        elif isinstance(failure, TierFailed):
+            loop.tier_failed(failure, "read" if source is Tier.NVME else "write")
+        elif not isinstance(failure, TierFull):
+            loop.observer.io_error("copy", type(failure).__name__)
+        self._note_failure(copy, failure, now_ns)
+        # Of an extent that never came the planner knows: there are others.
+        full = there and isinstance(failure, TierFull)
+        loop.planner.transfer_failed(copy, now_ns, source_corrupt=corrupt, full=full)
+
     def _move(self, copy: Copy) -> None:
-        """Runs in a worker thread. Both replicas stay where they are meanwhile."""
+        """Both replicas stay where they are meanwhile."""
         assert self._nvme is not None
         block = copy.target.block
         layout = block.layout

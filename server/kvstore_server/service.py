@@ -256,6 +256,8 @@ class KVStoreService:
                     bytes_in=tier.bytes_in,
                     bytes_out=tier.bytes_out,
                     healthy=tier.healthy,
+                    stalled=tier.stalled,
+                    stalls=tier.stalls,
                 )
                 for tier in stats.tiers
             ],

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 
-from kvstore.core.actions import Answer, CloseExtent, Copy, Forget, OpenExtent
+from kvstore.core.actions import Answer, CloseExtent, Copy, Forget, Move, OpenExtent
 from kvstore.core.catalog import Block
 from kvstore.core.chores import CHANGED, SEEN
 from kvstore.core.lifecycle import State
@@ -97,7 +97,7 @@ class Shell:
         self._carry_out()
 
     def _carry_out(self) -> None:
-        while actions := self.planner.take_actions():
+        while actions := self.planner.take_actions(self.now_ns):
             for action in actions:
                 match action:
                     case OpenExtent(tier, extent, _):
@@ -107,9 +107,10 @@ class Shell:
                         assert len(self.extents[tier]) <= space.max_extents, "beyond capacity"
                     case CloseExtent(tier, extent):
                         self.extents[tier].remove(extent)
-                    case Copy(_, target):
-                        self.memory[target.tier][target.address] = GARBAGE
-                        self.copies.append(action)
+                    case Move(copies):
+                        for copy in copies:
+                            self.memory[copy.target.tier][copy.target.address] = GARBAGE
+                        self.copies += copies
                     case Forget():
                         self.forgets.append(action)
                     case Answer(ticket):
@@ -430,7 +431,7 @@ class RandomLife:
     def prefetch(self) -> None:
         tenant = self.rng.choice(self.tenants)
         chains = [ChainQuery([self.rng.choice(self.layouts[tenant])], self.some_chain())]
-        self.shell.planner.prefetch(tenant, chains)
+        self.shell.planner.prefetch(tenant, chains, self.shell.now_ns)
 
     def flush(self) -> None:
         if self.nvme and self.rng.random() < 0.1 and self.shell.planner.residency.nvme_on:

@@ -76,6 +76,7 @@ def test_every_key_can_be_given_in_every_layer(tmp_path: Path, key: Key) -> None
         "dram.capacity": "1GiB", "dram.extent": "2MiB",
         "nvme.path": "/data", "nvme.capacity": "7GiB", "policy.eviction": "lru",
         "tenants.default": "a", "tenants.uids": "7=bob", "tenants.tcp": "c",
+        "tenants.shares": "bob=2",
     }  # fmt: skip
     text = samples.get(key.name, "50")
     section, _, name = key.name.partition(".")
@@ -83,6 +84,8 @@ def test_every_key_can_be_given_in_every_layer(tmp_path: Path, key: Key) -> None
     from_env = load_config(environ={key.env: text})
     if key.name == "tenants.uids":
         document = '[tenants]\nuids = { "7" = "bob" }\n'
+    elif key.name == "tenants.shares":
+        document = "[tenants]\nshares = { bob = 2 }\n"
     else:
         number = isinstance(key.default, int | float)
         document = f"[{section}]\n{name} = {text if number else repr(text)}\n"
@@ -139,6 +142,9 @@ def test_variables_that_an_orchestrator_makes_up_are_not_typos() -> None:
         ("tenants.uids", "alice"),
         ("tenants.uids", "alice=alice"),
         ("tenants.uids", "7="),
+        ("tenants.shares", "bob"),
+        ("tenants.shares", "bob=0"),
+        ("tenants.shares", "b/b=1"),
     ],
 )
 def test_a_bad_value_is_refused_with_its_key_and_source(name: str, text: str) -> None:

@@ -348,7 +348,7 @@ class GetStatsResponse(_message.Message):
     def __init__(self, uptime_seconds: _Optional[float] = ..., tiers: _Optional[_Iterable[_Union[TierStats, _Mapping]]] = ..., sessions: _Optional[int] = ..., leases: _Optional[int] = ..., reservations: _Optional[int] = ..., acquired_positions: _Optional[int] = ..., acquired_hits: _Optional[int] = ..., acquired_hits_dram: _Optional[int] = ..., committed_blocks: _Optional[int] = ..., corrupt_blocks: _Optional[int] = ..., tenant_blocks: _Optional[int] = ...) -> None: ...
 
 class TierStats(_message.Message):
-    __slots__ = ("tier", "capacity_bytes", "used_bytes", "blocks", "evictions", "bytes_in", "bytes_out", "healthy")
+    __slots__ = ("tier", "capacity_bytes", "used_bytes", "blocks", "evictions", "bytes_in", "bytes_out", "healthy", "stalled", "stalls")
     TIER_FIELD_NUMBER: _ClassVar[int]
     CAPACITY_BYTES_FIELD_NUMBER: _ClassVar[int]
     USED_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -357,6 +357,8 @@ class TierStats(_message.Message):
     BYTES_IN_FIELD_NUMBER: _ClassVar[int]
     BYTES_OUT_FIELD_NUMBER: _ClassVar[int]
     HEALTHY_FIELD_NUMBER: _ClassVar[int]
+    STALLED_FIELD_NUMBER: _ClassVar[int]
+    STALLS_FIELD_NUMBER: _ClassVar[int]
     tier: Tier
     capacity_bytes: int
     used_bytes: int
@@ -365,7 +367,9 @@ class TierStats(_message.Message):
     bytes_in: int
     bytes_out: int
     healthy: bool
-    def __init__(self, tier: _Optional[_Union[Tier, str]] = ..., capacity_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., blocks: _Optional[int] = ..., evictions: _Optional[int] = ..., bytes_in: _Optional[int] = ..., bytes_out: _Optional[int] = ..., healthy: bool = ...) -> None: ...
+    stalled: bool
+    stalls: int
+    def __init__(self, tier: _Optional[_Union[Tier, str]] = ..., capacity_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., blocks: _Optional[int] = ..., evictions: _Optional[int] = ..., bytes_in: _Optional[int] = ..., bytes_out: _Optional[int] = ..., healthy: bool = ..., stalled: bool = ..., stalls: _Optional[int] = ...) -> None: ...
 
 class ClearRequest(_message.Message):
     __slots__ = ()

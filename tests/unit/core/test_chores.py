@@ -328,12 +328,12 @@ def test_a_prefetch_goes_on_in_parts_and_ends_with_its_caller(shell: Shell) -> N
     finish(shell)
     shell.settle()
     shell.chores_by_hand = True
-    hasty = shell.planner.prefetch("t", [ChainQuery([layout_id], keys)])
+    hasty = shell.planner.prefetch("t", [ChainQuery([layout_id], keys)], shell.now_ns)
     shell.planner.withdraw(hasty, shell.now_ns)
     finish(shell)
     assert hasty.answer == 1
     shell.chores_by_hand = True
-    patient = shell.planner.prefetch("t", [ChainQuery([layout_id], keys)])
+    patient = shell.planner.prefetch("t", [ChainQuery([layout_id], keys)], shell.now_ns)
     finish(shell)
     assert patient.answer == len(keys) - 1
     shell.settle()

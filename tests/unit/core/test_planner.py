@@ -161,7 +161,7 @@ def on_nvme_only(shell: Shell, length: int = 4) -> tuple[object, bytes, list[byt
 def test_ten_acquires_of_one_prefix_read_it_once(shell: Shell) -> None:
     client, lid, keys = on_nvme_only(shell)
     tickets = [shell.acquire(client, [lid], keys, wait=True) for _ in range(10)]  # type: ignore[arg-type]
-    assert len(shell.copies) + len(shell.planner.residency.transfers.copies()) <= 2 * len(keys)
+    assert len(shell.copies) + len(shell.planner.residency.transfers) <= 2 * len(keys)
     shell.settle()
     assert {t.answer[0].held for t in tickets if t.answer} == {4}
     addresses = {tuple(t.answer[0].addresses) for t in tickets if t.answer}
@@ -461,7 +461,7 @@ def test_a_prefetch_pushes_nobody_out(shell: Shell) -> None:
     shell.put(client, lid, hot[4:])  # type: ignore[arg-type]
     shell.settle()
     before = shell.planner.lookup("t", ChainQuery([lid], hot))
-    shell.planner.prefetch("t", [ChainQuery([lid], keys)])
+    shell.planner.prefetch("t", [ChainQuery([lid], keys)], shell.now_ns)
     shell.run()
     shell.settle()
     assert shell.planner.lookup("t", ChainQuery([lid], hot)) == before

@@ -1,0 +1,171 @@
+"""What things cost here, learned from those that were done.
+
+A time is compared with a nominal one, from a table or a guess; what is learned is the
+ratio: the median of the latest, for each order of magnitude of size. A median does not
+move for the few that took much longer, and follows when most do: after half of what it
+remembers.
+
+Of a link two ratios are learned. *Turnaround* is from the start of a batch of copies to
+its end, beside those that run at the same time. *Pace* is what the link as a whole takes
+for the work that goes through it while more is waiting. A batch is ready once all before
+it has gone through at that pace, and its own turnaround is over.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections import deque
+from collections.abc import Mapping
+from typing import NamedTuple
+
+REMEMBERED = 63
+FEW = 5
+"""Fewer of a size say less than all sizes together."""
+WINDOW = 8
+"""Ends that a pace is measured over: copies that run at the same time end in bursts."""
+MOST_SPEEDS = 1024
+"""Layouts whose prefill is remembered."""
+
+
+class Speed(NamedTuple):
+    """Nominal: `latency_s` for each block, and then `bytes_per_s`."""
+
+    latency_s: float
+    bytes_per_s: float
+
+    def work_ns(self, nbytes: int) -> int:
+        """What a block of so many bytes is to a link: nanoseconds, were it nominal."""
+        return max(1, int((self.latency_s + nbytes / self.bytes_per_s) * 1e9))
+
+
+class Prediction(NamedTuple):
+    """Half of what comes is nearer to `ns` than `error_ns`, half is not."""
+
+    ns: float
+    error_ns: float
+
+
+class Ratios:
+    """Measured over nominal, the latest `REMEMBERED`."""
+
+    __slots__ = ("_latest", "_sorted")
+
+    def __init__(self) -> None:
+        self._latest: deque[float] = deque()
+        self._sorted: list[float] = []
+
+    def __len__(self) -> int:
+        return len(self._latest)
+
+    def add(self, ratio: float) -> None:
+        """What cannot be (a clock that stepped) is left out."""
+        if not 1e-9 < ratio < 1e9:
+            return
+        if len(self._latest) == REMEMBERED:
+            oldest = self._latest.popleft()
+            del self._sorted[bisect_left(self._sorted, oldest)]
+        self._latest.append(ratio)
+        insort(self._sorted, ratio)
+
+    def again(self, ratio: float) -> None:
+        """As much as a few would say: what is measured now soon counts for more."""
+        for _ in range(FEW):
+            self.add(ratio)
+
+    @property
+    def median(self) -> float:
+        return self._sorted[len(self._sorted) // 2] if self._sorted else 1.0
+
+    @property
+    def spread(self) -> float:
+        """Half the distance between the quartiles."""
+        count = len(self._sorted)
+        if count < FEW:
+            return 0.5 * self.median
+        return (self._sorted[3 * count // 4] - self._sorted[count // 4]) / 2
+
+
+class LinkCost:
+    """What one direction of a link costs. Times are the caller's."""
+
+    def __init__(self, nominal: Speed) -> None:
+        self.nominal = nominal
+        self.predicted_ns = self.actual_ns = self.error_ns = 0.0
+        """Of all batches noted: sums of what was said, what was, and by how much the two
+        differed."""
+        self._any = Ratios()
+        self._by_size: dict[int, Ratios] = {}
+        self._pace = Ratios()
+
+    def turnaround(self, work_ns: int) -> Prediction:
+        """From a batch's start to its end."""
+        ratios = self._by_size.get(_size(work_ns), self._any)
+        if len(ratios) < FEW:
+            ratios = self._any
+        return Prediction(ratios.median * work_ns, ratios.spread * work_ns)
+
+    def passing(self, work_ns: int) -> Prediction:
+        """Until so much work has gone through, one thing after the other."""
+        return Prediction(self._pace.median * work_ns, self._pace.spread * work_ns)
+
+    def note(self, work_ns: int, taken_ns: int, said_ns: float) -> None:
+        """A batch has ended well, for which `said_ns` was predicted."""
+        if taken_ns <= 0:
+            return
+        self.predicted_ns += said_ns
+        self.actual_ns += taken_ns
+        self.error_ns += abs(said_ns - taken_ns)
+        self._any.add(taken_ns / work_ns)
+        self._by_size.setdefault(_size(work_ns), Ratios()).add(taken_ns / work_ns)
+
+    def note_pace(self, work_ns: int, taken_ns: int) -> None:
+        """So much went through in so long, while more was waiting."""
+        self._pace.add(taken_ns / work_ns)
+
+    def state(self) -> dict[str, float]:
+        """What outlives a restart."""
+        state = {str(size): r.median for size, r in self._by_size.items() if len(r)}
+        if len(self._pace):
+            state["pace"] = self._pace.median
+        return state
+
+    def restore(self, state: Mapping[str, object]) -> None:
+        """What is not of a state is ignored."""
+        for name, ratio in state.items():
+            if not isinstance(ratio, float):
+                continue
+            if name == "pace":
+                self._pace.again(ratio)
+            elif name.isdecimal() and len(name) < 4:
+                self._any.again(ratio)
+                self._by_size.setdefault(int(name), Ratios()).again(ratio)
+
+
+def _size(work_ns: int) -> int:
+    return work_ns.bit_length() // 2
+
+
+class PrefillSpeeds:
+    """Tokens a second that engines compute, by layout, as they tell."""
+
+    def __init__(self) -> None:
+        self._told: dict[str, Ratios] = {}
+
+    def note(self, layout_id: bytes, tokens_per_s: float) -> None:
+        name = layout_id.hex()
+        if name not in self._told and len(self._told) >= MOST_SPEEDS:
+            del self._told[next(iter(self._told))]
+        self._told.setdefault(name, Ratios()).add(tokens_per_s)
+
+    def tokens_per_s(self, layout_id: bytes) -> float:
+        """0.0: nobody has told."""
+        told = self._told.get(layout_id.hex())
+        return told.median if told else 0.0
+
+    def state(self) -> dict[str, float]:
+        return {name: told.median for name, told in self._told.items()}
+
+    def restore(self, state: Mapping[str, object]) -> None:
+        for name, speed in list(state.items())[:MOST_SPEEDS]:
+            if isinstance(speed, float):
+                self._told.setdefault(name, Ratios()).again(speed)

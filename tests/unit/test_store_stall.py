@@ -1,0 +1,138 @@
+"""A drive that hangs costs misses, and nothing that is in memory."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from kvstore.store import Store
+from kvstore.tiers.faulty import Fault, FaultyDisk, MemoryDisk
+from kvstore.tiers.nvme import NvmeTier
+from kvstore.types import Tier
+from tests.unit.test_store import EXTENT, Rig, chain, until
+
+HANG_S = 30.0
+THREADS = 6
+
+
+class Hanging(Rig):
+    """A rig whose drive hangs in every call while it is told to."""
+
+    def __init__(self, folder: Path) -> None:
+        self.hanging = False
+        self.goes_on = threading.Event()
+        self.stuck = 0
+        super().__init__(dram_slots=32)
+        disk = FaultyDisk(MemoryDisk(), self.fault, random.Random(1), pause=self.hang)
+        self.tier = NvmeTier.open(folder / "data", 8 << 20, EXTENT, 4096, disk=disk)
+        self.store = self.make_store()
+
+    def make_store(self) -> Store:
+        self.nvme = getattr(self, "tier", None)
+        self.executor = ThreadPoolExecutor(THREADS)
+        return super().make_store()
+
+    def fault(self, call: str) -> Fault | None:
+        return Fault("delay", seconds=HANG_S) if self.hanging else None
+
+    def hang(self, seconds: float) -> None:
+        self.stuck += 1
+        assert self.goes_on.wait(20)
+
+    def come_back(self) -> None:
+        self.hanging = False
+        self.goes_on.set()
+
+    @property
+    def stalled(self) -> bool:
+        return {tier.tier: tier.stalled for tier in self.store.stats().tiers}[Tier.NVME]
+
+
+def run(folder: Path, body: Callable[[Hanging], Awaitable[None]]) -> None:
+    rig = Hanging(folder)
+
+    async def main() -> None:
+        await rig.store.start()
+        try:
+            await asyncio.wait_for(body(rig), 20)
+            await until(lambda: not rig.store._planner.residency.transfers)
+            rig.store.check_integrity()
+        finally:
+            rig.come_back()
+            await rig.store.close()
+
+    asyncio.run(main())
+
+
+def test_who_waits_for_a_drive_that_hangs_is_answered_within_five_seconds(tmp_path: Path) -> None:
+    async def body(rig: Hanging) -> None:
+        session, keys = rig.session(), chain(1, 8)
+        await rig.put(session, keys)
+        await rig.store.flush("t", drop=True)
+        rig.hanging = True
+        waiting = asyncio.create_task(rig.acquire(session, keys, wait_ms=60_000))
+        await until(lambda: rig.stuck > 0)
+        rig.clock.advance_ms(2_500)
+        await asyncio.sleep(0.3)
+        assert not waiting.done(), "a drive may take that long"
+        rig.clock.advance_ms(2_000)
+        assert (await waiting).held == 0
+        assert rig.stalled
+        again = await asyncio.wait_for(rig.acquire(session, keys, wait_ms=60_000), 1)
+        assert again.held == 0, "nobody is sent there meanwhile"
+        rig.come_back()
+        await until(lambda: not rig.store._planner.residency.transfers)
+
+    run(tmp_path, body)
+
+
+def test_memory_is_served_and_grows_while_a_drive_hangs(tmp_path: Path) -> None:
+    async def body(rig: Hanging) -> None:
+        session = rig.session()
+        saved = [chain(base, 2) for base in range(8)]
+        for keys in saved:
+            await rig.put(session, keys)
+        await rig.store.flush("t", drop=True)
+        rig.hanging = True
+        waiting = [asyncio.create_task(rig.acquire(session, k, wait_ms=60_000)) for k in saved]
+        await until(lambda: rig.stuck > 0)
+        for base in range(100, 103):
+            keys = chain(base, 2)
+            assert await rig.put(session, keys) == 2
+            grant = await rig.acquire(session, keys)
+            assert grant.held == 2
+            rig.store.release(session, [grant.lease_id])
+        rig.clock.advance_ms(4_000)
+        await asyncio.gather(*waiting)
+        for base in range(110, 130):
+            # More than there is room for: what is dirty goes, as it cannot be written.
+            assert await rig.put(session, chain(base, 4)) == 4
+        rig.come_back()
+        await until(lambda: not rig.store._planner.residency.transfers)
+
+    run(tmp_path, body)
+
+
+def test_a_drive_that_answers_again_is_used_again(tmp_path: Path) -> None:
+    async def body(rig: Hanging) -> None:
+        session, keys = rig.session(), chain(1, 8)
+        await rig.put(session, keys)
+        await rig.store.flush("t", drop=True)
+        rig.hanging = True
+        waiting = asyncio.create_task(rig.acquire(session, keys, wait_ms=60_000))
+        await until(lambda: rig.stuck > 0)
+        rig.clock.advance_ms(4_000)
+        await waiting
+        rig.come_back()
+        await until(lambda: not rig.store._planner.residency.transfers)
+        await asyncio.sleep(0.3)
+        grant = await rig.acquire(session, keys)
+        assert grant.held == 8
+        assert not rig.stalled
+        assert [tier.stalls for tier in rig.store.stats().tiers] == [0, 1]
+
+    run(tmp_path, body)
