@@ -8,6 +8,8 @@
                         slower tiers before it is computed instead.
     handover_timeout_ms How long a request that another vLLM computes the prompt of
                         waits when no more of its blocks come.
+    load_failure        What becomes of a request whose load fails: "recompute", or
+                        "fail", which ends it with an error.
 
 Whether blocks are stored, loaded or both follows `kv_role`.
 """
@@ -22,6 +24,7 @@ from typing import Any
 from kvstore.errors import ConfigError
 
 _MAX_TIMEOUT_MS = 60_000
+_LOAD_FAILURES = ("recompute", "fail")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +35,7 @@ class ConnectorConfig:
     server_args: tuple[str, ...] = ()
     acquire_timeout_ms: int = 1000
     handover_timeout_ms: int = 2000
+    load_failure: str = "recompute"
 
     @classmethod
     def parse(cls, extra: Mapping[str, Any]) -> ConnectorConfig:
@@ -47,6 +51,7 @@ class ConnectorConfig:
             server_args=_arguments(extra.get("server_args", ())),
             acquire_timeout_ms=_milliseconds(extra, "acquire_timeout_ms", 1000),
             handover_timeout_ms=_milliseconds(extra, "handover_timeout_ms", 2000),
+            load_failure=_choice(extra, "load_failure", _LOAD_FAILURES),
         )
         if config.endpoint is not None and config.server_args:
             raise ConfigError(
@@ -75,6 +80,16 @@ def _arguments(value: object) -> tuple[str, ...]:
     if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
         raise ConfigError("kv_connector_extra_config: 'server_args' must be a list of strings")
     return tuple(value)
+
+
+def _choice(extra: Mapping[str, Any], key: str, choices: tuple[str, ...]) -> str:
+    value = extra.get(key, choices[0])
+    if value not in choices:
+        raise ConfigError(
+            f"kv_connector_extra_config: {key!r} must be {' or '.join(map(repr, choices))},"
+            f" not {value!r}"
+        )
+    return str(value)
 
 
 def _milliseconds(extra: Mapping[str, Any], key: str, default: int) -> int:

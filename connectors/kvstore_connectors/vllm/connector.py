@@ -21,6 +21,7 @@ from kvstore.errors import ConfigError
 from kvstore_connectors.vllm import layout
 from kvstore_connectors.vllm.acquire import AcquireQueue
 from kvstore_connectors.vllm.config import ConnectorConfig
+from kvstore_connectors.vllm.events import StoreEvents
 from kvstore_connectors.vllm.groups import bands_of
 from kvstore_connectors.vllm.link import StoreLink, connector_of
 from kvstore_connectors.vllm.metadata import StepMetadata, WorkerReport
@@ -32,6 +33,7 @@ from kvstore_connectors.vllm.worker import WorkerSide
 if TYPE_CHECKING:
     import torch
     from vllm.config import VllmConfig
+    from vllm.distributed.kv_events import KVCacheEvent
     from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
     from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
         KVConnectorPromMetrics,
@@ -67,12 +69,14 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
         transfer = self._kv_transfer_config
         config = ConnectorConfig.parse(transfer.kv_connector_extra_config or {})
         _check(vllm_config)
-        # A load may fail whenever the server does; failing the request over it,
-        # vLLM's default, would make a cache the weakest part. vLLM reads this
-        # after it has made the scheduler's connector.
-        transfer.kv_load_failure_policy = "recompute"
+        # A load may fail whenever the server does; failing the request over it would
+        # make a cache the weakest part. That is vLLM's default, and whether a user
+        # wrote it cannot be seen, so who wants it says it in our own words. vLLM reads
+        # this after it has made the scheduler's connector.
+        transfer.kv_load_failure_policy = config.load_failure
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
+        self._events: StoreEvents | None = None
         reason = layout.unsupported_reason(vllm_config, kv_cache_config)
         if reason is not None:
             logger.warning("KVStoreConnector is off: %s.", reason)
@@ -89,6 +93,9 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
         bands = bands_of(cache)
         link = StoreLink(connector_of(config), self._specs_for(""), "scheduler")
         queue = AcquireQueue(link, bands, config.acquire_timeout_ms)
+        events = self._vllm_config.kv_events_config
+        if events is not None and events.enable_kv_cache_events:
+            self._events = StoreEvents(link, bands, cache)
         link.start()
         queue.start()
         link.wait_first_try()
@@ -161,10 +168,14 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
     def bind_gpu_block_pool(self, gpu_block_pool: BlockPool) -> None:
         if self._scheduler is not None:
             self._scheduler.bind_pins(PoolPins(gpu_block_pool))
+        if self._events is not None:
+            self._events.bind_pool(gpu_block_pool)
 
     def on_new_request(self, request: Request) -> None:
         if self._scheduler is not None:
             self._scheduler.on_new_request(request)
+        if self._events is not None:
+            self._events.note(request)
 
     def get_num_new_matched_tokens(
         self, request: Request, num_computed_tokens: int
@@ -211,7 +222,14 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
             return False, None
         return False, self._scheduler.request_finished(request)
 
+    def take_events(self) -> list[KVCacheEvent]:
+        if self._events is None or self._scheduler is None:
+            return []
+        return self._events.take(self._scheduler.stores_pending)
+
     def has_pending_push_work(self) -> bool:
+        if self._events is not None and self._events.pending:
+            return True
         return self._scheduler is not None and self._scheduler.stores_pending
 
     def has_pending_block_frees(self) -> bool:
@@ -220,6 +238,8 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
     def reset_cache(self) -> bool | None:
         if self._scheduler is not None:
             self._scheduler.reset()
+        if self._events is not None:
+            self._events.forget_all()
         return True
 
     # -- worker -----------------------------------------------------------------
