@@ -8,7 +8,8 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from kvstore.client import calls, connecting, transfers
+from kvstore.client import calls, connecting, gets, puts
+from kvstore.client.gets import Got
 from kvstore.client.lease import Layout, LeaseBase, as_layouts, chain_of
 from kvstore.client.link import Budget, Counters, Link, new_core
 from kvstore.client.rpc import parse_endpoint
@@ -24,7 +25,6 @@ from kvstore.client.steps import (
     Work,
     WriteStream,
 )
-from kvstore.client.transfers import Got
 from kvstore.client.transport import SyncTransport
 from kvstore.client.wire import ServerInfo
 from kvstore.errors import BadRequest, KVStoreError, LeaseExpired, Unavailable
@@ -142,7 +142,7 @@ class Client:
         wait_ms: int = 5000,
     ) -> list[PutOutcome]:
         """Store consecutive positions of one chain; an outcome for each, in order."""
-        return self._run(transfers.put_many(self._core, layout, keys, datas, parent, wait_ms))
+        return self._run(puts.put_many(self._core, layout, keys, datas, parent, wait_ms))
 
     def get(self, layout: Layout, key: bytes, *, into: Buffer | None = None) -> Got:
         """The block's bytes, or None for a miss.
@@ -161,7 +161,7 @@ class Client:
         into: Sequence[Buffer] | None = None,
     ) -> list[Got]:
         """Like `get` for each key, whether or not the positions before it are held."""
-        return self._run(transfers.get_many(self._core, layout, keys, into))
+        return self._run(gets.get_many(self._core, layout, keys, into))
 
     def lookup(self, layouts: Layout | Sequence[Layout], keys: Sequence[bytes]) -> ChainPresence:
         """How much of a chain is held: advice, not a promise.
@@ -415,7 +415,7 @@ class Lease(LeaseBase):
 
         Raises `LeaseExpired`.
         """
-        return self._client._run(transfers.read_lease(self._core, self, index))
+        return self._client._run(gets.read_lease(self._core, self, index))
 
     def renew(self) -> None:
         """Extend by the server's lease time, from now. Raises `LeaseExpired`."""

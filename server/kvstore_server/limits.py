@@ -13,7 +13,7 @@ MAX_LAYOUTS = 256
 MAX_KEYS = 65536
 """In one call: keys over all chains, counted once for each layout of their chain;
 or lease ids, or indices."""
-MAX_BLOCKS = 4096
+MAX_BLOCKS = 1024
 """To reserve, commit or give back in one call. The server's one loop does nothing else
 meanwhile, some 10 us for each."""
 

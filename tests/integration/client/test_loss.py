@@ -17,7 +17,7 @@ import pytest
 
 import kvstore
 from kvstore import PutOutcome, Segment
-from kvstore.client import transfers, wire
+from kvstore.client import pieces, wire
 from kvstore.client.steps import WritePiece
 from kvstore.errors import (
     BadRequest,
@@ -205,7 +205,7 @@ def _put_and_hang(endpoint: str, count: int, ready: Any) -> None:
 
     copy_checked, encode_write = copy.copy_checked, wire.encode_write
     copy.copy_checked, wire.encode_write = copying, sending
-    transfers.PIECE_BLOCKS = 4
+    pieces.PIECE_BLOCKS = 4
     client = kvstore.Client(endpoint)
     keys, datas = [key(n) for n in range(12)], [block(n, 50_000) for n in range(12)]
     client.put_many(layout_of(client, 50_000), keys, datas)
@@ -391,7 +391,7 @@ class CancelledAt:
 def test_a_call_cancelled_at_any_point_gives_back_what_it_holds(
     server: Server, place: str, operation: str, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transfers, "PIECE_BLOCKS", 2)
+    monkeypatch.setattr(pieces, "PIECE_BLOCKS", 2)
 
     async def cancel(client: kvstore.AsyncClient, layout: kvstore.Layout, point: int) -> bool:
         """Whether there was such a point."""

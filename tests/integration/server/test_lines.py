@@ -17,7 +17,7 @@ from kvstore.wire import frames
 from kvstore.wire.v1 import kvstore_pb2 as pb
 from kvstore_server import limits
 from kvstore_server.app import App
-from kvstore_server.limits import MAX_LINES
+from kvstore_server.limits import MAX_BLOCKS, MAX_LINES
 from tests.integration.server.harness import (
     LAYOUT,
     RawAttachment,
@@ -196,7 +196,7 @@ async def test_a_call_whose_client_left_is_cancelled(tmp_path: Path) -> None:
     """It would hold its place until its time is up."""
     async with serving(tmp_path) as app, line_to(app) as (line, raw):
         layout_id = await register(line)
-        everything = pb.ReserveRequest(layout_id=layout_id, count=4096)
+        everything = pb.ReserveRequest(layout_id=layout_id, count=MAX_BLOCKS)
         await in_thread(line.call, "Reserve", everything, pb.ReserveResponse)
         waiting = await in_thread(RawLine, raw)
         more = pb.ReserveRequest(layout_id=layout_id, count=1, wait_ms=60_000)

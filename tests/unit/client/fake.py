@@ -115,7 +115,7 @@ class FakeServer:
 
     def GetServerInfo(self, request: Any) -> pb.GetServerInfoResponse:
         return pb.GetServerInfoResponse(
-            epoch=self.epoch, lease_ms=30_000, max_keys=65536, max_blocks=4096
+            epoch=self.epoch, lease_ms=30_000, max_keys=65536, max_blocks=1024
         )
 
     def RegisterLayout(self, request: pb.RegisterLayoutRequest) -> pb.RegisterLayoutResponse:

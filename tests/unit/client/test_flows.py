@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from kvstore.client import calls, transfers
+from kvstore.client import calls, gets, pieces, puts
 from kvstore.client.lease import Layout, LeaseBase
 from kvstore.client.link import Budget
 from kvstore.client.steps import Step, Work
@@ -68,16 +68,16 @@ def make_driver(server: FakeServer, kind: str) -> Driver:
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two blocks a piece."""
-    monkeypatch.setattr(transfers, "PIECE_BLOCKS", 2)
+    monkeypatch.setattr(pieces, "PIECE_BLOCKS", 2)
 
 
 def put(driver: Driver, *numbers: int) -> list[PutOutcome]:
     keys, datas = [key(n) for n in numbers], [data(n) for n in numbers]
-    return driver.run(transfers.put_many(driver.core, LAYOUT, keys, datas, b"", 0))
+    return driver.run(puts.put_many(driver.core, LAYOUT, keys, datas, b"", 0))
 
 
-def get(driver: Driver, *numbers: int) -> list[transfers.Got]:
-    return driver.run(transfers.get_many(driver.core, LAYOUT, [key(n) for n in numbers], None))
+def get(driver: Driver, *numbers: int) -> list[gets.Got]:
+    return driver.run(gets.get_many(driver.core, LAYOUT, [key(n) for n in numbers], None))
 
 
 def trace(driver: Driver, operation: Callable[[], object]) -> list[str]:
@@ -152,7 +152,7 @@ def test_the_blocks_of_a_put_are_one_chain_whatever_the_pieces(driver: Driver) -
     put(driver, 3)
     driver.before = watch
     keys, datas = [key(n) for n in range(7)], [data(n) for n in range(7)]
-    driver.run(transfers.put_many(driver.core, LAYOUT, keys, datas, key(50), 0))
+    driver.run(puts.put_many(driver.core, LAYOUT, keys, datas, key(50), 0))
     assert parents == {key(n): key(n - 1) if n else key(50) for n in range(7)}
 
 
@@ -193,9 +193,7 @@ def test_a_conflict_is_raised_when_the_others_are_stored(driver: Driver) -> None
     keys = [key(n) for n in range(4)]
     with pytest.raises(Conflict):
         driver.run(
-            transfers.put_many(
-                driver.core, LAYOUT, keys, [data(0), data(9), data(2), data(3)], b"", 0
-            )
+            puts.put_many(driver.core, LAYOUT, keys, [data(0), data(9), data(2), data(3)], b"", 0)
         )
     assert driver.server.stored(key(1), N) == data(1)
     for number in (0, 2, 3):
@@ -293,7 +291,7 @@ def test_holes_are_misses_wherever_they_lie(kind: str, into: bool) -> None:
             put(driver, number)
         keys = [key(n) for n in range(5)]
         buffers = [bytearray(b"\xee" * (N + 1)) for _ in keys] if into else None
-        got = driver.run(transfers.get_many(driver.core, LAYOUT, keys, buffers))
+        got = driver.run(gets.get_many(driver.core, LAYOUT, keys, buffers))
         assert got == [data(n) if there else None for n, there in enumerate(held)], held
         for buffer, there in zip(buffers or (), held, strict=False):
             assert there or buffer == b"\xee" * (N + 1)
@@ -328,7 +326,7 @@ def test_a_damaged_block_is_a_miss_and_counted(driver: Driver) -> None:
     driver.server.damage(key(1))
     assert get(driver, 1, 2) == [None, data(2)]
     into = [bytearray(N), bytearray(N)]
-    got = driver.run(transfers.get_many(driver.core, LAYOUT, [key(1), key(2)], into))
+    got = driver.run(gets.get_many(driver.core, LAYOUT, [key(1), key(2)], into))
     assert got[0] is None
     assert driver.core.counters.corrupt == 2
     check_nothing_held(driver.server)
@@ -394,9 +392,9 @@ def test_what_one_call_pins_and_reserves_is_bounded(driver: Driver) -> None:
 
 def test_a_piece_has_at_most_so_many_blocks_and_bytes() -> None:
     for nbytes in (1, 1 << 10, 1 << 20, (1 << 20) + 1, 1 << 24):
-        count = transfers._blocks_a_piece(nbytes)
-        assert count <= transfers.PIECE_BLOCKS and count * nbytes <= transfers.PIECE_BYTES
-    assert transfers._blocks_a_piece(1 << 30) == 1, "a block is never divided"
+        count = pieces.blocks_a_piece(nbytes)
+        assert count <= pieces.PIECE_BLOCKS and count * nbytes <= pieces.PIECE_BYTES
+    assert pieces.blocks_a_piece(1 << 30) == 1, "a block is never divided"
 
 
 # Failures
@@ -643,7 +641,7 @@ def test_slots_of_a_lost_session_are_not_used_in_the_next(
     server: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From afar: the answer that grants them and those that follow are of two sessions."""
-    monkeypatch.setattr(transfers, "ASKED_AT_ONCE", 2)
+    monkeypatch.setattr(puts, "ASKED_AT_ONCE", 2)
     driver = make_driver(server, "remote")
     asked = 0
 
@@ -713,7 +711,7 @@ def test_numbers_of_an_earlier_session_are_never_sent_to_the_next(driver: Driver
     driver.server.steps.clear()
     assert lease.expired
     with pytest.raises(LeaseExpired):
-        driver.run(transfers.read_lease(driver.core, lease, 0))
+        driver.run(gets.read_lease(driver.core, lease, 0))
     with pytest.raises(LeaseExpired):
         driver.run(calls.renew(driver.core, [current.lease_id, grants[0].lease_id]))
     segment = Segment(b"", [key(2), key(3)], [ours.first_slot, grant.first_slot], [0, 0])

@@ -35,14 +35,23 @@ class Server:
     def __init__(self) -> None:
         self.ends: list[socket.socket] = []
         self.up = True
+        self._fetching = threading.Lock()
 
     def fetch_line(self, timeout_s: float) -> int:
-        if not self.up:
-            raise Unavailable("the attach connection is lost")
-        ours, theirs = socket.socketpair()
-        ours.settimeout(5)
-        self.ends.append(ours)
-        return theirs.detach()
+        with self._fetching:
+            if not self.up:
+                raise Unavailable("the attach connection is lost")
+            ours, theirs = socket.socketpair()
+            ours.settimeout(5)
+            self.ends.append(ours)
+            return theirs.detach()
+
+    def close(self) -> None:
+        """A thread of a test that is over may be fetching still."""
+        with self._fetching:
+            self.up = False
+        for end in self.ends:
+            end.close()
 
     def alive(self) -> bool:
         return self.up
@@ -67,8 +76,7 @@ class Server:
 def server() -> Iterator[Server]:
     server = Server()
     yield server
-    for end in server.ends:
-        end.close()
+    server.close()
 
 
 @pytest.fixture
