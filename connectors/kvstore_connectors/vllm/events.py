@@ -167,6 +167,7 @@ class StoreEvents:
 
     def forget_all(self) -> None:
         """Nothing that is announced can be loaded any more."""
+        self._follow_vllm()
         for run in list(self._runs):
             self._forget(run)
 

@@ -231,8 +231,17 @@ def test_after_a_reset_of_the_connector_nothing_is_announced() -> None:
     world.directory.put(world.came_by(prompt(4)))
     world.step()
     world.events.forget_all()
-    world.step(after_s=2)
+    assert [type(each) for each in world.step(after_s=2)] == [BlockRemoved]
     assert not world.router.claims
+
+
+def test_what_vllm_has_declared_gone_is_not_withdrawn_as_well() -> None:
+    world = World()
+    world.directory.put(world.came_by(prompt(4)))
+    world.step()
+    world.pool.reset_prefix_cache()
+    world.events.forget_all()
+    assert [type(each) for each in world.step()] == [AllBlocksCleared]
 
 
 def test_what_is_forgotten_for_want_of_room_is_withdrawn() -> None:
