@@ -26,9 +26,11 @@ if TYPE_CHECKING:
     from kvstore.types import ChainQuery as ChainQuery
     from kvstore.types import CommitAnswer as CommitAnswer
     from kvstore.types import CommitOutcome as CommitOutcome
+    from kvstore.types import Hints as Hints
     from kvstore.types import LayoutSpec as LayoutSpec
     from kvstore.types import LeaseGrant as LeaseGrant
     from kvstore.types import PutOutcome as PutOutcome
+    from kvstore.types import Refusal as Refusal
     from kvstore.types import Segment as Segment
     from kvstore.types import SlotGrant as SlotGrant
     from kvstore.types import StoreStats as StoreStats
@@ -41,11 +43,13 @@ _HOME = {
     "Client": "kvstore.client.sync",
     "CommitAnswer": "kvstore.types",
     "CommitOutcome": "kvstore.types",
+    "Hints": "kvstore.types",
     "Layout": "kvstore.client.lease",
     "LayoutSpec": "kvstore.types",
     "Lease": "kvstore.client.sync",
     "LeaseGrant": "kvstore.types",
     "PutOutcome": "kvstore.types",
+    "Refusal": "kvstore.types",
     "Segment": "kvstore.types",
     "ServerInfo": "kvstore.client.wire",
     "SlotGrant": "kvstore.types",

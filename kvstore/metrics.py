@@ -20,7 +20,7 @@ from prometheus_client.registry import Collector
 
 from kvstore.clock import Clock
 from kvstore.errors import WIRE_ERRORS
-from kvstore.types import StoreStats, Tier
+from kvstore.types import StoreStats, Tier, TransferStats
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
@@ -148,6 +148,10 @@ class Metrics:
         """Read the store's figures at every scrape from now on."""
         self.registry.register(StoreCollector(stats, stalled_seconds))
 
+    def watch_transfers(self, stats: Callable[[], TransferStats]) -> None:
+        """Read what moves between tiers at every scrape from now on."""
+        self.registry.register(TransferCollector(stats))
+
     def watch_wear(self, wear: Callable[[], Mapping[str, int]], clock: Clock) -> None:
         """Read at every scrape what was written to NVMe since now: bytes by purpose,
         of which "store" is what was asked for."""
@@ -180,6 +184,53 @@ class StoreCollector(Collector):
         )
         yield committed
         yield from _tiers(stats)
+
+
+class TransferCollector(Collector):
+    """`Store.transfer_stats()` as metrics, read when scraped."""
+
+    def __init__(self, stats: Callable[[], TransferStats]) -> None:
+        self._stats = stats
+
+    def collect(self) -> Iterable[Metric]:
+        stats = self._stats()
+        queued = GaugeMetricFamily(
+            "kvstore_transfers_queued", "Transfers that wait or run.", labels=["class"]
+        )
+        for name, count in stats.queued.items():
+            queued.add_metric([name], count)
+        refused = CounterMetricFamily(
+            "kvstore_loads_refused",
+            "Chains that were brought up in part or not at all, by why.",
+            labels=["reason"],
+        )
+        for reason, count in stats.refused.items():
+            refused.add_metric([reason.label], count)
+        yield from (queued, refused)
+        yield CounterMetricFamily(
+            "kvstore_deadlines_missed",
+            "Acquires whose time was up before all they waited for was there.",
+            stats.missed_deadlines,
+        )
+        yield CounterMetricFamily(
+            "kvstore_loads_given_up",
+            "Acquires that stopped waiting because computing had become the faster way.",
+            stats.given_up,
+        )
+        prefetched = CounterMetricFamily(
+            "kvstore_prefetched_bytes",
+            "Prefetched, and then asked for (used) or gone before anybody did (wasted).",
+            labels=["result"],
+        )
+        prefetched.add_metric(["used"], stats.prefetched_used_bytes)
+        prefetched.add_metric(["wasted"], stats.prefetched_wasted_bytes)
+        yield prefetched
+        yield _gauge(
+            "kvstore_prefetched_unused_bytes",
+            "Prefetched and there, and not asked for yet.",
+            stats.prefetched_unused_bytes,
+        )
+        yield from _predictions(stats)
 
 
 class WearCollector(Collector):
@@ -216,6 +267,24 @@ class WearCollector(Collector):
 
 def _gauge(name: str, help_text: str, value: float) -> Metric:
     return GaugeMetricFamily(name, help_text, value)
+
+
+def _predictions(stats: TransferStats) -> Iterable[Metric]:
+    """Of the time of transfers: what was predicted, what it was, and the difference."""
+    said = CounterMetricFamily(
+        "kvstore_predicted_seconds", "What transfers were predicted to take.", labels=["dst"]
+    )
+    taken = CounterMetricFamily(
+        "kvstore_taken_seconds", "What those transfers took.", labels=["dst"]
+    )
+    error = CounterMetricFamily(
+        "kvstore_prediction_error_seconds", "By how much the two differed.", labels=["dst"]
+    )
+    for tier, link in stats.links.items():
+        said.add_metric([tier.label], link.predicted_seconds)
+        taken.add_metric([tier.label], link.actual_seconds)
+        error.add_metric([tier.label], link.error_seconds)
+    yield from (said, taken, error)
 
 
 def _lookups(stats: StoreStats) -> Iterable[Metric]:

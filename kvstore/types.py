@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import enum
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
@@ -80,6 +80,20 @@ class Refusal(enum.IntEnum):
     @property
     def label(self) -> str:
         return self.name.lower()
+
+
+class Hints(NamedTuple):
+    """What a caller says of its request.
+
+    `priority`: 0 to 100. `tokens_per_s`: for callers that compute what they are not given,
+    how fast they do, 0.0 where they have not measured it; None for others.
+    """
+
+    priority: int = 50
+    tokens_per_s: float | None = None
+
+
+NO_HINTS = Hints()
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +185,32 @@ class StoreStats(NamedTuple):
     tenant_blocks: int
 
 
+class LinkStats(NamedTuple):
+    """One direction of the way between DRAM and the tier behind it. Seconds are those of
+    all transfers together: predicted, taken, and by how much the two differed."""
+
+    predicted_seconds: float
+    actual_seconds: float
+    error_seconds: float
+
+
+class TransferStats(NamedTuple):
+    """What moves between tiers, since the start but for `queued`.
+
+    `queued`: transfers that wait or run, by class. `refused`: chains that were brought up
+    in part or not at all, by why. `links`: by the tier that is moved into.
+    """
+
+    queued: Mapping[str, int]
+    refused: Mapping[Refusal, int]
+    missed_deadlines: int
+    given_up: int
+    prefetched_used_bytes: int
+    prefetched_wasted_bytes: int
+    prefetched_unused_bytes: int
+    links: Mapping[Tier, LinkStats]
+
+
 def check_key(key: bytes) -> bytes:
     """`key` itself; raises `BadKey` unless it is 32 bytes."""
     if len(key) != KEY_BYTES:
@@ -194,6 +234,7 @@ class LeaseGrant(NamedTuple):
 
     `addresses` and `checksums` are layout-major: all `held` positions of the
     first layout, then of the second. A `lease_id` of 0 means nothing is held.
+    `refusal`: why it is not more, where more is held.
     """
 
     lease_id: int
@@ -202,6 +243,7 @@ class LeaseGrant(NamedTuple):
     checksums: list[int]
     expires_ns: int
     from_dram: int
+    refusal: Refusal | None = None
 
 
 class SlotGrant(NamedTuple):

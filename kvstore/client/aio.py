@@ -29,9 +29,11 @@ from kvstore.client.transport_aio import AsyncTransport
 from kvstore.client.wire import ServerInfo
 from kvstore.errors import BadRequest, KVStoreError, LeaseExpired, Unavailable
 from kvstore.types import (
+    NO_HINTS,
     ChainPresence,
     ChainQuery,
     CommitAnswer,
+    Hints,
     LayoutSpec,
     LeaseGrant,
     PutOutcome,
@@ -205,12 +207,14 @@ class AsyncClient:
 
         return await self._run(flow())
 
-    async def acquire_many(self, chains: Sequence[ChainQuery], wait_ms: int) -> list[LeaseGrant]:
+    async def acquire_many(
+        self, chains: Sequence[ChainQuery], wait_ms: int, hints: Hints = NO_HINTS
+    ) -> list[LeaseGrant]:
         """Low level: a grant for each chain, to be released by id."""
 
         def flow() -> Flow[list[LeaseGrant]]:
             budget = Budget(self._core.timeout_s)
-            return (yield from calls.acquire(self._core, budget, chains, wait_ms))[0]
+            return (yield from calls.acquire(self._core, budget, chains, wait_ms, hints))[0]
 
         return await self._run(flow())
 

@@ -20,9 +20,11 @@ from kvstore.errors import (
     ReservationExpired,
 )
 from kvstore.types import (
+    NO_HINTS,
     ChainPresence,
     ChainQuery,
     CommitAnswer,
+    Hints,
     LayoutSpec,
     LeaseGrant,
     Segment,
@@ -84,12 +86,16 @@ def lookup(core: Core, chains: Sequence[ChainQuery]) -> Flow[list[ChainPresence]
 
 
 def acquire(
-    core: Core, budget: Budget, chains: Sequence[ChainQuery], wait_ms: int
+    core: Core,
+    budget: Budget,
+    chains: Sequence[ChainQuery],
+    wait_ms: int,
+    hints: Hints = NO_HINTS,
 ) -> Flow[tuple[list[LeaseGrant], Link]]:
     """Leases, and the link they were granted under."""
 
     def request() -> Message:
-        return _acquire_message(budget, chains, wait_ms)
+        return _acquire_message(budget, chains, wait_ms, hints)
 
     undo = partial(_undo_leases, core)
     response, link = yield from call(core, budget, "Acquire", request, undo)
@@ -115,8 +121,16 @@ def end_acquire(link: Link, begun: Any) -> Flow[list[LeaseGrant] | None]:
     return wire.grants(cast(pb.AcquireResponse, response), link.tag)
 
 
-def _acquire_message(budget: Budget, chains: Sequence[ChainQuery], wait_ms: int) -> Message:
-    return pb.AcquireRequest(chains=wire.chain_messages(chains), wait_ms=_clamp(wait_ms, budget))
+def _acquire_message(
+    budget: Budget, chains: Sequence[ChainQuery], wait_ms: int, hints: Hints = NO_HINTS
+) -> Message:
+    message = pb.AcquireRequest(chains=wire.chain_messages(chains), wait_ms=_clamp(wait_ms, budget))
+    if hints.priority != NO_HINTS.priority:
+        message.priority = hints.priority
+    if hints.tokens_per_s is not None:
+        message.recompute.tokens_per_s = hints.tokens_per_s
+        message.recompute.SetInParent()  # Though it may be 0.
+    return message
 
 
 def _undo_leases(core: Core, link: Link, response: pb.AcquireResponse | None) -> Call | None:

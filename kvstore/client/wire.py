@@ -19,6 +19,7 @@ from kvstore.types import (
     CommitOutcome,
     LayoutSpec,
     LeaseGrant,
+    Refusal,
     Segment,
     SlotGrant,
     StoreStats,
@@ -42,6 +43,7 @@ _WRITE_SLOT_TAG = b"\x08"  # field 1, varint
 _WRITE_DATA_TAG = b"\x12"  # field 2, length-delimited
 
 _OUTCOMES = {int(outcome): outcome for outcome in CommitOutcome}
+_REFUSALS = {int(refusal): refusal for refusal in Refusal}
 
 
 class ServerInfo(NamedTuple):
@@ -79,6 +81,7 @@ def grants(response: pb.AcquireResponse, tag: int) -> list[LeaseGrant]:
             unpack_numbers(lease.checksums),
             lease.expires_ns,
             lease.from_dram,
+            _REFUSALS.get(lease.refusal),
         )
         for lease in response.leases
     ]

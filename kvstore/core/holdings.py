@@ -37,6 +37,10 @@ class Holdings:
         """Stored keys of blocks that came to or went from a tier since the planner
         last told the shell."""
         self.corrupt = 0
+        self.unused_bytes = self.used_bytes = self.wasted_bytes = 0
+        """Of what was prefetched: what is there and nobody has asked for yet, what was
+        asked for, and what went before anybody did."""
+        self._unused: set[Replica] = set()
         self.nvme_on = nvme is not None
         self.forgetting = 0
         """Replicas that the NVMe tier is striking."""
@@ -88,8 +92,27 @@ class Holdings:
         self.pool_of(replica).insert(replica, self.class_of(replica))
         self.note_dirty(replica.block)
 
+    def came_unasked(self, replica: Replica) -> None:
+        """It was prefetched."""
+        self._unused.add(replica)
+        self.unused_bytes += replica.block.layout.block_bytes
+
+    def asked_for(self, replicas: Iterable[Replica]) -> None:
+        """Somebody reads replicas in DRAM."""
+        if self._unused:
+            for replica in self._unused.intersection(replicas):
+                self.used_bytes += self._no_longer_unused(replica)
+
+    def _no_longer_unused(self, replica: Replica) -> int:
+        nbytes = replica.block.layout.block_bytes
+        self._unused.remove(replica)
+        self.unused_bytes -= nbytes
+        return nbytes
+
     def goes(self, replica: Replica) -> None:
         """It is about to stop being READY."""
+        if replica in self._unused:
+            self.wasted_bytes += self._no_longer_unused(replica)
         self.changed.add(replica.block.stored_key)
         self.pool_of(replica).withdraw(replica, self.class_of(replica))
         if replica.tier is Tier.DRAM:
@@ -216,3 +239,5 @@ class Holdings:
             listed = {r for dirty in self._dirty.values() for r in dirty}
             if should != listed:
                 raise AssertionError("the dirty list is not what is dirty")
+        if any(replica.state is not State.READY for replica in self._unused):
+            raise AssertionError("what is gone is held to be unused")

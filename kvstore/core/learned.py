@@ -23,6 +23,7 @@ FEW = 5
 """Fewer of a size say less than all sizes together."""
 WINDOW = 8
 """Ends that a pace is measured over: copies that run at the same time end in bursts."""
+STALE_NS = 5_000_000_000
 MOST_SPEEDS = 1024
 """Layouts whose prefill is remembered."""
 
@@ -93,9 +94,16 @@ class LinkCost:
         self.predicted_ns = self.actual_ns = self.error_ns = 0.0
         """Of all batches noted: sums of what was said, what was, and by how much the two
         differed."""
+        self._noted_ns: int | None = None
         self._any = Ratios()
         self._by_size: dict[int, Ratios] = {}
         self._pace = Ratios()
+
+    def stale(self, now_ns: int) -> bool:
+        """Nothing was measured for so long that what was learned may not hold any more."""
+        if self._noted_ns is None:
+            self._noted_ns = now_ns
+        return now_ns - self._noted_ns >= STALE_NS
 
     def turnaround(self, work_ns: int) -> Prediction:
         """From a batch's start to its end."""
@@ -108,10 +116,11 @@ class LinkCost:
         """Until so much work has gone through, one thing after the other."""
         return Prediction(self._pace.median * work_ns, self._pace.spread * work_ns)
 
-    def note(self, work_ns: int, taken_ns: int, said_ns: float) -> None:
+    def note(self, work_ns: int, taken_ns: int, said_ns: float, now_ns: int) -> None:
         """A batch has ended well, for which `said_ns` was predicted."""
         if taken_ns <= 0:
             return
+        self._noted_ns = now_ns
         self.predicted_ns += said_ns
         self.actual_ns += taken_ns
         self.error_ns += abs(said_ns - taken_ns)

@@ -3,7 +3,8 @@
 An acquire pins what is in DRAM, has the rest brought up, and is settled when all of
 that has ended, well or badly: the longest prefix that is READY then becomes a lease.
 A chain for which there is no room in DRAM yet is *cramped*: it goes on when room is
-made, and is cut short where none can come, or where a transfer is refused.
+made, and is cut short where none can come. How much is brought up at all is decided
+when it is asked for (`core.choice`), and again when that takes longer than was predicted.
 
 Pinning, settling and letting go take time for every block, so they are chores
 (`core.chores`); most acquires are over with the first part. In between, what is pinned
@@ -17,11 +18,14 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Generator, Iterator, Sequence
-from itertools import chain, takewhile
+from functools import partial
+from itertools import chain, islice, takewhile
 
 from kvstore.core.actions import Answer
 from kvstore.core.catalog import Catalog, Layout, Replica, is_ready
+from kvstore.core.choice import choose
 from kvstore.core.chores import CHANGED, NAMED, SEEN, Chore, Chores
+from kvstore.core.learned import Prediction, PrefillSpeeds
 from kvstore.core.lifecycle import State
 from kvstore.core.limits import Counters, Limits
 from kvstore.core.residency import Residency
@@ -30,11 +34,16 @@ from kvstore.core.space import SpaceClass
 from kvstore.core.tickets import AcquireTicket, ChainClaim
 from kvstore.core.transfers import TransferClass, Wish
 from kvstore.errors import ForeignLease, LeaseExpired, TooMany
-from kvstore.types import ChainQuery, LeaseGrant, Refusal
+from kvstore.types import NO_HINTS, ChainQuery, Hints, LeaseGrant, Refusal, Tier
 
 MAX_LEASED = 1 << 22
 """Blocks that the leases of one session may hold together, each as often as it is
 leased. Bounds memory."""
+
+LOOKED_AHEAD = 64
+"""Positions counted before looking whether there is time for them."""
+GRACE_NS = 5_000_000
+"""A prediction is not wrong for so little."""
 
 _NOTHING = LeaseGrant(0, 0, [], [], 0, 0)
 
@@ -55,6 +64,7 @@ class Leases:
         self._limits = limits
         self._counters = counters
         self._ids = ids
+        self.prefill = PrefillSpeeds()
         # In the order in which they end, but for the moments that granting one takes.
         self._leases: OrderedDict[int, Lease] = OrderedDict()
         self._tickets: set[AcquireTicket] = set()
@@ -74,7 +84,7 @@ class Leases:
         wait: bool,
         now_ns: int,
         deadline_ns: int | None = None,
-        priority: int = 50,
+        hints: Hints = NO_HINTS,
     ) -> AcquireTicket:
         """Pin the longest prefix of each chain. Without `wait`, only what is in DRAM;
         what has to be brought up is wanted by `deadline_ns`.
@@ -88,11 +98,12 @@ class Leases:
             raise TooMany(f"a session may hold {MAX_LEASED} blocks")
         layouts = [[self._catalog.layout(session.tenant, i) for i in c.layout_ids] for c in chains]
         claims = [
-            ChainClaim(shards, asked.keys, [[] for _ in shards])
+            ChainClaim(shards, asked.keys, [[] for _ in shards], len(asked.keys))
             for asked, shards in zip(chains, layouts, strict=True)
         ]
-        wish = Wish(TransferClass.DEMAND, now_ns, priority, deadline_ns)
+        wish = Wish(TransferClass.DEMAND, now_ns, hints.priority, deadline_ns)
         ticket = AcquireTicket(session, claims, wish, wait=wait)
+        ticket.compute_ns = self._compute_ns(layouts, hints.tokens_per_s)
         self._tickets.add(ticket)
         session.tickets.add(ticket)
         self._chores.add(self._claim(ticket, now_ns))
@@ -105,7 +116,9 @@ class Leases:
         """Pin all that can be pinned now."""
         for claim in ticket.claims:
             yield from self._claim_ready(claim)
-        yield from self._extend(ticket)
+            if ticket.wait:
+                yield from self._choose(ticket, claim)
+            yield from self._extend(ticket, claim)
         ticket.at_work = False
         if not self._may_get_on(ticket):
             ticket.at_work = True
@@ -129,26 +142,80 @@ class Leases:
                 for column, run in zip(claim.columns, runs, strict=True):
                     del run[most:]
                     self._holdings.pin_all(run)
+                    self._holdings.asked_for(run)
                     column += run
                 claim.from_dram = claim.claimed
             yield NAMED * (most + 1) * len(runs)
 
-    def _extend(self, ticket: AcquireTicket) -> Chore:
+    def _choose(self, ticket: AcquireTicket, claim: ChainClaim) -> Chore:
+        """Decide how much of what lies behind DRAM to bring up."""
+        wish, link = ticket.wish, self._residency.transfers
+        ready = partial(link.ready, Tier.DRAM, ticket.session.tenant, wish.priority, wish.asked_ns)
+        left_ns = None if wish.deadline_ns is None else wish.deadline_ns - wish.asked_ns
+        works_ns = [0]
+        for key in islice(claim.keys, claim.claimed, None):
+            work_ns = self._work_ns(claim.layouts, key)
+            yield NAMED * len(claim.layouts)
+            if work_ns is None:
+                break
+            works_ns.append(works_ns[-1] + work_ns)
+            look = left_ns is not None and len(works_ns) % LOOKED_AHEAD == 2
+            if look and ready(works_ns[-1]).ns > (left_ns or 0):
+                break  # It is too late for this one, and so for all that follow.
+        if not works_ns[-1]:
+            return
+        if self._residency.stalled:
+            self._refuse(claim, claim.claimed, Refusal.STALLED)
+            return
+        choice = choose(works_ns, ready, left_ns, ticket.compute_ns)
+        if choice.refusal is not None:
+            self._refuse(claim, claim.claimed + choice.positions, choice.refusal)
+        if ticket.compute_ns and choice.positions:
+            doubt_ns = wish.asked_ns + _doubtful_ns(choice.prediction)
+            ticket.doubt_ns = max(ticket.doubt_ns or 0, doubt_ns)
+
+    def _work_ns(self, layouts: list[Layout], key: bytes) -> int | None:
+        """The work of bringing up a position; None where it is not held."""
+        work_ns = 0
+        for layout in layouts:
+            block = self._catalog.find(layout, key)
+            if block is None or not (block.readable or block.dram is not None):
+                return None
+            if block.dram is None:
+                nominal = self._residency.transfers.costs[Tier.DRAM].nominal
+                work_ns += nominal.work_ns(layout.block_bytes)
+        return work_ns
+
+    def _refuse(self, claim: ChainClaim, most: int, why: Refusal) -> None:
+        claim.most, claim.refusal = most, why
+        self._counters.refused[why] += 1
+
+    def _compute_ns(self, layouts: list[list[Layout]], tokens_per_s: float | None) -> float:
+        """What a position costs who computes what it is not given; 0.0 where that is
+        not known, and for who does not."""
+        first = next((shards[0] for shards in layouts if shards), None)
+        if tokens_per_s is None or first is None:
+            return 0.0
+        if tokens_per_s > 0:
+            self.prefill.note(first.layout_id, tokens_per_s)
+        speed = self.prefill.tokens_per_s(first.layout_id)
+        return first.spec.block_tokens * 1e9 / speed if speed else 0.0
+
+    def _extend(self, ticket: AcquireTicket, claim: ChainClaim) -> Chore:
         """Pin what else can be pinned; see to it that it is brought up."""
-        for claim in ticket.claims:
-            while claim.claimed < len(claim.keys) and claim.layouts and claim.refusal is None:
-                position = self._claim_position(ticket, claim)
-                if position is None:
-                    yield NAMED * len(claim.layouts)
-                    break
-                cost = NAMED
-                for column, replica in zip(claim.columns, position, strict=True):
-                    column.append(replica)
-                    if replica.state is State.FILLING and replica not in ticket.missing:
-                        ticket.missing.add(replica)
-                        self._filling.setdefault(replica, []).append(ticket)
-                        cost = CHANGED
-                yield cost * len(position)
+        while claim.claimed < claim.most and claim.layouts:
+            position = self._claim_position(ticket, claim)
+            if position is None:
+                yield NAMED * len(claim.layouts)
+                break
+            cost = NAMED
+            for column, replica in zip(claim.columns, position, strict=True):
+                column.append(replica)
+                if replica.state is State.FILLING and replica not in ticket.missing:
+                    ticket.missing.add(replica)
+                    self._filling.setdefault(replica, []).append(ticket)
+                    cost = CHANGED
+            yield cost * len(position)
 
     def _claim_position(self, ticket: AcquireTicket, claim: ChainClaim) -> list[Replica] | None:
         """One replica a layout, pinned, or None; `claim` says whether it is room that is
@@ -183,7 +250,7 @@ class Leases:
         if replica is None and ticket.wait and is_ready(block.nvme):
             brought = self._residency.bring_up(block, ticket.wish)
             if isinstance(brought, Refusal):
-                claim.refusal = brought
+                self._refuse(claim, claim.claimed, brought)
                 return None
             replica = brought
             claim.cramped = replica is None
@@ -191,12 +258,13 @@ class Leases:
             return None
         if replica.state is State.FILLING and ticket.wait:
             if self._residency.stalled:
-                claim.refusal = Refusal.STALLED
+                self._refuse(claim, claim.claimed, Refusal.STALLED)
                 return None
             self._residency.transfers.hurry(replica, ticket.wish)
         elif replica.state is not State.READY:
             return None
         self._holdings.pin(replica)
+        self._holdings.asked_for((replica,))
         return replica
 
     # Settling
@@ -206,6 +274,28 @@ class Leases:
         ticket.wait = False
         if not ticket.at_work and ticket.answer is None:
             self._begin_settling(ticket, now_ns)
+
+    def out_of_time(self, ticket: AcquireTicket, now_ns: int) -> None:
+        """The caller's patience has ended."""
+        self._counters.missed_deadlines += bool(ticket.missing)
+        self.give_up(ticket, now_ns)
+
+    def doubt(self, ticket: AcquireTicket, now_ns: int) -> None:
+        """What was predicted has not come about: decide again whether the rest is worth
+        waiting for. What has been brought up is leased in any case."""
+        if ticket.answer is not None or ticket.at_work or not ticket.missing:
+            ticket.doubt_ns = None
+            return
+        link = self._residency.transfers
+        said = link.ready(Tier.DRAM, ticket.session.tenant, ticket.wish.priority, now_ns, 1)
+        left = said._replace(ns=said.ns + max(0.0, link.overdue_ns(now_ns)))
+        layouts = max(len(claim.layouts) for claim in ticket.claims)
+        # It was wrong once: this time it has to be twice as good.
+        if 2 * (left.ns + left.error_ns) < len(ticket.missing) / layouts * ticket.compute_ns:
+            ticket.doubt_ns = now_ns + _doubtful_ns(left)
+            return
+        self._counters.given_up += 1
+        self.give_up(ticket, now_ns)
 
     def withdraw(self, ticket: AcquireTicket, now_ns: int) -> None:
         """The caller is gone: nobody would give back what it is granted."""
@@ -283,7 +373,8 @@ class Leases:
                     run = [replica for replica in run if is_ready(replica)]
                 self._holdings.touch_run(layout, run)
                 yield NAMED + SEEN * len(run)
-        return LeaseGrant(0, held, addresses, checksums, expires_ns, min(claim.from_dram, held))
+        from_dram = min(claim.from_dram, held)
+        return LeaseGrant(0, held, addresses, checksums, expires_ns, from_dram, claim.refusal)
 
     def _leading_ready(self, claim: ChainClaim) -> Generator[int, None, int]:
         """How many positions are READY in all layouts."""
@@ -303,7 +394,7 @@ class Leases:
         self._counters.acquired_hits += grant.held
         self._counters.acquired_hits_dram += grant.from_dram
         if not grant.held:
-            return _NOTHING
+            return _NOTHING._replace(refusal=grant.refusal)
         replicas = claim.columns[0] if len(claim.columns) == 1 else list(chain(*claim.columns))
         lease = Lease(next(self._ids), session, replicas, grant.expires_ns)
         self._leases[lease.lease_id] = session.leases[lease.lease_id] = lease
@@ -393,7 +484,7 @@ class Leases:
             classes = {layout.dram_class for claim in ticket.claims for layout in claim.layouts}
             if classes <= full:
                 continue
-            for cost in self._extend(ticket):
+            for cost in chain.from_iterable(self._extend(ticket, c) for c in ticket.claims):
                 left -= cost
                 if left <= 0:
                     # Room for so many: the next transfer that ends goes on from here.
@@ -427,3 +518,8 @@ class Leases:
             for claim in ticket.claims:
                 yield from chain.from_iterable(claim.columns)
         yield from chain.from_iterable(self._letting_go)
+
+
+def _doubtful_ns(said: Prediction) -> int:
+    """How long after a prediction it is taken for wrong."""
+    return int(said.ns + 3 * said.error_ns) + GRACE_NS

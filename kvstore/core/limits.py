@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from kvstore.types import Refusal
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,3 +33,9 @@ class Counters:
     denied_blocks: int = 0
     expired_leases: int = 0
     expired_reservations: int = 0
+    missed_deadlines: int = 0
+    """Acquires whose time was up before all they waited for was there."""
+    given_up: int = 0
+    """Acquires that waited for longer than was predicted, and longer than it is worth."""
+    refused: dict[Refusal, int] = field(default_factory=lambda: dict.fromkeys(Refusal, 0))
+    """Chains that were brought up in part or not at all."""

@@ -8,7 +8,7 @@ actions (`core.actions`). The server and the simulator run this same code.
                          abort prefetch clear flush
     clients' lives    -> open_session close_session
     the tiers         -> transfer_done transfer_failed forgotten extent_failed tier_failed
-    time              -> tick, give_up
+    time              -> tick, doubt, give_up
     time to spare     -> chores.go_on, for as long as there are any
 
 A call that may have to wait returns a ticket. A ticket whose `answer` is set is
@@ -25,7 +25,7 @@ the more blocks there are (a clear, a flush, the end of a tier) is a chore, done
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import count
 
@@ -58,9 +58,11 @@ from kvstore.core.transfers import TransferClass
 from kvstore.core.write_back import DEPTH
 from kvstore.errors import BadRequest, NoSession, TooMany
 from kvstore.types import (
+    NO_HINTS,
     ChainPresence,
     ChainQuery,
     CommitAnswer,
+    Hints,
     LayoutSpec,
     Segment,
     Tier,
@@ -195,10 +197,10 @@ class Planner:
         wait: bool,
         now_ns: int,
         deadline_ns: int | None = None,
-        priority: int = 50,
+        hints: Hints = NO_HINTS,
     ) -> AcquireTicket:
         return self.leases.acquire(
-            session, chains, wait=wait, now_ns=now_ns, deadline_ns=deadline_ns, priority=priority
+            session, chains, wait=wait, now_ns=now_ns, deadline_ns=deadline_ns, hints=hints
         )
 
     def lease(self, session: Session, lease_id: int) -> Lease:
@@ -240,8 +242,10 @@ class Planner:
 
     # Prefetch, clear, flush
 
-    def prefetch(self, tenant: str, chains: Sequence[ChainQuery], now_ns: int) -> PrefetchTicket:
-        return self.prefetches.prefetch(tenant, chains, now_ns)
+    def prefetch(
+        self, tenant: str, chains: Sequence[ChainQuery], *, within_ns: int = 0, now_ns: int
+    ) -> PrefetchTicket:
+        return self.prefetches.prefetch(tenant, chains, within_ns=within_ns, now_ns=now_ns)
 
     def clear(self, tenant: str) -> ClearTicket:
         return self.clears.clear(tenant)
@@ -289,6 +293,24 @@ class Planner:
         self.chores.add(self.residency.switch_off_nvme())
         self.leases.answer_all(now_ns)
 
+    # What was learned
+
+    def learned(self) -> dict[str, dict[str, float]]:
+        """What links and prefills cost here, to be told to a planner on this machine."""
+        costs = self.residency.transfers.costs
+        return {
+            "read": costs[Tier.DRAM].state(),
+            "write": costs[Tier.NVME].state(),
+            "prefill": self.leases.prefill.state(),
+        }
+
+    def restore_learned(self, state: Mapping[str, Mapping[str, object]]) -> None:
+        """Before anything is asked. What is not of a state is ignored."""
+        costs = self.residency.transfers.costs
+        costs[Tier.DRAM].restore(state.get("read", {}))
+        costs[Tier.NVME].restore(state.get("write", {}))
+        self.leases.prefill.restore(state.get("prefill", {}))
+
     # What is found at a start
 
     def restore(
@@ -306,6 +328,7 @@ class Planner:
         """To be called several times a second: ends what has run out of time."""
         if self.residency.look_at_link(now_ns):
             self.leases.answer_all(now_ns)
+        self.residency.call_off_late(now_ns)
         self.leases.expire(now_ns)
         self.reservations.expire(now_ns)
         self.residency.write_back.tick(now_ns)
@@ -317,7 +340,7 @@ class Planner:
         if ticket.answer is not None:
             return
         if isinstance(ticket, AcquireTicket):
-            self.leases.give_up(ticket, now_ns)
+            self.leases.out_of_time(ticket, now_ns)
         elif isinstance(ticket, ReserveTicket):
             self.reservations.give_up(ticket, now_ns)
         elif isinstance(ticket, FlushTicket):
@@ -326,6 +349,10 @@ class Planner:
             self.prefetches.give_up(ticket)
         else:
             self.clears.give_up(ticket)
+
+    def doubt(self, ticket: AcquireTicket, now_ns: int) -> None:
+        """A ticket's `doubt_ns` has come."""
+        self.leases.doubt(ticket, now_ns)
 
     def withdraw(self, ticket: Ticket, now_ns: int) -> None:
         """The caller is gone: as `give_up`, and what it is granted goes back."""

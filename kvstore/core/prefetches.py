@@ -1,4 +1,8 @@
-"""Prefetches: chains that somebody will want soon are brought up, as far as there is room."""
+"""Prefetches: chains that somebody will want soon are brought up, as far as there is room.
+
+They take slots that are free and time that nobody else wants, and no more than a part of
+DRAM for what has not been used yet.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +24,17 @@ class Prefetches:
         self._residency = residency
         self._chores = chores
 
-    def prefetch(self, tenant: str, chains: Sequence[ChainQuery], now_ns: int) -> PrefetchTicket:
+    def prefetch(
+        self, tenant: str, chains: Sequence[ChainQuery], *, within_ns: int, now_ns: int
+    ) -> PrefetchTicket:
         """Answered with the number of blocks that are on their way because of it, once
-        it has seen to all it can. Raises `UnknownLayout`."""
+        it has seen to all it can. What has not begun `within_ns` from now does not begin
+        any more; 0: there is no such time. Raises `UnknownLayout`."""
         catalog = self._residency.catalog
         layouts = [[catalog.layout(tenant, i) for i in chain.layout_ids] for chain in chains]
-        ticket = PrefetchTicket(Wish(TransferClass.PREFETCH, now_ns), layouts, chains)
+        deadline_ns = now_ns + within_ns if within_ns else None
+        wish = Wish(TransferClass.PREFETCH, now_ns, deadline_ns=deadline_ns)
+        ticket = PrefetchTicket(wish, layouts, chains)
         self._chores.add(self._start(ticket))
         return ticket
 
@@ -39,6 +48,9 @@ class Prefetches:
                 blocks = self._readable(layouts, key)
                 lacking = [block for block in blocks if block.dram is None]
                 for block in lacking:
+                    if not self._residency.may_prefetch(block):
+                        self._answer(ticket)
+                        return
                     target = self._residency.bring_up(block, ticket.wish)
                     if target is None or isinstance(target, Refusal):
                         self._answer(ticket)

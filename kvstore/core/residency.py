@@ -32,6 +32,10 @@ NOMINAL = {Tier.DRAM: Speed(1e-4, 1.5e9), Tier.NVME: Speed(1e-4, 1.0e9)}
 """A common drive, read and written; what this one does is learned."""
 
 
+UNUSED_PART = 2
+"""At most one part in so many of DRAM holds what was prefetched and has not been used."""
+
+
 class Residency:
     def __init__(
         self, holdings: Holdings, max_running: int, weight: Callable[[str], float]
@@ -121,6 +125,8 @@ class Residency:
         copy.target.apply(Event.FILLED)
         if copy.target.state is State.READY:
             self.holdings.came(copy.target)
+            if transfer_class is TransferClass.PREFETCH:
+                self.holdings.came_unasked(copy.target)
         elif not copy.target.pins:
             self.holdings.discard(copy.target)
         self.holdings.unpin(copy.source)
@@ -170,6 +176,22 @@ class Residency:
             block.nvme = None
             self.holdings.note_dirty(block)
         self.holdings.left_a_tier(block)
+
+    # What is brought up before anybody waits for it
+
+    def may_prefetch(self, block: Block) -> bool:
+        """Not too much has been brought up already that nobody has used."""
+        unused = self.holdings.unused_bytes + self.transfers.queued_bytes(TransferClass.PREFETCH)
+        return unused + block.layout.block_bytes <= (self.dram.space.capacity_bytes // UNUSED_PART)
+
+    def call_off_late(self, now_ns: int) -> None:
+        """Prefetches that nobody wants any more."""
+        if self.transfers.depth(TransferClass.PREFETCH):
+            self._call_off(
+                transfer
+                for transfer in self.transfers.queued(TransferClass.PREFETCH)
+                if transfer.wish.deadline_ns is not None and transfer.wish.deadline_ns < now_ns
+            )
 
     # A device that does not answer
 

@@ -23,12 +23,13 @@ class ChainClaim:
     `columns[s][p]` is the replica of position p in layout s; all columns are equally
     long. `from_dram` counts the leading positions that were in DRAM when asked for.
     `cramped`: the next position is held, but there was no room in DRAM to bring it up.
-    `refusal`: why it goes no further, though more is held.
+    `most`: positions it may have; `refusal`: why not all.
     """
 
     layouts: list[Layout]
     keys: Sequence[bytes]
     columns: list[list[Replica]]
+    most: int
     from_dram: int = 0
     cramped: bool = False
     refusal: Refusal | None = None
@@ -53,6 +54,10 @@ class AcquireTicket:
     """Something may have happened to what is pinned since it was."""
     withdrawn: bool = False
     """The caller is gone."""
+    compute_ns: float = 0.0
+    """What a position costs who asks, where it computes what it is not given."""
+    doubt_ns: int | None = None
+    """By when all should have been there: then it is decided again."""
     answer: list[LeaseGrant] | None = None
 
 

@@ -161,6 +161,7 @@ class Link:
         self._running: list[Batch] = []
         self._lanes: dict[TransferClass, dict[str, _Lane]] = {c: {} for c in TransferClass}
         self._queued = dict.fromkeys(TransferClass, 0)
+        self._queued_bytes = dict.fromkeys(TransferClass, 0)
         self._clock = dict.fromkeys(TransferClass, 0.0)
         self._owed = dict.fromkeys(TransferClass, 0.0)
         self._sequence = 0
@@ -183,6 +184,10 @@ class Link:
         """Transfers of a class that are queued or running."""
         running = sum(b.going for b in self._running if b.transfer_class is transfer_class)
         return self._queued[transfer_class] + running
+
+    def overdue_ns(self, now_ns: int) -> float:
+        """By how much what runs has taken longer than was predicted, at most."""
+        return max((now_ns - b.began_ns - b.said_ns for b in self._running), default=0.0)
 
     def oldest_ns(self) -> int | None:
         """When the oldest of what runs began."""
@@ -233,9 +238,12 @@ class Link:
             if entry[2] == entry[3].version
         ]
 
-    def ready(self, into: Tier, tenant: str, priority: int, work_ns: int) -> Prediction:
+    def ready(
+        self, into: Tier, tenant: str, priority: int, now_ns: int, work_ns: int
+    ) -> Prediction:
         """How long until demand of so much work, asked for now, would have gone through.
-        Costs nothing to ask, however much is queued."""
+        Costs nothing to ask, however much is queued. Where nothing was measured for some
+        time it is what the link nominally does: somebody has to try."""
         lanes = self._lanes[TransferClass.DEMAND]
         own = lanes.get(tenant)
         mine = sum(w for p, w in own.work.items() if p >= priority) if own is not None else 0
@@ -249,9 +257,14 @@ class Link:
         ahead = sum(batch.work_ns for batch in self._running)
         last_ns = min(work_ns, self._batch_work())
         cost = self.costs[into]
-        wait = cost.passing(int((ahead + mine + theirs + work_ns - last_ns) / (1 - owed)))
-        last = cost.turnaround(last_ns)
+        wait_ns = int((ahead + mine + theirs + work_ns - last_ns) / (1 - owed))
+        if cost.stale(now_ns):
+            return Prediction(wait_ns + last_ns, 0.0)
+        wait, last = cost.passing(wait_ns), cost.turnaround(last_ns)
         return Prediction(wait.ns + last.ns, wait.error_ns + last.error_ns)
+
+    def queued_bytes(self, transfer_class: TransferClass) -> int:
+        return self._queued_bytes[transfer_class]
 
     # Running
 
@@ -304,7 +317,7 @@ class Link:
     def _note(self, batch: Batch, now_ns: int) -> None:
         self.breaker.answered(batch.began_ns, now_ns)
         into = batch.transfers[0].into
-        self.costs[into].note(batch.work_ns, now_ns - batch.began_ns, batch.said_ns)
+        self.costs[into].note(batch.work_ns, now_ns - batch.began_ns, batch.said_ns, now_ns)
         if self._busy_since_ns is None:
             return
         self._passed[into] = self._passed.get(into, 0) + batch.work_ns
@@ -334,6 +347,7 @@ class Link:
         priority = transfer.wish.priority
         lane.work[priority] = lane.work.get(priority, 0) + transfer.work_ns
         self._queued[transfer.transfer_class] += 1
+        self._queued_bytes[transfer.transfer_class] += transfer.nbytes
 
     def _dequeue(self, transfer: Transfer) -> None:
         """Take it out; its entry in the heap is void from here on."""
@@ -356,6 +370,7 @@ class Link:
         else:
             del lane.work[transfer.wish.priority]
         self._queued[transfer.transfer_class] -= 1
+        self._queued_bytes[transfer.transfer_class] -= transfer.nbytes
 
     def _next(self, now_ns: int) -> Batch | None:
         transfer_class = self._next_class()

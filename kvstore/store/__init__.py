@@ -12,6 +12,7 @@ waits for a tier.
     movement    copies between tiers, and what the NVMe tier keeps, forgets and syncs
     extents     memory and files that come and go
     directory   what local clients search (`kvstore.listing`), kept in step
+    costs       what was learned of this machine, kept
     recovery    what is found at a start
     upkeep      what is done ten times a second
     figures     what can be counted

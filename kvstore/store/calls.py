@@ -7,6 +7,7 @@ import logging
 import secrets
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
+from pathlib import Path
 
 from kvstore.clock import Clock
 from kvstore.config import StoreConfig
@@ -18,9 +19,10 @@ from kvstore.core.sessions import Session
 from kvstore.core.space import Space
 from kvstore.errors import BadRequest, Draining, TierError
 from kvstore.listing import Listing
+from kvstore.store.costs import Costs
 from kvstore.store.directory import Directory
 from kvstore.store.extents import Extents
-from kvstore.store.figures import store_stats
+from kvstore.store.figures import store_stats, transfer_stats
 from kvstore.store.loop import Loop, StoreObserver
 from kvstore.store.movement import MAX_RUNNING, Movement
 from kvstore.store.recovery import recover
@@ -28,16 +30,19 @@ from kvstore.store.upkeep import Upkeep
 from kvstore.store.waiting import Waiting
 from kvstore.tiers.base import MemoryTier, StorageTier
 from kvstore.types import (
+    NO_HINTS,
     SESSION_ID_BYTES,
     ChainPresence,
     ChainQuery,
     CommitAnswer,
+    Hints,
     LayoutSpec,
     LeaseGrant,
     Segment,
     SlotGrant,
     StoreStats,
     Tier,
+    TransferStats,
 )
 
 log = logging.getLogger(__name__)
@@ -58,8 +63,10 @@ class Store:
         tenant_key: Callable[[str], bytes],
         executor: Executor,
         observer: StoreObserver,
+        costs: Path | None = None,
     ) -> None:
-        """Takes over the tiers: they are closed with the store."""
+        """Takes over the tiers: they are closed with the store. `costs`: the file in which
+        what was learned of this machine is kept."""
         self.dram = dram
         self.epoch = secrets.token_bytes(8)
         self._nvme = nvme
@@ -99,12 +106,16 @@ class Store:
         self._extents = Extents(self._loop, dram, nvme)
         self._movement = Movement(self._loop, dram, nvme, self._extents)
         self._upkeep = Upkeep(self._loop, self._movement, self._listing)
+        self._costs = None if costs is None else Costs(self._loop, costs)
         self._loop.handle(RememberLayout, self._remember)
 
     # Life
 
     async def start(self) -> None:
         """Take over what the NVMe tier holds, then begin to work."""
+        if self._costs is not None:
+            self._costs.recall()
+            self._loop.spawn(self._costs.work())
         if self._nvme is not None:
             await recover(self._loop, self._nvme, self._directory)
         self._loop.execute()
@@ -124,6 +135,8 @@ class Store:
     async def close(self) -> None:
         """Stop working and close the tiers. Copies under way are waited for."""
         await self._loop.close()
+        if self._costs is not None:
+            self._costs.keep()
         self._listing.close()
         if self._nvme is not None:
             try:
@@ -192,7 +205,11 @@ class Store:
         return answers
 
     async def acquire(
-        self, session: Session, chains: Sequence[ChainQuery], wait_ms: int
+        self,
+        session: Session,
+        chains: Sequence[ChainQuery],
+        wait_ms: int,
+        hints: Hints = NO_HINTS,
     ) -> list[LeaseGrant]:
         """See the planner. Waits at most `wait_ms` for blocks to come up."""
         self._refuse_when_draining()
@@ -200,6 +217,7 @@ class Store:
         ticket = self._planner.acquire(
             session, chains,
             wait=wait_ms > 0, now_ns=now_ns, deadline_ns=now_ns + wait_ms * 1_000_000,
+            hints=hints,
         )  # fmt: skip
         await self._waiting.wait(ticket, wait_ms / 1000)
         assert ticket.answer is not None
@@ -280,10 +298,13 @@ class Store:
         replica = self._planner.slot(session, slot_id)
         return self.dram.view(replica.address, replica.block.layout.block_bytes)
 
-    async def prefetch(self, tenant: str, chains: Sequence[ChainQuery]) -> int:
-        """Blocks that are on their way because of it."""
+    async def prefetch(self, tenant: str, chains: Sequence[ChainQuery], within_ms: int = 0) -> int:
+        """Blocks that are on their way because of it. Those that have not begun within
+        `within_ms` do not begin any more; 0: whenever there is room."""
         self._refuse_when_draining()
-        ticket = self._planner.prefetch(tenant, chains, self._clock.now_ns())
+        ticket = self._planner.prefetch(
+            tenant, chains, within_ns=within_ms * 1_000_000, now_ns=self._clock.now_ns()
+        )
         await self._waiting.wait(ticket, None)
         assert ticket.answer is not None
         return ticket.answer
@@ -311,6 +332,9 @@ class Store:
     def stats(self, tenant: str | None = None) -> StoreStats:
         uptime_s = (self._clock.now_ns() - self._started_ns) / 1e9
         return store_stats(self._planner, self._movement.moved_bytes, uptime_s, tenant)
+
+    def transfer_stats(self) -> TransferStats:
+        return transfer_stats(self._planner)
 
     def check_integrity(self) -> None:
         """See the planner. For tests and idle moments: O(blocks)."""

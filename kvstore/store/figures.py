@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from kvstore.core.planner import Planner
-from kvstore.types import StoreStats, Tier, TierStats
+from kvstore.core.transfers import TransferClass
+from kvstore.types import LinkStats, StoreStats, Tier, TierStats, TransferStats
 
 
 def store_stats(
@@ -43,4 +44,22 @@ def store_stats(
         committed_blocks=counters.committed_blocks,
         corrupt_blocks=residency.holdings.corrupt,
         tenant_blocks=0 if tenant is None else planner.catalog.tenant_blocks(tenant),
+    )
+
+
+def transfer_stats(planner: Planner) -> TransferStats:
+    counters, residency = planner.counters, planner.residency
+    link, holdings = residency.transfers, residency.holdings
+    return TransferStats(
+        queued={each.label: link.depth(each) for each in TransferClass},
+        refused=dict(counters.refused),
+        missed_deadlines=counters.missed_deadlines,
+        given_up=counters.given_up,
+        prefetched_used_bytes=holdings.used_bytes,
+        prefetched_wasted_bytes=holdings.wasted_bytes,
+        prefetched_unused_bytes=holdings.unused_bytes,
+        links={
+            tier: LinkStats(cost.predicted_ns / 1e9, cost.actual_ns / 1e9, cost.error_ns / 1e9)
+            for tier, cost in link.costs.items()
+        },
     )

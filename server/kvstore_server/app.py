@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from hashlib import blake2b
 from importlib import metadata
+from pathlib import Path
 
 from prometheus_client import CollectorRegistry
 
@@ -93,6 +94,7 @@ class App:
         await self.store.start()
         self.health.stalled_seconds = self._stalled_seconds
         self.metrics.watch_store(self.store.stats, self._stalled_seconds)
+        self.metrics.watch_transfers(self.store.transfer_stats)
         await self._listen()
         self._write_state()
         self._undo.callback(config.state_path.unlink, missing_ok=True)
@@ -148,6 +150,7 @@ class App:
                 tenant_key=lambda tenant: blake2b(tenant.encode(), key=secret).digest(),
                 executor=ThreadPoolExecutor(MAX_RUNNING + _OTHER_THREADS, "kvstore-io"),
                 observer=self.metrics,
+                costs=None if nvme is None else Path(self.config.nvme.path) / "costs.json",
             )
         except BaseException:
             if nvme is not None:

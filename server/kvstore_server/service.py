@@ -7,6 +7,7 @@ Handlers run on the store's own loop, so they call it directly.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +23,7 @@ from kvstore.errors import (
 )
 from kvstore.metrics import Metrics
 from kvstore.store import Session, Store
-from kvstore.types import KEY_BYTES, ChainQuery, LayoutSpec, Segment, SlotGrant, check_key
+from kvstore.types import KEY_BYTES, ChainQuery, Hints, LayoutSpec, Segment, SlotGrant, check_key
 from kvstore.wire.columns import pack_numbers, unpack_keys, unpack_numbers
 from kvstore.wire.v1 import kvstore_pb2 as pb
 from kvstore_server import limits
@@ -31,6 +32,7 @@ from kvstore_server.calls import METHODS, SERVICE_NAME, Calls, UnaryMethod, mess
 from kvstore_server.framing import frame_read, parse_write
 from kvstore_server.principals import Principals
 
+_MAX_PRIORITY = 100
 _NUMBER_BYTES = 8
 """Of a column of numbers (`columns`)."""
 
@@ -144,7 +146,10 @@ class KVStoreService:
 
     async def acquire(self, request: pb.AcquireRequest, caller: Caller) -> pb.AcquireResponse:
         grants = await self._store.acquire(
-            caller.session(), _chains(request.chains), _wait_ms(request.wait_ms)
+            caller.session(),
+            _chains(request.chains),
+            _wait_ms(request.wait_ms),
+            _hints(request),
         )
         return pb.AcquireResponse(
             leases=[
@@ -155,6 +160,7 @@ class KVStoreService:
                     checksums=pack_numbers(grant.checksums),
                     expires_ns=grant.expires_ns,
                     from_dram=grant.from_dram,
+                    refusal=_enum(grant.refusal or 0),
                 )
                 for grant in grants
             ]
@@ -171,7 +177,9 @@ class KVStoreService:
         return pb.ReleaseResponse()
 
     async def prefetch(self, request: pb.PrefetchRequest, caller: Caller) -> pb.PrefetchResponse:
-        started = await self._store.prefetch(caller.tenant(), _chains(request.chains))
+        started = await self._store.prefetch(
+            caller.tenant(), _chains(request.chains), request.within_ms
+        )
         return pb.PrefetchResponse(started=started)
 
     # Writing
@@ -312,6 +320,17 @@ def _chains(chains: Sequence[pb.Chain]) -> list[ChainQuery]:
             raise BadRequest(f"a chain names 1 to {limits.MAX_LAYOUTS} layouts")
         queries.append(ChainQuery(chain.layout_ids, unpack_keys(chain.keys)))
     return queries
+
+
+def _hints(request: pb.AcquireRequest) -> Hints:
+    """What a caller says of its request, once it is within bounds."""
+    priority = request.priority if request.HasField("priority") else Hints().priority
+    if priority > _MAX_PRIORITY:
+        raise BadRequest(f"a priority is 0 to {_MAX_PRIORITY}, not {priority}")
+    speed = request.recompute.tokens_per_s if request.HasField("recompute") else None
+    if speed is not None and not 0 <= speed < math.inf:
+        raise BadRequest("tokens_per_s is a positive number, or 0")
+    return Hints(priority, speed)
 
 
 def _segments(request: pb.CommitRequest) -> list[Segment]:

@@ -21,8 +21,10 @@ from kvstore.core.space import Space
 from kvstore.core.tickets import AcquireTicket, ClearTicket, ReserveTicket, Ticket
 from kvstore.types import (
     ALIGNMENT,
+    NO_HINTS,
     ChainQuery,
     CommitOutcome,
+    Hints,
     LayoutSpec,
     PutOutcome,
     Segment,
@@ -220,11 +222,20 @@ class Shell:
         return outcomes
 
     def acquire(
-        self, session: Session, layout_ids: list[bytes], keys: list[bytes], *, wait: bool = False
+        self,
+        session: Session,
+        layout_ids: list[bytes],
+        keys: list[bytes],
+        *,
+        wait: bool = False,
+        within_ms: float | None = None,
+        hints: Hints = NO_HINTS,
     ) -> AcquireTicket:
+        deadline_ns = None if within_ms is None else self.now_ns + int(within_ms * 1e6)
         ticket = self.planner.acquire(
-            session, [ChainQuery(layout_ids, keys)], wait=wait, now_ns=self.now_ns
-        )
+            session, [ChainQuery(layout_ids, keys)],
+            wait=wait, now_ns=self.now_ns, deadline_ns=deadline_ns, hints=hints,
+        )  # fmt: skip
         self.run()
         return ticket
 
@@ -269,7 +280,7 @@ class RandomLife:
             self.connect, self.reserve, self.reserve, self.write_commit, self.write_commit,
             self.acquire, self.acquire, self.read, self.read, self.end_copy, self.end_copy,
             self.end_forget, self.tick, self.disconnect, self.clear, self.abort, self.prefetch,
-            self.flush, self.patience, self.do_chores, self.lose_nvme,
+            self.flush, self.patience, self.doubt, self.do_chores, self.lose_nvme,
         ]  # fmt: skip
         self.rng.choice(moves)()
         self.shell.run()
@@ -368,7 +379,11 @@ class RandomLife:
             return
         layout_id = self.rng.choice(self.layouts[session.tenant])
         keys = self.some_chain()
-        ticket = self.shell.acquire(session, [layout_id], keys, wait=self.rng.random() < 0.7)
+        hints = Hints(self.rng.choice([0, 50, 90]), self.rng.choice([None, 0.0, 1e3, 1e5]))
+        ticket = self.shell.acquire(
+            session, [layout_id], keys, wait=self.rng.random() < 0.7,
+            within_ms=self.rng.choice([None, 0.2, 5.0, 5000.0]), hints=hints,
+        )  # fmt: skip
         self.reading.append((ticket, layout_id, keys))
 
     def read(self) -> None:
@@ -431,12 +446,20 @@ class RandomLife:
     def prefetch(self) -> None:
         tenant = self.rng.choice(self.tenants)
         chains = [ChainQuery([self.rng.choice(self.layouts[tenant])], self.some_chain())]
-        self.shell.planner.prefetch(tenant, chains, self.shell.now_ns)
+        self.shell.planner.prefetch(
+            tenant, chains, within_ns=self.rng.choice([0, 100_000_000]), now_ns=self.shell.now_ns
+        )
 
     def flush(self) -> None:
         if self.nvme and self.rng.random() < 0.1 and self.shell.planner.residency.nvme_on:
             tenant = self.rng.choice([None, *self.tenants])
             self.shell.planner.flush(tenant, drop=self.rng.random() < 0.5)
+
+    def doubt(self) -> None:
+        """What was predicted does not come about."""
+        for ticket, _, _ in self.reading:
+            if ticket.doubt_ns is not None and self.rng.random() < 0.5:
+                self.shell.planner.doubt(ticket, self.shell.now_ns)
 
     def patience(self) -> None:
         """Somebody's patience ends."""

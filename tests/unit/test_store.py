@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import xxhash
@@ -109,7 +110,10 @@ class SlowMemory(HeapMemory):
 
 
 class Rig:
-    def __init__(self, *, dram_slots: int = 16, nvme_slots: int = 64) -> None:
+    def __init__(
+        self, *, dram_slots: int = 16, nvme_slots: int = 64, costs: Path | None = None
+    ) -> None:
+        self.costs = costs
         self.seen = Seen()
         self.clock = ManualClock()
         self.dram = SlowMemory(EXTENT, dram_slots * SLOT)
@@ -125,6 +129,7 @@ class Rig:
             tenant_key=lambda tenant: tenant.encode(),
             executor=ThreadPoolExecutor(4),
             observer=self.seen,
+            costs=self.costs,
         )
 
     def session(self, tenant: str = "t") -> Session:

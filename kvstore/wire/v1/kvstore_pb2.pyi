@@ -150,12 +150,22 @@ class ChainPresence(_message.Message):
     def __init__(self, held: _Optional[int] = ..., in_dram: _Optional[int] = ...) -> None: ...
 
 class AcquireRequest(_message.Message):
-    __slots__ = ("chains", "wait_ms")
+    __slots__ = ("chains", "wait_ms", "priority", "recompute")
     CHAINS_FIELD_NUMBER: _ClassVar[int]
     WAIT_MS_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    RECOMPUTE_FIELD_NUMBER: _ClassVar[int]
     chains: _containers.RepeatedCompositeFieldContainer[Chain]
     wait_ms: int
-    def __init__(self, chains: _Optional[_Iterable[_Union[Chain, _Mapping]]] = ..., wait_ms: _Optional[int] = ...) -> None: ...
+    priority: int
+    recompute: Recompute
+    def __init__(self, chains: _Optional[_Iterable[_Union[Chain, _Mapping]]] = ..., wait_ms: _Optional[int] = ..., priority: _Optional[int] = ..., recompute: _Optional[_Union[Recompute, _Mapping]] = ...) -> None: ...
+
+class Recompute(_message.Message):
+    __slots__ = ("tokens_per_s",)
+    TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    tokens_per_s: float
+    def __init__(self, tokens_per_s: _Optional[float] = ...) -> None: ...
 
 class AcquireResponse(_message.Message):
     __slots__ = ("leases",)
@@ -164,20 +174,34 @@ class AcquireResponse(_message.Message):
     def __init__(self, leases: _Optional[_Iterable[_Union[Lease, _Mapping]]] = ...) -> None: ...
 
 class Lease(_message.Message):
-    __slots__ = ("lease_id", "held", "addresses", "checksums", "expires_ns", "from_dram")
+    __slots__ = ("lease_id", "held", "addresses", "checksums", "expires_ns", "from_dram", "refusal")
+    class Refusal(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        NONE: _ClassVar[Lease.Refusal]
+        LATE: _ClassVar[Lease.Refusal]
+        RECOMPUTE: _ClassVar[Lease.Refusal]
+        FULL: _ClassVar[Lease.Refusal]
+        STALLED: _ClassVar[Lease.Refusal]
+    NONE: Lease.Refusal
+    LATE: Lease.Refusal
+    RECOMPUTE: Lease.Refusal
+    FULL: Lease.Refusal
+    STALLED: Lease.Refusal
     LEASE_ID_FIELD_NUMBER: _ClassVar[int]
     HELD_FIELD_NUMBER: _ClassVar[int]
     ADDRESSES_FIELD_NUMBER: _ClassVar[int]
     CHECKSUMS_FIELD_NUMBER: _ClassVar[int]
     EXPIRES_NS_FIELD_NUMBER: _ClassVar[int]
     FROM_DRAM_FIELD_NUMBER: _ClassVar[int]
+    REFUSAL_FIELD_NUMBER: _ClassVar[int]
     lease_id: int
     held: int
     addresses: bytes
     checksums: bytes
     expires_ns: int
     from_dram: int
-    def __init__(self, lease_id: _Optional[int] = ..., held: _Optional[int] = ..., addresses: _Optional[bytes] = ..., checksums: _Optional[bytes] = ..., expires_ns: _Optional[int] = ..., from_dram: _Optional[int] = ...) -> None: ...
+    refusal: Lease.Refusal
+    def __init__(self, lease_id: _Optional[int] = ..., held: _Optional[int] = ..., addresses: _Optional[bytes] = ..., checksums: _Optional[bytes] = ..., expires_ns: _Optional[int] = ..., from_dram: _Optional[int] = ..., refusal: _Optional[_Union[Lease.Refusal, str]] = ...) -> None: ...
 
 class RenewRequest(_message.Message):
     __slots__ = ("lease_ids",)
@@ -280,10 +304,12 @@ class AbortResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class PrefetchRequest(_message.Message):
-    __slots__ = ("chains",)
+    __slots__ = ("chains", "within_ms")
     CHAINS_FIELD_NUMBER: _ClassVar[int]
+    WITHIN_MS_FIELD_NUMBER: _ClassVar[int]
     chains: _containers.RepeatedCompositeFieldContainer[Chain]
-    def __init__(self, chains: _Optional[_Iterable[_Union[Chain, _Mapping]]] = ...) -> None: ...
+    within_ms: int
+    def __init__(self, chains: _Optional[_Iterable[_Union[Chain, _Mapping]]] = ..., within_ms: _Optional[int] = ...) -> None: ...
 
 class PrefetchResponse(_message.Message):
     __slots__ = ("started",)

@@ -289,7 +289,7 @@ def test_a_caller_that_leaves_a_long_acquire_leaves_no_pin(
         shell.planner.withdraw(ticket, shell.now_ns)
     finish(shell)
     shell.settle()
-    assert ticket.answer == [(0, 0, [], [], 0, 0)]
+    assert ticket.answer == [(0, 0, [], [], 0, 0, None)]
     assert not any(r.pins for r in shell.planner.residency.dram.replicas())
     assert shell.planner.open_leases == 0
     shell.planner.check_integrity()
@@ -328,12 +328,12 @@ def test_a_prefetch_goes_on_in_parts_and_ends_with_its_caller(shell: Shell) -> N
     finish(shell)
     shell.settle()
     shell.chores_by_hand = True
-    hasty = shell.planner.prefetch("t", [ChainQuery([layout_id], keys)], shell.now_ns)
+    hasty = shell.planner.prefetch("t", [ChainQuery([layout_id], keys)], now_ns=shell.now_ns)
     shell.planner.withdraw(hasty, shell.now_ns)
     finish(shell)
     assert hasty.answer == 1
     shell.chores_by_hand = True
-    patient = shell.planner.prefetch("t", [ChainQuery([layout_id], keys)], shell.now_ns)
+    patient = shell.planner.prefetch("t", [ChainQuery([layout_id], keys)], now_ns=shell.now_ns)
     finish(shell)
     assert patient.answer == len(keys) - 1
     shell.settle()

@@ -17,24 +17,24 @@ def test_costs_follow_a_link_that_slows_down_but_not_a_few_hiccups() -> None:
     rng = random.Random(1)
     for step in range(200):
         taken = int(2 * WORK * rng.uniform(0.95, 1.05))
-        cost.note(WORK, taken * (100 if step % 5 == 0 else 1), 0)
+        cost.note(WORK, taken * (100 if step % 5 == 0 else 1), 0, 0)
     assert cost.turnaround(WORK).ns == pytest.approx(2 * WORK, rel=0.1)
     for _ in range(REMEMBERED // 2 + 1):
-        cost.note(WORK, 20 * WORK, 0)
+        cost.note(WORK, 20 * WORK, 0, 0)
     assert cost.turnaround(WORK).ns > 10 * WORK
 
 
 def test_a_size_that_was_not_measured_costs_what_all_sizes_do() -> None:
     cost = LinkCost(Speed(1e-4, 1e9))
     for _ in range(FEW):
-        cost.note(WORK, 3 * WORK, 0)
+        cost.note(WORK, 3 * WORK, 0, 0)
     assert cost.turnaround(1000 * WORK).ns == pytest.approx(3000 * WORK)
 
 
 def test_an_error_is_as_large_as_what_is_measured_varies() -> None:
     cost = LinkCost(Speed(1e-4, 1e9))
     for step in range(60):
-        cost.note(WORK, WORK * (1 + step % 3), 0)
+        cost.note(WORK, WORK * (1 + step % 3), 0, 0)
     assert 0.3 * WORK < cost.turnaround(WORK).error_ns < 1.2 * WORK
     assert cost.turnaround(WORK).ns == 2 * WORK
 
@@ -42,14 +42,14 @@ def test_an_error_is_as_large_as_what_is_measured_varies() -> None:
 def test_times_that_cannot_be_are_left_out() -> None:
     cost = LinkCost(Speed(0.0, 1e9))
     for taken in (0, -5):
-        cost.note(WORK, taken, 0)
+        cost.note(WORK, taken, 0, 0)
     assert cost.turnaround(WORK).ns == WORK
 
 
 def test_what_was_learned_outlives_a_restart_and_what_is_not_that_is_ignored() -> None:
     cost = LinkCost(Speed(0.0, 1e9))
     for _ in range(FEW):
-        cost.note(WORK, 7 * WORK, 0)
+        cost.note(WORK, 7 * WORK, 0, 0)
         cost.note_pace(WORK, 5 * WORK)
     again = LinkCost(cost.nominal)
     nonsense = {"nonsense": 3.0, "6": float("nan"), "8": "x", "pace ": 2.0, "9" * 50: 1.0}

@@ -49,7 +49,7 @@ def test_a_block_is_found_only_after_its_commit(shell: Shell) -> None:
     client, lid = shell.session(1), a_layout(shell)
     slots = shell.slots(client, lid)
     assert shell.held(client, lid, [key(1)]) == 0
-    assert shell.acquire(client, [lid], [key(1)]).answer == [(0, 0, [], [], 0, 0)]
+    assert shell.acquire(client, [lid], [key(1)]).answer == [(0, 0, [], [], 0, 0, None)]
     shell.commit(client, lid, [key(1)], slots, [7])
     assert shell.held(client, lid, [key(1)]) == 1
 
@@ -461,7 +461,7 @@ def test_a_prefetch_pushes_nobody_out(shell: Shell) -> None:
     shell.put(client, lid, hot[4:])  # type: ignore[arg-type]
     shell.settle()
     before = shell.planner.lookup("t", ChainQuery([lid], hot))
-    shell.planner.prefetch("t", [ChainQuery([lid], keys)], shell.now_ns)
+    shell.planner.prefetch("t", [ChainQuery([lid], keys)], now_ns=shell.now_ns)
     shell.run()
     shell.settle()
     assert shell.planner.lookup("t", ChainQuery([lid], hot)) == before

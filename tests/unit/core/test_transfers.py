@@ -218,7 +218,7 @@ def test_what_is_said_of_when_demand_is_ready_holds() -> None:
                 tenant=rng.choice("abc"), priority=rng.choice([30, 50, 80]),
             )  # fmt: skip
         size = rng.randint(1, 30)
-        said = line.ready(Tier.DRAM, "a", 50, size * SPEED.work_ns(BATCH_BYTES))
+        said = line.ready(Tier.DRAM, "a", 50, 0, size * SPEED.work_ns(BATCH_BYTES))
         for number in range(size):
             push(line, ("mine", number), tenant="a", deadline_ns=PATIENCE_NS + number)
         now_ns = waited_ns = 0
@@ -242,7 +242,7 @@ def test_what_was_said_and_what_was_is_kept() -> None:
     cost = line.costs[Tier.DRAM]
     assert cost.actual_ns == pytest.approx(40 * 3 * work_ns)
     assert cost.error_ns < 0.3 * cost.actual_ns, "it was learned after a few"
-    assert line.ready(Tier.DRAM, "", 50, work_ns).ns == pytest.approx(3 * work_ns)
+    assert line.ready(Tier.DRAM, "", 50, 4000 * MS, work_ns).ns == pytest.approx(3 * work_ns)
 
 
 def test_a_link_that_is_stuck_is_left_alone_until_it_answers() -> None:

@@ -1,0 +1,47 @@
+"""Load or recompute: how much of a chain that lies behind DRAM is worth waiting for.
+
+With `load(k)` for the first k positions and `compute(k)` for the last k of n, the time to
+the first token is load(k) + compute(n - k). Both grow evenly with k, but for what has to
+be waited for before the first block moves. So either all of it is worth loading, or none;
+and only what can be there in time counts.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from kvstore.core.learned import Prediction
+from kvstore.types import Refusal
+
+
+class Choice(NamedTuple):
+    """Load so many positions, which takes `prediction`. `refusal`: why not more."""
+
+    positions: int
+    prediction: Prediction
+    refusal: Refusal | None
+
+
+def choose(
+    works_ns: Sequence[int],
+    ready: Callable[[int], Prediction],
+    left_ns: int | None,
+    compute_ns: float,
+) -> Choice:
+    """`works_ns[k]`: the work of loading the first k positions, of which `ready` tells the
+    time. `left_ns`: until the deadline, None where there is none. `compute_ns`: what it takes
+    to compute a position; 0.0 where the caller does not, or it is not known."""
+    positions = len(works_ns) - 1
+    refusal = None
+    if left_ns is not None:
+        positions = bisect_right(works_ns, left_ns, key=lambda work_ns: int(ready(work_ns).ns)) - 1
+        if positions < len(works_ns) - 1:
+            refusal = Refusal.LATE
+    if positions <= 0 or not works_ns[positions]:
+        return Choice(max(0, positions), Prediction(0.0, 0.0), refusal)
+    said = ready(works_ns[positions])
+    if compute_ns and said.ns + said.error_ns >= positions * compute_ns:
+        return Choice(0, said, Refusal.RECOMPUTE)
+    return Choice(positions, said, refusal)
