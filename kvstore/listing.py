@@ -8,10 +8,19 @@ the old one goes on being served. Readers take notice by themselves
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterable, Sequence
+
+import numpy as np
 
 from kvstore.clock import Clock
-from kvstore.local.directory import MAX_LOAD, PAGE_WORDS, SUPERSEDED, DirectoryWriter
+from kvstore.local.directory import (
+    BEHIND_DRAM,
+    MAX_LOAD,
+    PAGE_WORDS,
+    SUPERSEDED,
+    DirectoryWriter,
+    numbers_of,
+)
 
 MIN_SLOTS = 1 << 14
 MAX_FIRST_SLOTS = 1 << 22
@@ -47,6 +56,27 @@ class Listing:
     def unlisted(self) -> int:
         """How often the current table had no room for a block; lookups miss it then."""
         return self._table.unlisted
+
+    def begin(self, names: Iterable[Iterable[bytes]]) -> None:
+        """List blocks that are behind DRAM, told of in parts, in a table that is large
+        enough; before anything else is listed. Raises OSError when there is no memory for
+        it: then as many are listed as there is room for."""
+        numbers = np.concatenate([numbers_of(b"".join(part)) for part in names])
+        old = self._table
+        slots = old.slots
+        while len(numbers) > MAX_LOAD * slots:
+            slots *= 2
+        if slots == old.slots:
+            old.fill(numbers, BEHIND_DRAM)
+            return
+        try:
+            table = DirectoryWriter(slots, self._epoch, self._clock.now_ns())
+        except OSError:
+            old.fill(numbers, BEHIND_DRAM)
+            raise
+        table.fill(numbers, BEHIND_DRAM)
+        self._table = table
+        old.close(SUPERSEDED)
 
     def change(self, changes: Sequence[tuple[bytes, bool, bool]]) -> None:
         """Blocks came to or went from a tier: (stored key, in DRAM, behind DRAM)."""

@@ -13,7 +13,7 @@ key until the parent comes back or the child goes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, ClassVar, TypeGuard
@@ -111,6 +111,12 @@ class Block:
         self.dram: Replica | None = None
         self.nvme: Replica | None = None
 
+    def hang_on(self, parent: Block) -> None:
+        """Its parent is known. One object is both's name for it, which saves its memory
+        for every block of a chain."""
+        self.parent = parent.stored_key
+        self.depth = _DEPTHS[parent.depth + 1]
+
     @property
     def readable(self) -> bool:
         """Some tier holds the bytes."""
@@ -148,6 +154,10 @@ class Catalog:
         """The catalog may change meanwhile: what comes or goes is then met or not."""
         for shard in self._shards:
             yield from list(shard.values())
+
+    def names(self) -> Iterator[Iterable[bytes]]:
+        """The stored keys of all blocks, a shard at a time; unchanging meanwhile."""
+        return iter(self._shards)
 
     # Layouts
 
@@ -213,38 +223,70 @@ class Catalog:
 
     def enter(self, block: Block) -> None:
         """Catalogue a block. The caller guarantees that its name is free."""
-        self.file(block)
-        block.children = self._orphans.pop(block.stored_key, 0)
-        self.adopt(block)
-
-    def file(self, block: Block) -> None:
-        """The first half of `enter`, for many: once all are filed, each is adopted."""
         shard = self._shards[block.stored_key[0]]
         assert block.stored_key not in shard
         shard[block.stored_key] = block
-        tenant = block.layout.tenant
-        self._tenant_blocks[tenant] = self._tenant_blocks.get(tenant, 0) + 1
-
-    def adopt(self, block: Block) -> Block | None:
-        """Count a block that is filed as its parent's child. The parent, if it is here."""
+        self._count(block.layout.tenant, 1)
+        block.children = self._orphans.pop(block.stored_key, 0)
         if not block.parent:
-            return None
+            return
         parent = self.get(block.parent)
         if parent is None:
             self._orphans[block.parent] = self._orphans.get(block.parent, 0) + 1
-            return None
+            return
         parent.children += 1
-        # One object for both, which saves its memory for every block of a chain.
-        block.parent = parent.stored_key
-        block.depth = _DEPTHS[parent.depth + 1]
-        return parent
+        block.hang_on(parent)
+
+    def enter_many(
+        self,
+        layout: Layout,
+        stored_keys: Sequence[bytes],
+        parents: Sequence[bytes],
+        checksums: Sequence[int],
+    ) -> tuple[list[Block | None], list[Block | None]]:
+        """Catalogue new blocks, parents best before their children: the blocks, None where
+        the name is taken, and the parent of each where that was there before it. Depths
+        are left to the caller. Written out, as it is done for millions at a start."""
+        shards, orphans = self._shards, self._orphans
+        entered: list[Block | None] = []
+        above: list[Block | None] = []
+        block: Block | None = None
+        for stored_key, parent, checksum in zip(stored_keys, parents, checksums, strict=True):
+            shard = shards[stored_key[0]]
+            if stored_key in shard:
+                entered.append(None)
+                above.append(None)
+                continue
+            found = None
+            if parent:
+                # The one just before it, mostly; another is a search in a large table.
+                if block is not None and block.stored_key == parent:
+                    found = block
+                else:
+                    found = shards[parent[0]].get(parent)
+                if found is None:
+                    orphans[parent] = orphans.get(parent, 0) + 1
+                else:
+                    found.children += 1
+                    parent = found.stored_key
+            block = shard[stored_key] = Block(stored_key, parent, layout)
+            block.checksum = checksum
+            if orphans:
+                block.children = orphans.pop(stored_key, 0)
+            entered.append(block)
+            above.append(found)
+        self._count(layout.tenant, len(entered) - entered.count(None))
+        return entered, above
+
+    def _count(self, tenant: str, blocks: int) -> None:
+        self._tenant_blocks[tenant] = self._tenant_blocks.get(tenant, 0) + blocks
 
     def remove(self, block: Block) -> None:
         """Forget a block; its name is free at once. Replicas that are still pinned
         live on without it until they are let go."""
         removed = self._shards[block.stored_key[0]].pop(block.stored_key)
         assert removed is block
-        self._tenant_blocks[block.layout.tenant] -= 1
+        self._count(block.layout.tenant, -1)
         if block.children:
             self._orphans[block.stored_key] = block.children
         if block.parent:

@@ -41,7 +41,7 @@ from kvstore.core.lifecycle import State
 from kvstore.core.limits import Counters, Limits
 from kvstore.core.policies import POLICIES
 from kvstore.core.prefetches import Prefetches
-from kvstore.core.recovery import StoredBlock
+from kvstore.core.recovery import StoredBlocks
 from kvstore.core.reservations import Reservations
 from kvstore.core.residency import Residency
 from kvstore.core.sessions import Lease, Session
@@ -317,8 +317,8 @@ class Planner:
         self,
         layouts: Iterable[tuple[str, LayoutSpec]],
         extents: Iterable[tuple[int, int]],
-        blocks: Iterable[tuple[StoredBlock, int]],
-    ) -> tuple[list[int], list[tuple[StoredBlock, int]]]:
+        blocks: Iterable[StoredBlocks],
+    ) -> tuple[list[int], list[tuple[StoredBlocks, int]]]:
         """See `core.recovery`. What was found is in the catalog, and is not published."""
         return recovery.restore(self.holdings, layouts, extents, blocks)
 

@@ -8,7 +8,7 @@ has its slot from the moment it is made to the moment it is GONE.
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 
 from kvstore.core.catalog import Block, DramReplica, NvmeReplica, Replica
@@ -59,20 +59,38 @@ class Pool:
         self._replicas += 1
         return replica
 
-    def restore(self, block: Block, address: int, space_class: SpaceClass | None) -> Replica:
-        """A replica found at a start, FILLING until all is found. Raises ValueError
-        when its slot is taken, or is none of the class."""
-        replica = self._replica(block, address, State.FILLING)
-        self.space.restore_slot(address, space_class, replica)
-        self._replicas += 1
-        return replica
+    def restore(
+        self, blocks: Sequence[Block | None], addresses: Sequence[int], space_class: SpaceClass
+    ) -> list[int]:
+        """Give each block a replica that was found at a start, FILLING until all is found.
+        Which of them have none: where there is no block, and where the slot is taken or is
+        none of the class."""
+        make, state = self._replica, State.FILLING
+        replicas = [
+            None if block is None else make(block, address, state)
+            for block, address in zip(blocks, addresses, strict=True)
+        ]
+        refused = self.space.restore_slots(addresses, space_class, replicas)
+        self._replicas += len(replicas) - len(refused)
+        for row in refused:
+            replicas[row] = None
+        for replica in filter(None, replicas):
+            replica.block.nvme = replica
+        return refused
+
+    def insert_all(self, replicas: Iterable[Replica], space_class: SpaceClass) -> None:
+        """`insert` for each, in this order."""
+        self._policy(space_class).insert_all(replicas)
 
     def insert(self, replica: Replica, space_class: SpaceClass) -> None:
         """The replica became READY: from now on it may be evicted."""
+        self._policy(space_class).insert(replica)
+
+    def _policy(self, space_class: SpaceClass) -> EvictionPolicy:
         policy = self._policies.get(space_class)
         if policy is None:
             policy = self._policies[space_class] = self._make_policy()
-        policy.insert(replica)
+        return policy
 
     def touch(self, replica: Replica, space_class: SpaceClass) -> None:
         self._policies[space_class].touch(replica)

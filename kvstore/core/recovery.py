@@ -1,50 +1,57 @@
 """What is found on NVMe at a start, taken over.
 
 Nothing is told to anybody (`Holdings.changed`): it may be millions, and is everything.
+For the same reason blocks come in columns, and what is done for each of them is little.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import compress, groupby
+from operator import attrgetter
 from typing import Protocol
 
-from kvstore.core.catalog import Block, Layout, Replica
+from kvstore.core.catalog import Block, Catalog
 from kvstore.core.holdings import Holdings
-from kvstore.core.lifecycle import Event, State
+from kvstore.core.lifecycle import Event, State, next_state
 from kvstore.core.pool import Pool
 from kvstore.core.space import SpaceClass
 from kvstore.errors import UnknownLayout
 from kvstore.types import LayoutSpec
 
+_FOUND = next_state(State.FILLING, Event.FILLED)
 
-class StoredBlock(Protocol):
-    """What a storage tier tells of a block it holds (`tiers.base.BlockHeader`)."""
 
-    @property
-    def stored_key(self) -> bytes: ...
-    @property
-    def parent(self) -> bytes: ...
-    @property
-    def layout_id(self) -> bytes: ...
+class StoredBlocks(Protocol):
+    """What a storage tier tells of blocks it holds (`tiers.base.RecoveredBlocks`)."""
+
     @property
     def tenant(self) -> str: ...
     @property
+    def layout_id(self) -> bytes: ...
+    @property
     def length(self) -> int: ...
     @property
-    def checksum(self) -> int: ...
+    def stored_keys(self) -> Sequence[bytes]: ...
+    @property
+    def parents(self) -> Sequence[bytes]: ...
+    @property
+    def checksums(self) -> Sequence[int]: ...
+    @property
+    def addresses(self) -> Sequence[int]: ...
 
 
 def restore(
     holdings: Holdings,
     layouts: Iterable[tuple[str, LayoutSpec]],
     extents: Iterable[tuple[int, int]],
-    blocks: Iterable[tuple[StoredBlock, int]],
-) -> tuple[list[int], list[tuple[StoredBlock, int]]]:
+    blocks: Iterable[StoredBlocks],
+) -> tuple[list[int], list[tuple[StoredBlocks, int]]]:
     """Take over what an NVMe tier holds: layouts as (tenant, spec), extents as
-    (number, slot bytes), blocks with their addresses. To be called before anything
+    (number, slot bytes), blocks, those written last first. To be called before anything
     else. Returns the extents that do not fit (the capacity is smaller now) and, in
-    others, the blocks that do not (the layout is not known), for the tier to drop.
-    O(blocks)."""
+    others, the blocks that do not (the layout is not known), as rows of what was told,
+    for the tier to drop. O(blocks)."""
     nvme = holdings.nvme
     assert nvme is not None
     for tenant, spec in layouts:
@@ -55,53 +62,79 @@ def restore(
             nvme.space.restore_extent(number, SpaceClass("", slot_bytes))
         except ValueError:
             refused_extents.add(number)
-    refused_blocks = []
-    for stored, address in blocks:
-        try:
-            layout = holdings.catalog.layout(stored.tenant, stored.layout_id)
-            _take_over(holdings, nvme, layout, stored, address)
-        except (UnknownLayout, ValueError):
-            if nvme.space.extent_of(address) not in refused_extents:
-                refused_blocks.append((stored, address))
-    _put_in_order(holdings, nvme)
+    refused_blocks: list[tuple[StoredBlocks, int]] = []
+    found: list[Block] = []
+    parents: list[Block | None] = []
+    for part in blocks:
+        for row in _take_over(holdings.catalog, nvme, part, found, parents):
+            if nvme.space.extent_of(part.addresses[row]) not in refused_extents:
+                refused_blocks.append((part, row))
+    nvme.space.finish_restore()
+    _put_in_order(holdings.catalog, nvme, found, parents)
     return sorted(refused_extents), refused_blocks
 
 
 def _take_over(
-    holdings: Holdings, nvme: Pool, layout: Layout, stored: StoredBlock, address: int
+    catalog: Catalog,
+    nvme: Pool,
+    part: StoredBlocks,
+    found: list[Block],
+    parents: list[Block | None],
+) -> Sequence[int]:
+    """Append the blocks to `found`, and to `parents` the parent of each that was found
+    before it. The rows of those that cannot be there: their name or slot is taken twice,
+    they have another length than their layout's, or their slot is of another size."""
+    try:
+        layout = catalog.layout(part.tenant, part.layout_id)
+    except UnknownLayout:
+        return range(len(part.stored_keys))
+    if part.length != layout.block_bytes or layout.nvme_class is None:
+        return range(len(part.stored_keys))
+    entered, above = catalog.enter_many(layout, part.stored_keys, part.parents, part.checksums)
+    refused = nvme.restore(entered, part.addresses, layout.nvme_class)
+    for row in refused:
+        block = entered[row]
+        if block is not None:
+            catalog.remove(block)
+            entered[row] = None
+    found += filter(None, entered)
+    parents += compress(above, entered)
+    return refused
+
+
+def _put_in_order(
+    catalog: Catalog, nvme: Pool, found: list[Block], parents: list[Block | None]
 ) -> None:
-    """Raises ValueError when a block cannot be there: a name or slot taken twice,
-    another length than its layout's, a slot of another size."""
-    catalog = holdings.catalog
-    if catalog.get(stored.stored_key) is not None:
-        raise ValueError("a block is stored twice")
-    if stored.length != layout.block_bytes:
-        raise ValueError("a block has not its layout's length")
-    parent = catalog.get(stored.parent)
-    # Its parent's own name where that is known: see `Catalog.adopt`. A copy that is
-    # let go of later leaves a hole, which costs as much as the copy.
-    named = stored.parent if parent is None else parent.stored_key
-    block = Block(stored.stored_key, named, layout)
-    block.checksum = stored.checksum
-    block.nvme = nvme.restore(block, address, layout.nvme_class)
-    catalog.file(block)
-
-
-def _put_in_order(holdings: Holdings, nvme: Pool) -> None:
     """The order in which blocks should leave: children before parents, and otherwise
-    by age as far as addresses tell it. From here on they are found."""
-    nvme.space.finish_restore()
-    parents_first: list[Replica] = []
-    for replica in nvme.space.residents(backwards=True):
-        path: list[Replica] = []
-        # Ends at a block that has its place already, which also ends a ring.
-        following: Replica | None = replica
-        while following is not None and following.state is State.FILLING:
-            following.apply(Event.FILLED)
-            path.append(following)
-            parent = holdings.catalog.adopt(following.block)
-            following = None if parent is None else parent.nvme
-        path.reverse()
-        parents_first += path
-    for replica in reversed(parents_first):
-        nvme.insert(replica, holdings.class_of(replica))
+    by age as far as it is known. From here on they are found."""
+    parents_first: list[Block] = []
+    for block, parent in zip(found, parents, strict=True):
+        assert block.nvme is not None
+        if parent is None and block.parent:
+            parent = catalog.get(block.parent)
+            if parent is not None:
+                _put_ahead(catalog, parent, parents_first)
+        if block.nvme.state is _FOUND:
+            continue
+        if parent is not None:
+            block.hang_on(parent)
+        block.nvme.state = _FOUND
+        parents_first.append(block)
+    for layout, blocks in groupby(reversed(parents_first), attrgetter("layout")):
+        nvme.insert_all(map(attrgetter("nvme"), blocks), layout.nvme_class)
+
+
+def _put_ahead(catalog: Catalog, block: Block, parents_first: list[Block]) -> None:
+    """Put a block found later than its child in its place, and what it hangs on."""
+    path: list[Block] = []
+    following: Block | None = block
+    # Ends at a block that has its place already, which also ends a ring.
+    while following is not None and following.nvme and following.nvme.state is not _FOUND:
+        following.nvme.state = _FOUND
+        path.append(following)
+        following = catalog.get(following.parent)
+    for each in reversed(path):
+        if following is not None:
+            each.hang_on(following)
+        parents_first.append(each)
+        following = each

@@ -13,7 +13,7 @@ so an address never means two things in the life of a server.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from kvstore.types import ALIGNMENT
@@ -159,13 +159,12 @@ class Space:
         extent = self._extents.get(number)
         return [] if extent is None else [r for r in extent.residents if r is not None]
 
-    def residents(self, *, owner: str | None = None, backwards: bool = False) -> Iterator[Replica]:
+    def residents(self, *, owner: str | None = None) -> Iterator[Replica]:
         """Everybody (in the extents of one owner), by address. The space may change
         meanwhile: who comes or goes is then met or not."""
-        for number in sorted(self._extents, reverse=backwards):
+        for number in sorted(self._extents):
             if owner is None or self.owner_of(number) == owner:
-                residents = self.residents_of(number)
-                yield from reversed(residents) if backwards else residents
+                yield from self.residents_of(number)
 
     def open_extent(self, space_class: SpaceClass) -> int | None:
         """Give the class one more extent: its number, or None when none is spare or
@@ -221,16 +220,36 @@ class Space:
             raise ValueError(f"extent {number} does not fit")
         self._add(number, space_class)
 
-    def restore_slot(self, address: int, space_class: SpaceClass | None, resident: Replica) -> None:
-        """Put somebody into a slot of a restored extent; `finish_restore` must follow.
-        Raises ValueError when it is taken already, or is no slot of the class."""
-        extent, index = self._locate(address)
-        if extent.space_class != space_class:
-            raise ValueError(f"extent {extent.number} is of another class")
-        if index >= extent.slots or extent.residents[index] is not None:
-            raise ValueError(f"slot {index} of extent {extent.number} is not free")
-        extent.residents[index] = resident
-        self._used_bytes += extent.space_class.slot_bytes
+    def restore_slots(
+        self, addresses: Sequence[int], space_class: SpaceClass, residents: Sequence[Replica | None]
+    ) -> list[int]:
+        """Put each into its slot of a restored extent; `finish_restore` must follow.
+        Which of them are not there: nobody, who comes to a slot that is taken, and who
+        comes to none of the class."""
+        slot_bytes, extent_bytes = space_class.slot_bytes, self.extent_bytes
+        refused: list[int] = []
+        slots: list[Replica | None] = []
+        begin = end = 0
+        for row, (address, resident) in enumerate(zip(addresses, residents, strict=True)):
+            if not begin <= address < end:
+                begin = address // extent_bytes * extent_bytes
+                end = begin + extent_bytes
+                extent = self._extents.get(address // extent_bytes)
+                slots = []
+                if extent is not None and extent.space_class == space_class:
+                    slots = extent.residents
+            index = (address - begin) // slot_bytes
+            if (
+                resident is None
+                or index >= len(slots)
+                or slots[index] is not None
+                or begin + index * slot_bytes != address
+            ):
+                refused.append(row)
+            else:
+                slots[index] = resident
+        self._used_bytes += (len(addresses) - len(refused)) * slot_bytes
+        return refused
 
     def finish_restore(self) -> None:
         """All that was found is in its slot: the rest is free."""

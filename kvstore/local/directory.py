@@ -63,6 +63,9 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
 from kvstore.naming import Namer
 from kvstore.types import ChainPresence
 
@@ -173,6 +176,40 @@ class DirectoryWriter:
                 words[home] = q ^ (in_dram | behind << 1)
             else:
                 self._put(q, in_dram | behind << 1, home)
+
+    def fill(self, numbers: npt.NDArray[np.uint64], info: int) -> None:
+        """List many in a table that is empty, those `numbers` (`numbers_of`) belong to.
+
+        As if one came after the other, in the order of their homes: then each goes to its
+        home or right behind the one before it. So it is done for the first of every page at
+        once, then for the second of every page, ... The few that come to their page's end
+        are listed one by one."""
+        numbers = np.sort(numbers)
+        # Names that agree in all that is listed count as one.
+        numbers = numbers[np.concatenate(([True], np.diff(numbers >> 2) != 0))[: len(numbers)]]
+        homes = (numbers >> self._shift).astype(np.int64)
+        begins = np.searchsorted(homes, np.arange(0, self.slots, PAGE_WORDS))
+        counts = np.diff(begins, append=len(numbers))
+        words = np.frombuffer(self._words, np.uint64)
+        left: list[int] = []
+        pages = np.flatnonzero(counts)
+        latest = np.full(len(counts), -1)
+        for rank in range(PAGE_WORDS):
+            pages = pages[counts[pages] > rank]
+            if not len(pages):
+                break
+            rows = begins[pages] + rank
+            at = np.maximum(homes[rows], latest[pages] + 1)
+            latest[pages] = at
+            inside = at < (pages + 1) * PAGE_WORDS
+            words[at[inside]] = numbers[rows[inside]] ^ np.uint64(info)
+            self.entries += int(inside.sum())
+            left += rows[~inside].tolist()
+        for page in np.flatnonzero(counts > PAGE_WORDS).tolist():
+            left += range(begins[page] + PAGE_WORDS, begins[page] + counts[page])
+        del words
+        for q in numbers[left].tolist():
+            self._put(q, info, q >> self._shift)
 
     def home(self, stored_key: bytes) -> int:
         """Where the search for a block begins."""
@@ -358,6 +395,11 @@ class DirectoryReader:
             else:
                 high = middle
         return low, last
+
+
+def numbers_of(stored_keys: bytes) -> npt.NDArray[np.uint64]:
+    """The numbers under which blocks are listed, of their stored keys one after the other."""
+    return np.frombuffer(stored_keys, "<u8")[::2]
 
 
 def _shift(slots: int) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from kvstore.errors import BadRequest, Draining
 from kvstore.store.directory import Directory
 from kvstore.store.loop import Loop
-from kvstore.tiers.base import BlockHeader, Recovered, StorageTier
+from kvstore.tiers.base import RecoveredBlocks, StorageTier
 from kvstore.types import LayoutSpec
 
 log = logging.getLogger(__name__)
@@ -32,9 +32,9 @@ async def recover(loop: Loop, nvme: StorageTier, directory: Directory) -> None:
 def _take_over(loop: Loop, nvme: StorageTier, layouts: list[tuple[str, LayoutSpec]]) -> None:
     found = _until_closed(loop, nvme.recovered_blocks())
     extents, refused = loop.planner.restore(layouts, nvme.recovered_extents(), found)
-    for header, address in refused:
-        assert isinstance(header, BlockHeader)
-        nvme.forget(address, header)
+    for part, row in refused:
+        assert isinstance(part, RecoveredBlocks)
+        nvme.forget(part.addresses[row], part.header(row))
     for extent in extents:
         nvme.close_extent(extent)
     if refused or extents:
@@ -44,9 +44,9 @@ def _take_over(loop: Loop, nvme: StorageTier, layouts: list[tuple[str, LayoutSpe
         )  # fmt: skip
 
 
-def _until_closed(loop: Loop, found: Iterable[Recovered]) -> Iterator[Recovered]:
+def _until_closed(loop: Loop, found: Iterable[RecoveredBlocks]) -> Iterator[RecoveredBlocks]:
     """A start that is called off ends: nobody waits for millions of blocks."""
-    for block in found:
+    for part in found:
         if loop.closed:
             raise Draining("the server was stopped while it started")
-        yield block
+        yield part

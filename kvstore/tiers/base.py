@@ -15,7 +15,8 @@ otherwise, and may be called from several threads at once for different slots.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 
@@ -35,11 +36,27 @@ class BlockHeader(NamedTuple):
     checksum: int
 
 
-class Recovered(NamedTuple):
-    """One block found in a tier at start."""
+@dataclass(frozen=True, slots=True)
+class RecoveredBlocks:
+    """Blocks found in a tier at start that are of one tenant, layout and length: columns,
+    a row a block. There may be millions of blocks, so few things are made for each."""
 
-    header: BlockHeader
-    address: int
+    tenant: str
+    layout_id: bytes
+    length: int
+    stored_keys: Sequence[bytes]
+    parents: Sequence[bytes]
+    checksums: Sequence[int]
+    addresses: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.stored_keys)
+
+    def header(self, row: int) -> BlockHeader:
+        return BlockHeader(
+            self.stored_keys[row], self.parents[row], self.layout_id, self.tenant, self.length,
+            self.checksums[row],
+        )  # fmt: skip
 
 
 class MemoryTier(Protocol):
@@ -130,8 +147,9 @@ class StorageTier(Protocol):
         """(extent, slot_bytes) of each extent open at start."""
         ...
 
-    def recovered_blocks(self) -> Iterable[Recovered]:
-        """Every block held at start, in any order. A crash may leave one at two addresses."""
+    def recovered_blocks(self) -> Iterable[RecoveredBlocks]:
+        """Every block held at start, those written last first, as far as that is known.
+        A crash may leave one at two addresses."""
         ...
 
     def close(self) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 import xxhash
 
 from kvstore.errors import BadRequest, CorruptBlock, InternalError, TierFull
-from kvstore.tiers.base import BlockHeader, Recovered
+from kvstore.tiers.base import BlockHeader, RecoveredBlocks
 from kvstore.types import align_up
 
 
@@ -129,9 +129,16 @@ class HeapStorage:
         with self._lock:
             return list(self._extents.items())
 
-    def recovered_blocks(self) -> Iterable[Recovered]:
+    def recovered_blocks(self) -> Iterable[RecoveredBlocks]:
         with self._lock:
-            return [Recovered(header, address) for address, (header, _) in self._blocks.items()]
+            found = [(header, address) for address, (header, _) in self._blocks.items()]
+        return [
+            RecoveredBlocks(
+                header.tenant, header.layout_id, header.length, [header.stored_key],
+                [header.parent], [header.checksum], [address],
+            )
+            for header, address in reversed(found)
+        ]  # fmt: skip
 
     def close(self) -> None:
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from kvstore.errors import CorruptBlock, TierFull
-from kvstore.tiers.base import BlockHeader, Recovered
+from kvstore.tiers.base import BlockHeader, RecoveredBlocks
 from kvstore.types import align_up
 
 
@@ -47,7 +47,7 @@ class NullStorage:
     def recovered_extents(self) -> Iterable[tuple[int, int]]:
         return ()
 
-    def recovered_blocks(self) -> Iterable[Recovered]:
+    def recovered_blocks(self) -> Iterable[RecoveredBlocks]:
         return ()
 
     def close(self) -> None:

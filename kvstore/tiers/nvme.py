@@ -46,7 +46,7 @@ from kvstore.errors import (
     TierFull,
 )
 from kvstore.tiers import nvme_recovery, nvme_slot
-from kvstore.tiers.base import BlockHeader, Recovered
+from kvstore.tiers.base import BlockHeader, RecoveredBlocks
 from kvstore.tiers.nvme_disk import Directory, Disk, direct_io_works, read_all, write_all
 from kvstore.tiers.nvme_home import SMALL_FILES_BYTES, DataHome, unusable
 from kvstore.tiers.nvme_index import DAMAGED, Batch, Index, map_bytes_for, start_over
@@ -183,13 +183,14 @@ class NvmeTier:
                 flush=self._flush,
             )
             clean = index.clean and index.life == life - 1
+            known = index.segments()
             try:
-                found = nvme_recovery.tell_index(index, segments, clean=clean)
+                found = nvme_recovery.tell_index(index, segments, known, clean=clean)
                 if found:
                     _log.info("%d blocks were found that the index did not tell of", found)
             except TierFull as error:
                 _log.warning("%s: some of what is stored is not found", error)
-            nvme_recovery.find_blocks(index, log, segments, clean=clean)
+            nvme_recovery.find_blocks(index, log, segments, known if clean else {})
             with suppress(TierFull):
                 index.begin_life(life)
             undo.pop_all()
@@ -311,20 +312,17 @@ class NvmeTier:
     def recovered_extents(self) -> Iterable[tuple[int, int]]:
         return [(number, extent.slot_bytes) for number, extent in self._log.extents.items()]
 
-    def recovered_blocks(self) -> Iterable[Recovered]:
+    def recovered_blocks(self) -> Iterable[RecoveredBlocks]:
         """As the contract says; entries that cannot be right are forgotten instead."""
         for segment in sorted(self._log.segments.values(), key=lambda s: s.life, reverse=True):
             if not segment.living:
                 continue
-            owners, slots = segment.owners, segment.slots
-            for slot, life, header in self._index.records(segment.number):
-                owner = owners[slot] if slot < slots else 0
-                if not owner or life != segment.life:
+            for blocks in nvme_recovery.blocks_of(self._index, segment):
+                if nvme_slot.slot_bytes(blocks.length) <= segment.slot_bytes:
+                    yield blocks
                     continue
-                if nvme_slot.slot_bytes(header.length) <= segment.slot_bytes:
-                    yield Recovered(header, owner - 1)
-                else:
-                    self._log.forget(owner - 1)
+                for address in blocks.addresses:
+                    self._log.forget(address)
 
     def close(self) -> None:
         if self._closed:

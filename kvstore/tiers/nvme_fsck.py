@@ -149,7 +149,8 @@ def _check_slots(segment: Segment, index: Index | None, report: Report) -> list[
     header of this life, and that hold no whole block."""
     told: set[int] = set()
     if index is not None:
-        told = set(index.places(segment.number, segment.life)[0].tolist())
+        for slots, table in index.entries(segment.number):
+            told.update(slots[table["life"] == segment.life].tolist())
     damaged: list[int] = []
     header = nvme_slot.aligned(HEADER_BYTES)
     payload = nvme_slot.aligned(max(HEADER_BYTES, segment.slot_bytes - HEADER_BYTES))

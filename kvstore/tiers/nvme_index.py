@@ -27,11 +27,12 @@ import shutil
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import lmdb
 import numpy as np
@@ -40,7 +41,6 @@ import xxhash
 
 from kvstore.errors import DataUnusable, DataVersion, TierFailed, TierFull
 from kvstore.tiers import nvme_probe
-from kvstore.tiers.base import BlockHeader
 from kvstore.tiers.nvme_slot import MIN_SLOT_BYTES, Stored, tenant_bytes
 
 _log = logging.getLogger(__name__)
@@ -58,8 +58,8 @@ _NUMBER = struct.Struct(">I")
 _U64 = struct.Struct("<Q")
 _SEGMENT = struct.Struct("<QI")
 _RECORD = struct.Struct("<QQB16s16s16sQQ")
-_HEAD = struct.Struct("<QQB16s")
-"""How a record begins: life of the segment, sequence, bytes of the parent, stored key."""
+"""Life of the segment, sequence, bytes of the parent, stored key, parent, layout id, length,
+checksum; then the tenant's name."""
 _CHUNK = 4096
 
 _DATA = "data.mdb"
@@ -93,6 +93,24 @@ def encode_record(stored: Stored) -> bytes:
         )
         + tenant_bytes(header.tenant)
     )  # fmt: skip
+
+
+class Entries(NamedTuple):
+    """What the index tells of blocks of a segment: columns, a row a block. `table` has
+    life, sequence, parent_bytes, stored_key, parent, layout_id, length, checksum, tenant."""
+
+    slots: npt.NDArray[np.int64]
+    table: npt.NDArray[np.void]
+
+
+def _table(records: Sequence[bytes], size: int) -> npt.NDArray[np.void]:
+    """Records that are all of this size, without a copy of each."""
+    columns = [
+        ("life", "<u8"), ("sequence", "<u8"), ("parent_bytes", "u1"), ("stored_key", "V16"),
+        ("parent", "V16"), ("layout_id", "V16"), ("length", "<u8"), ("checksum", "<u8"),
+        ("tenant", f"V{size - _RECORD.size}"),
+    ]  # fmt: skip
+    return np.frombuffer(b"".join(records), np.dtype(columns))
 
 
 @dataclass(slots=True)
@@ -253,64 +271,30 @@ class Index:
                 while found and cursor.key() < end:
                     found = cursor.delete()
 
-    def places(self, segment: int, life: int) -> tuple[npt.NDArray[np.int64], list[int]]:
-        """(slots of that life's blocks, slots that it tells wrongly of)"""
+    def entries(self, segment: int) -> list[Entries]:
+        """All it tells of a segment, the last slot first: blocks are mostly written after
+        their children, so this mostly tells of a parent first."""
         first, end = _PLACE.pack(segment, 0), _PLACE.pack(segment + 1, 0)
-        keys, lives = [], []
+        rows: list[tuple[bytes, bytes]] = []
         with self._env.begin() as txn, txn.cursor(self._blocks) as cursor:
-            if cursor.set_range(first):
-                for key, value in cursor:
-                    if key >= end:
-                        break
-                    if len(value) >= _RECORD.size:
-                        keys.append(key)
-                        lives.append(value[: _U64.size])
-        slots = np.frombuffer(b"".join(keys), ">u4").reshape(-1, 2)[:, 1].astype(np.int64)
-        right = np.frombuffer(b"".join(lives), "<u8") == life
-        return slots[right], slots[~right].tolist()
-
-    def names(self) -> Iterator[tuple[bytes, int, int, int, int]]:
-        """(stored key, sequence, life, segment, slot) of every block."""
-        with self._env.begin() as txn, txn.cursor(self._blocks) as cursor:
-            for key, value in cursor:
-                if len(value) < _RECORD.size:
-                    continue
-                life, sequence, _, stored_key = _HEAD.unpack_from(value)
-                yield stored_key, sequence, life, *_PLACE.unpack(key)
-
-    def records(self, segment: int) -> Iterator[tuple[int, int, BlockHeader]]:
-        """(slot, life, header) of every block of a segment, in chunks: a reader that
-        takes its time must not keep old pages of the index from being used again.
-
-        The last slot first: blocks are mostly written after their children, so this
-        mostly tells of a parent first, which saves who reads it memory."""
-        tenants: dict[bytes, str] = {}
-        layouts: dict[bytes, bytes] = {}
-        first, end = _PLACE.pack(segment, 0), _PLACE.pack(segment + 1, 0)
-        while True:
-            with self._env.begin() as txn, txn.cursor(self._blocks) as cursor:
-                found = cursor.prev() if cursor.set_range(end) else cursor.last()
-                chunk = list(islice(cursor.iterprev(), _CHUNK)) if found else []
-            for key, value in chunk:
-                if key < first:
-                    return
-                if len(value) < _RECORD.size:
-                    continue
-                life, _, parent_bytes, stored_key, parent, layout_id, length, checksum = (
-                    _RECORD.unpack_from(value)
-                )
-                tenant = tenants.get(name := value[_RECORD.size :])
-                if tenant is None:
-                    tenant = tenants[name] = name.decode(errors="replace")
-                # One object for all: millions name the same few.
-                layout_id = layouts.setdefault(layout_id, layout_id)
-                header = BlockHeader(
-                    stored_key, parent[:parent_bytes], layout_id, tenant, length, checksum
-                )
-                yield _NUMBER.unpack_from(key, _NUMBER.size)[0], life, header
-            if len(chunk) < _CHUNK:
-                return
-            end = chunk[-1][0]
+            found = cursor.prev() if cursor.set_range(end) else cursor.last()
+            backwards = cursor.iterprev() if found else iter(())
+            while chunk := list(islice(backwards, _CHUNK)):
+                rows += chunk
+                if chunk[-1][0] < first:
+                    break
+        while rows and rows[-1][0] < first:
+            rows.pop()
+        if not rows:
+            return []
+        keys, records = zip(*rows, strict=True)
+        slots = np.frombuffer(b"".join(keys), ">u4")[1::2].astype(np.int64)
+        sizes = np.fromiter(map(len, records), np.int64, len(records))
+        return [
+            Entries(slots[sizes == size], _table([r for r in records if len(r) == size], size))
+            for size in np.unique(sizes).tolist()
+            if size >= _RECORD.size
+        ]
 
 
 def sound(path: Path) -> bool:

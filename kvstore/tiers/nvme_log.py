@@ -27,7 +27,7 @@ import logging
 import threading
 from array import array
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -408,6 +408,13 @@ class Log:
         """Nobody wants what was found in a slot."""
         with self.lock:
             self._strike(segment, slot)
+
+    def blank(self, segment: Segment, slots: Iterable[int]) -> None:
+        """Nothing is in these slots."""
+        with self.lock:
+            for slot in slots:
+                segment.strike(slot)
+                self._touched[segment] = None
 
     def drop_record(self, segment: int, slot: int) -> None:
         """The index is wrong about a slot."""

@@ -14,13 +14,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
-import xxhash
 
 from kvstore.errors import CorruptBlock
 from kvstore.tiers import nvme_slot
+from kvstore.tiers.base import RecoveredBlocks
 from kvstore.tiers.nvme_disk import Disk, read_all
 from kvstore.tiers.nvme_index import Batch, Index, encode_record
 from kvstore.tiers.nvme_log import Log, check_payload, pack
@@ -30,29 +31,25 @@ from kvstore.tiers.nvme_slot import HEADER_BYTES, Stored
 _log = logging.getLogger(__name__)
 
 SCANNERS = 8
-"""Threads that read headers: the disk's latency is what a scan waits for."""
+"""Threads that read summaries and headers: the disk's latency is what that waits for."""
 _BATCH = 4096
 _LIFE_BITS = 40
 
 Slots = npt.NDArray[np.int64]
+Marks = dict[int, tuple[int, int]]
+"""Segment -> (its life, slots below which the index tells all)."""
+Rows = npt.NDArray[np.void]
+
+_NAME = np.dtype(
+    [("name", "V16"), ("sequence", "<u8"), ("life", "<u8"), ("segment", "<u4"), ("slot", "<u4")]
+)
 
 
 def open_segments(disk: Disk, geometry: Geometry, most: int) -> list[Segment]:
     """Those there is capacity for; every other file is removed. Raises OSError."""
-    segments: list[Segment] = []
-    for name in sorted(disk.names()):
-        number = number_of(name)
-        file = None if number is None else disk.open(name)
-        if number is None or file is None or file.nbytes != geometry.file_bytes:
-            if file is not None:
-                file.close()
-            disk.remove(name)
-            continue
-        segments.append(Segment(number, file, geometry))
-        try:
-            load_summary(segments[-1], geometry)
-        except CorruptBlock as error:
-            _log.error("segment %d is lost: %s", number, error)
+    with ThreadPoolExecutor(SCANNERS) as pool:
+        opened = pool.map(partial(_open_segment, disk, geometry), sorted(disk.names()))
+        segments = [segment for segment in opened if segment is not None]
     segments.sort(key=lambda s: s.life, reverse=True)
     for segment in segments[most:]:
         segment.file.close()
@@ -60,6 +57,22 @@ def open_segments(disk: Disk, geometry: Geometry, most: int) -> list[Segment]:
     if len(segments) > most:
         _log.warning("%d segments were dropped: less capacity than before", len(segments) - most)
     return segments[:most]
+
+
+def _open_segment(disk: Disk, geometry: Geometry, name: str) -> Segment | None:
+    number = number_of(name)
+    file = None if number is None else disk.open(name)
+    if number is None or file is None or file.nbytes != geometry.file_bytes:
+        if file is not None:
+            file.close()
+        disk.remove(name)
+        return None
+    segment = Segment(number, file, geometry)
+    try:
+        load_summary(segment, geometry)
+    except CorruptBlock as error:
+        _log.error("segment %d is lost: %s", number, error)
+    return segment
 
 
 def load_summary(segment: Segment, geometry: Geometry) -> None:
@@ -87,10 +100,9 @@ def first_sequence(life: int) -> int:
     return life << _LIFE_BITS
 
 
-def tell_index(index: Index, segments: list[Segment], *, clean: bool) -> int:
-    """Let it know of every block it does not; how many those are. With `clean` it
-    knows all of the segments whose life it knows. Raises `TierError`, OSError."""
-    known = index.segments()
+def tell_index(index: Index, segments: list[Segment], known: Marks, *, clean: bool) -> int:
+    """Let it know of every block it does not; how many those are. `known`: its segments.
+    With `clean` it knows all of those whose life it knows. Raises `TierError`, OSError."""
     for number in known.keys() - {segment.number for segment in segments}:
         index.drop_segment(number)
     scans: list[tuple[Segment, int]] = []
@@ -141,24 +153,42 @@ def scan(segment: Segment, start: int = 0) -> Iterator[Stored]:
         yield stored
 
 
-def find_blocks(index: Index, log: Log, segments: list[Segment], *, clean: bool) -> None:
-    """Give the log the segments, oldest first, with an address for every block."""
-    superseded = set() if clean else _superseded(index, {s.number: s for s in segments})
+def find_blocks(index: Index, log: Log, segments: list[Segment], vouched: Marks) -> None:
+    """Give the log the segments, oldest first, with an address for every block.
+
+    Of a segment that is vouched for, the index tells of just those blocks below its mark
+    that are not forgotten, so it is not asked. Slots in which nothing was found are marked
+    as if forgotten, which keeps that so."""
     found: list[tuple[Segment, Slots]] = []
+    names: list[Rows] = []
     for segment in sorted(segments, key=lambda s: s.life):
-        told, wrong = index.places(segment.number, segment.life)
         dead = np.unpackbits(np.frombuffer(segment.dead, np.uint8), bitorder="little")
-        there = told[told < segment.slots]
-        there = there[dead[there] == 0]
-        for slot in [*wrong, *np.setdiff1d(told, there).tolist()]:
-            log.drop_record(segment.number, slot)
-        late = (
-            [s for s in there.tolist() if (segment.number, s) in superseded] if superseded else []
-        )
-        for slot in late:
-            log.drop(segment, slot)
-        found.append((segment, np.setdiff1d(there, late) if late else there))
-    log.segments.update((segment.number, segment) for segment, _ in found)
+        kept = dead[: segment.slots] == 0
+        life, mark = vouched.get(segment.number, (0, 0))
+        if life == segment.life:
+            there = np.flatnonzero(kept[:mark])
+        else:
+            there = np.zeros(0, np.int64)
+            for slots, table in index.entries(segment.number):
+                right = (table["life"] == segment.life) & (slots < segment.slots)
+                right[right] = kept[slots[right]]
+                there = np.concatenate((there, slots[right]))
+                names.append(_names(segment, slots[right], table[right]))
+                for slot in slots[~right].tolist():
+                    log.drop_record(segment.number, slot)
+        kept[there] = False
+        log.blank(segment, np.flatnonzero(kept).tolist())
+        found.append((segment, there))
+    by_number = {segment.number: segment for segment, _ in found}
+    superseded = _superseded(names)
+    for number, slot in superseded:
+        log.drop(by_number[number], slot)
+    if superseded:
+        found = [
+            (s, np.array([n for n in there.tolist() if (s.number, n) not in superseded], np.int64))
+            for s, there in found
+        ]
+    log.segments.update(by_number)
     _give_addresses(log, found)
     if found and len(found) == log.most_segments and all(s.living for s, _ in found):
         # There is nothing to empty a segment into, so one has to go.
@@ -167,6 +197,29 @@ def find_blocks(index: Index, log: Log, segments: list[Segment], *, clean: bool)
             log.forget(owner - 1)
     for segment, _ in found:
         log.adopt(segment)
+
+
+def blocks_of(index: Index, segment: Segment) -> Iterator[RecoveredBlocks]:
+    """The blocks of a segment that have an address, the last slot first. Not all of one
+    tenant, layout and length need fit its slots."""
+    owners = np.frombuffer(segment.owners, np.uint64)
+    for slots, table in index.entries(segment.number):
+        there = (table["life"] == segment.life) & (slots < segment.slots)
+        there[there] = owners[slots[there]] != 0
+        left, addresses = table[there], owners[slots[there]] - np.uint64(1)
+        while len(left):
+            kinds = left[["tenant", "layout_id", "length"]]
+            alike = kinds == kinds[0]
+            part = left[alike]
+            parents = part["parent"].tolist()
+            for row in np.flatnonzero(part["parent_bytes"] == 0).tolist():
+                parents[row] = b""
+            tenant, layout_id, length = kinds[0].tolist()
+            yield RecoveredBlocks(
+                tenant.decode(errors="replace"), layout_id, length, part["stored_key"].tolist(),
+                parents, part["checksum"].tolist(), addresses[alike].tolist(),
+            )  # fmt: skip
+            left, addresses = left[~alike], addresses[~alike]
 
 
 def _give_addresses(log: Log, found: list[tuple[Segment, Slots]]) -> None:
@@ -218,20 +271,25 @@ def _homes(used: list[tuple[Segment, Slots]], most: int) -> set[int]:
     return set((homes + others)[:most])
 
 
-def _superseded(index: Index, segments: dict[int, Segment]) -> set[tuple[int, int]]:
+def _names(segment: Segment, slots: Slots, table: Rows) -> Rows:
+    """What tells two blocks of one name apart, and which was written later."""
+    names = np.empty(len(slots), _NAME)
+    names["name"] = table["stored_key"]
+    names["sequence"] = table["sequence"]
+    names["life"] = segment.life
+    names["segment"] = segment.number
+    names["slot"] = slots
+    return names
+
+
+def _superseded(names: list[Rows]) -> set[tuple[int, int]]:
     """(segment, slot) of blocks of which a later one has the same name."""
-    rows = [
-        (xxhash.xxh3_64_intdigest(name), sequence, number, slot, life)
-        for name, sequence, life, number, slot in index.names()
-        if (segment := segments.get(number)) is not None
-        and segment.life == life
-        and slot < segment.slots
-        and not segment.is_dead(slot)
-    ]
-    if not rows:
+    if not names:
         return set()
-    table = np.array(rows, np.uint64)
+    table = np.concatenate(names)
+    halves = table["name"].copy().view("<u8").reshape(-1, 2)
     # Of two copies of one block the one in the younger segment: the other was being emptied.
-    table = table[np.lexsort((table[:, 4], table[:, 1], table[:, 0]))]
-    earlier = np.flatnonzero(table[:-1, 0] == table[1:, 0])
-    return {(int(row[2]), int(row[3])) for row in table[earlier]}
+    order = np.lexsort((table["life"], table["sequence"], halves[:, 1], halves[:, 0]))
+    table, halves = table[order], halves[order]
+    earlier = np.flatnonzero((halves[:-1] == halves[1:]).all(axis=1))
+    return {(int(row["segment"]), int(row["slot"])) for row in table[earlier]}

@@ -17,7 +17,7 @@ from kvstore.tiers.base import BlockHeader
 from kvstore.tiers.faulty import Crash, Fault, FaultAtCall, FaultyDisk, MemoryDisk
 from kvstore.tiers.nvme import NvmeTier
 from kvstore.tiers.nvme_index import Index
-from tests.unit.tiers.blocks import get, header_of, payload_of
+from tests.unit.tiers.blocks import get, header_of, payload_of, recovered
 
 EXTENT_BYTES = 64 << 10
 CAPACITY_BYTES = 4 << 20
@@ -55,7 +55,7 @@ class Work:
         )  # fmt: skip
 
     def run(self, tier: NvmeTier) -> None:
-        held = {found.address: found.header for found in tier.recovered_blocks()}
+        held = recovered(tier)
         size = tier.slot_bytes(BLOCK_BYTES)
         # One less than there may be: bad places take from the room to work with.
         extents = tier.usable_bytes // EXTENT_BYTES - 1
@@ -132,8 +132,8 @@ def test_a_fault_at_any_call_costs_blocks_at_most(name: str, home: Path) -> None
             tier._home.close()
         disk.crash(random.Random(n))
         again = work.open(FaultAtCall(fault, 0))
-        for found in again.recovered_blocks():
-            work.check(again, found.address, found.header)
+        for address, header in recovered(again).items():
+            work.check(again, address, header)
         again.check_integrity()
         again.close()
     assert reached >= 40 or name == "lost sync"

@@ -113,6 +113,33 @@ BUGS = {
         "for row in table[earlier + 1]}",
         NVME,
     ),
+    "an index that was not closed is believed": Bug(
+        "kvstore/tiers/nvme.py", "known if clean else {}", "known", NVME
+    ),
+    "an index from an older time is believed": Bug(
+        "kvstore/tiers/nvme.py",
+        "clean = index.clean and index.life == life - 1",
+        "clean = index.clean",
+        NVME,
+    ),
+    "slots without a block are taken for blocks": Bug(
+        "kvstore/tiers/nvme_recovery.py",
+        "        log.blank(segment, np.flatnonzero(kept).tolist())\n",
+        "",
+        "tests/unit/tiers/test_nvme_recovery.py",
+    ),
+    "what was forgotten is found at a clean start": Bug(
+        "kvstore/tiers/nvme_recovery.py",
+        "            there = np.flatnonzero(kept[:mark])\n",
+        "            there = np.arange(mark)\n",
+        NVME,
+    ),
+    "two blocks are found in one slot": Bug(
+        "kvstore/core/space.py",
+        "                or slots[index] is not None\n",
+        "",
+        "tests/unit/core/test_restore.py",
+    ),
     "more segments than the capacity allows": Bug(
         "kvstore/tiers/nvme_log.py",
         "wanted = min(self.most_segments, extents + spare_segments(self.most_segments))",

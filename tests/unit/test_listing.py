@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import errno
 import os
 import random
+
+import pytest
 
 from kvstore.clock import ManualClock
 from kvstore.listing import MIN_SLOTS, Listing
@@ -99,4 +102,55 @@ def test_names_that_collide_do_not_make_the_table_grow() -> None:
     listing.change([(name, True, False) for name in colliding])
     assert listing.unlisted == len(colliding) - PAGE_WORDS
     assert not listing.needs_growth
+    listing.close()
+
+
+@pytest.mark.parametrize("count", [0, 1, 3000, 40_000])
+def test_what_is_found_at_a_start_is_listed_at_once(count: int) -> None:
+    """As it would be block by block, in a table that has room for more."""
+    listing = Listing(0, b"an epoch", ManualClock())
+    earlier = DirectoryReader(os.dup(listing.fd))
+    found = names(count)
+    listing.begin([found[: count // 3], found[count // 3 :], []])
+    reader = DirectoryReader(os.dup(listing.fd))
+    assert earlier.superseded() == (reader.header.slots > earlier.header.slots)
+    assert {reader.find(name) for name in found} <= {2}
+    assert not any(map(reader.find, names(2000, start=10**7)))
+    assert listing._table.entries == count
+    assert listing.unlisted == 0
+    assert not listing.needs_growth
+    # Searches pass every word on their way, so whatever goes leaves the others found.
+    listing.change([(name, False, False) for name in found[::2]])
+    assert {reader.find(name) for name in found[1::2]} <= {2}
+    assert not any(map(reader.find, found[::2]))
+    listing.close()
+
+
+def test_names_made_for_one_page_are_listed_at_once_as_far_as_it_has_room() -> None:
+    listing = Listing(0, b"an epoch", ManualClock())
+    made = [(n << 8).to_bytes(8, "little") + bytes(8) for n in range(1, 3 * PAGE_WORDS)]
+    listing.begin([[*made, made[0]]])
+    reader = DirectoryReader(os.dup(listing.fd))
+    listed = [name for name in made if reader.find(name)]
+    assert len(listed) == listing._table.entries == PAGE_WORDS
+    assert listing.unlisted == len(made) - PAGE_WORDS
+    listing.change([(name, False, False) for name in listed[:10]])
+    assert sum(map(bool, map(reader.find, made))) == PAGE_WORDS
+    listing.close()
+
+
+def test_without_memory_for_a_larger_table_as_much_is_listed_as_has_room(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    listing = Listing(0, b"an epoch", ManualClock())
+
+    def no_memory(*_: object) -> None:
+        raise OSError(errno.ENOMEM, "no memory")
+
+    monkeypatch.setattr("kvstore.listing.DirectoryWriter", no_memory)
+    found = names(MIN_SLOTS // 2)
+    with pytest.raises(OSError, match="no memory"):
+        listing.begin([found])
+    reader = DirectoryReader(os.dup(listing.fd))
+    assert sum(map(bool, map(reader.find, found))) == listing._table.entries > 0.99 * len(found)
     listing.close()

@@ -29,7 +29,7 @@ from kvstore.errors import (
 from kvstore.local.directory import DirectoryReader
 from kvstore.naming import namer
 from kvstore.store import Session, Store
-from kvstore.tiers.base import BlockHeader, Recovered
+from kvstore.tiers.base import BlockHeader, RecoveredBlocks
 from kvstore.tiers.memory import HeapMemory, HeapStorage
 from kvstore.types import ChainPresence, ChainQuery, LayoutSpec, LeaseGrant, Segment
 
@@ -571,11 +571,11 @@ def test_a_start_that_is_called_off_ends_before_all_blocks_are_read() -> None:
     read = 0
 
     class Endless(HeapStorage):
-        def recovered_blocks(self) -> Iterator[Recovered]:
+        def recovered_blocks(self) -> Iterator[RecoveredBlocks]:
             nonlocal read
             while True:
                 read += 1
-                yield Recovered(BlockHeader(b"k" * 16, b"", b"l" * 16, "t", 1, 1), 0)
+                yield RecoveredBlocks("t", b"l" * 16, 1, [b"k" * 16], [b""], [1], [0])
 
     async def main() -> None:
         rig = Rig(nvme_slots=0)
@@ -591,10 +591,8 @@ def test_a_start_that_is_called_off_ends_before_all_blocks_are_read() -> None:
 
 
 def test_everything_found_at_a_start_is_in_the_directory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """More than go in at once, and more than the first table takes."""
-    monkeypatch.setattr("kvstore.store.directory.LISTED_A_STEP", 7)
+    """More than the first table takes."""
     monkeypatch.setattr("kvstore.listing.MIN_SLOTS", 64)
-    monkeypatch.setattr("kvstore.listing.PAGES_A_STEP", 1)
     rig = Rig(nvme_slots=256)
 
     async def before(rig: Rig) -> None:

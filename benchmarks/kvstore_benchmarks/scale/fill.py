@@ -86,6 +86,8 @@ def fill(path: Path, blocks: int) -> None:
         if len(batch.blocks) == _BATCH:
             index.apply(batch)
             batch = Batch()
+    if segment is not None:
+        batch.segments[segment.number] = (segment.life, segment.next)
     index.apply(batch)
     index.end_life()
     index.sync()

@@ -58,6 +58,12 @@ class EvictionPolicy(Protocol):
         """A replica has come in; this counts as a use."""
         ...
 
+    def insert_all(self, replicas: Iterable[Replica]) -> None:
+        """`insert` for each, in this order."""
+        insert = self.insert
+        for replica in replicas:
+            insert(replica)
+
     def touch(self, replica: Replica) -> None:
         """A replica was used."""
         ...

@@ -16,6 +16,7 @@ from kvstore.core.policies.ring import Ring
 
 class LRU(Ring, EvictionPolicy):
     insert = Ring.append
+    insert_all = Ring.extend
     touch = Ring.renew
     remove = Ring.discard
     candidates = Ring.__iter__

@@ -7,7 +7,7 @@ operation is O(1), a neighbouring run of any length moving as a whole.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from kvstore.core.catalog import Replica
 
@@ -26,6 +26,17 @@ class Ring:
         replica.after = end
         latest.after = end.before = replica
         self._size += 1
+
+    def extend(self, replicas: Iterable[Replica]) -> None:
+        """`append` for each, in this order."""
+        latest = self._end.before
+        for replica in replicas:
+            latest.after = replica
+            replica.before = latest
+            latest = replica
+            self._size += 1
+        latest.after = self._end
+        self._end.before = latest
 
     def discard(self, replica: Replica) -> None:
         """Take out a replica of this ring."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
+from itertools import groupby
 
 import pytest
 
 from kvstore.core.lifecycle import State
 from kvstore.core.planner import Planner
-from kvstore.tiers.base import BlockHeader
+from kvstore.tiers.base import BlockHeader, RecoveredBlocks
 from kvstore.types import Tier
 from tests.simulation.model import SLOT, Shell, layout, make_planner
 
@@ -31,15 +32,31 @@ def at(slot: int) -> int:
     return (EXTENT_SLOTS + slot) * SLOT
 
 
+def columns(headers: list[tuple[BlockHeader, int]]) -> list[RecoveredBlocks]:
+    """Those alike that follow each other in one part."""
+    return [
+        RecoveredBlocks(
+            tenant, layout_id, length, [h.stored_key for h, _ in rows], [h.parent for h, _ in rows],
+            [h.checksum for h, _ in rows], [address for _, address in rows],
+        )
+        for (tenant, layout_id, length), found in groupby(
+            headers, lambda row: (row[0].tenant, row[0].layout_id, row[0].length)
+        )
+        if (rows := list(found))
+    ]  # fmt: skip
+
+
 def restored(
     headers: list[tuple[BlockHeader, int]], nvme_slots: int = 32
 ) -> tuple[Planner, list[int], list[int]]:
     """The planner; the extents it refused; the addresses of blocks it refused."""
     planner = make_planner(dram_slots=8, nvme_slots=nvme_slots, extent_slots=EXTENT_SLOTS)
     numbers = sorted({address // SLOT // EXTENT_SLOTS for _, address in headers})
-    extents, blocks = planner.restore([("t", LAYOUT)], [(n, SLOT) for n in numbers], headers)
+    extents, blocks = planner.restore(
+        [("t", LAYOUT)], [(n, SLOT) for n in numbers], columns(headers)
+    )
     planner.check_integrity()
-    return planner, extents, [address for _, address in blocks]
+    return planner, extents, [part.addresses[row] for part, row in blocks]
 
 
 def order(planner: Planner) -> list[int]:
@@ -67,16 +84,31 @@ def test_children_leave_before_their_parents_in_whatever_order_they_are_found(se
             assert left.index(child) < left.index(parent)
 
 
-def test_chains_leave_by_age_as_far_as_addresses_tell_it() -> None:
+def test_chains_leave_by_age_children_first_and_know_their_depth() -> None:
     chains = [[1, 2, 3], [4, 5], [6, 7, 8, 9]]
     found = []
     for chain in chains:
-        # As write-back leaves them: children at lower addresses than their parents.
+        # As write-back leaves them: children before their parents.
         for number in reversed(chain):
             parent = number - 1 if number != chain[0] else None
             found.append((header(number, parent), at(len(found))))
-    planner, _, _ = restored(found)
+    planner, _, _ = restored(found[::-1])
     assert order(planner) == [3, 2, 1, 5, 4, 9, 8, 7, 6]
+    for chain in chains:
+        blocks = [planner.catalog.get(name(number)) for number in chain]
+        assert [b.depth for b in blocks if b is not None] == list(range(len(chain)))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_depths_are_known_in_whatever_order_blocks_are_found(seed: int) -> None:
+    rng = random.Random(seed)
+    found = [(header(n, n - 1 if n % 6 else None), at(n)) for n in range(24)]
+    rng.shuffle(found)
+    planner, _, _ = restored(found)
+    for number in range(24):
+        block = planner.catalog.get(name(number))
+        assert block is not None
+        assert block.depth == number % 6
 
 
 def test_parents_in_a_ring_end_the_start_too() -> None:
@@ -129,8 +161,8 @@ def test_what_cannot_be_where_it_is_found_is_refused() -> None:
 def test_a_slot_of_another_size_is_refused() -> None:
     """Whoever got it would be listed in one class and counted in another."""
     planner = make_planner(dram_slots=8, nvme_slots=32, extent_slots=EXTENT_SLOTS)
-    refused = planner.restore([("t", LAYOUT)], [(1, 2 * SLOT)], [(header(1), at(0))])
-    assert refused == ([], [(header(1), at(0))])
+    [part] = columns([(header(1), at(0))])
+    assert planner.restore([("t", LAYOUT)], [(1, 2 * SLOT)], [part]) == ([], [(part, 0)])
     planner.check_integrity()
 
 

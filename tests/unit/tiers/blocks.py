@@ -49,3 +49,14 @@ def get(tier: StorageTier, address: int, header: BlockHeader) -> bytes:
     into = aligned(header.length)
     tier.read(address, header, into)
     return bytes(into)
+
+
+def recovered(tier: StorageTier) -> dict[int, BlockHeader]:
+    """What the tier found when it was opened, by address."""
+    found: dict[int, BlockHeader] = {}
+    for part in tier.recovered_blocks():
+        headers = {address: part.header(row) for row, address in enumerate(part.addresses)}
+        assert len(headers) == len(part)
+        assert found.keys().isdisjoint(headers)
+        found |= headers
+    return found

@@ -36,6 +36,7 @@ from tests.unit.tiers.blocks import (
     header_of,
     payload_of,
     put,
+    recovered,
 )
 
 CAPACITY_BYTES = 10 << 20
@@ -78,12 +79,6 @@ def abandon(tier: NvmeTier) -> None:
     tier._log.close()
     tier._index.close()
     tier._home.close()
-
-
-def recovered(tier: NvmeTier) -> dict[int, BlockHeader]:
-    found = list(tier.recovered_blocks())
-    assert len({block.address for block in found}) == len(found)
-    return {block.address: block.header for block in found}
 
 
 def bytes_on_disk(path: Path) -> int:

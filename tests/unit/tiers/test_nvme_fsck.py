@@ -15,8 +15,8 @@ from kvstore.errors import CorruptBlock, DataInUse, DataUnusable, DataVersion
 from kvstore.tiers.nvme import NvmeTier
 from kvstore.tiers.nvme_fsck import check
 from kvstore.tiers.nvme_slot import HEADER_BYTES
-from tests.unit.tiers.blocks import get, payload_of
-from tests.unit.tiers.test_nvme import abandon, fill, open_tier, recovered, slot_file
+from tests.unit.tiers.blocks import get, payload_of, recovered
+from tests.unit.tiers.test_nvme import abandon, fill, open_tier, slot_file
 
 
 def spoil(file: Path, offset: int, nbytes: int = 16) -> None:

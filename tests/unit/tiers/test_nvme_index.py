@@ -70,17 +70,16 @@ def test_blocks_are_read_in_parts_and_each_once(
     for count in (0, 6, 7, 8, 21, 50):
         blocks: dict[tuple[int, int], bytes | None] = {(2, n): record(rng) for n in range(count)}
         index.apply(Batch(blocks=blocks))
-        found = list(index.records(2))
-        assert [(slot, life) for slot, life, _ in found] == [
-            (n, LIFE) for n in reversed(range(count))
-        ]
-        assert {header.tenant for _, _, header in found} <= {TENANT}
-        slots, wrong = index.places(2, LIFE)
-        assert (slots.tolist(), wrong) == (list(range(count)), [])
-        assert index.places(2, LIFE + 1)[1] == list(range(count))
+        found = index.entries(2)
+        assert len(found) == (1 if count else 0)
+        for slots, table in found:
+            assert slots.tolist() == list(reversed(range(count)))
+            assert [bytes(row) for row in table] == [blocks[2, slot] for slot in slots.tolist()]
+            assert set(table["life"].tolist()) == {LIFE}
+            assert set(table["tenant"].tolist()) == {TENANT.encode()}
     index.drop_segment(2)
-    assert not list(index.records(2))
-    assert len(list(index.names())) == 2
+    assert not index.entries(2)
+    assert all(index.entries(n)[0].table.tobytes() == others[n, 0] for n in (1, 3))
     index.close()
 
 

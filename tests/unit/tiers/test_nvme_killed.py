@@ -11,7 +11,7 @@ import pytest
 
 from kvstore.errors import CorruptBlock
 from kvstore.tiers.nvme import NvmeTier
-from tests.unit.tiers.blocks import EXTENT_BYTES, get, payload_of, put
+from tests.unit.tiers.blocks import EXTENT_BYTES, get, payload_of, put, recovered
 
 CAPACITY_BYTES = 8 << 20
 MAX_BLOCKS = 1 << 20
@@ -23,7 +23,7 @@ def churn(path: str) -> None:
     """Overwrite slots for ever, saying so now and then; never sync, never close."""
     tier = NvmeTier.open(path, CAPACITY_BYTES, EXTENT_BYTES, MAX_BLOCKS)
     size = tier.slot_bytes(BLOCK_BYTES)
-    held = {found.address: found.header for found in tier.recovered_blocks()}
+    held = recovered(tier)
     open_already = {extent for extent, _ in tier.recovered_extents()}
     for extent in set(range(1, EXTENTS + 1)) - open_already:
         tier.open_extent(extent, size)
@@ -59,12 +59,10 @@ def test_killed_while_slots_are_used_again(tmp_path: Path, lines: int) -> None:
 
         tier = NvmeTier.open(tmp_path, CAPACITY_BYTES, EXTENT_BYTES, MAX_BLOCKS)
         exact = 0
-        found = list(tier.recovered_blocks())
-        assert len({block.address for block in found}) == len(found)
-        for block in found:
-            number = int.from_bytes(block.header.stored_key, "big")
+        for address, header in recovered(tier).items():
+            number = int.from_bytes(header.stored_key, "big")
             try:
-                got = get(tier, block.address, block.header)
+                got = get(tier, address, header)
             except CorruptBlock:
                 continue
             assert got == bytes(payload_of(number, BLOCK_BYTES))

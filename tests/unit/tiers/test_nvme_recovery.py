@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
+from kvstore.tiers.nvme import NvmeTier
 from kvstore.tiers.nvme_recovery import scan
 from kvstore.tiers.nvme_slot import HEADER_BYTES
-from tests.unit.tiers.test_nvme import abandon, fill_more, open_tier, recovered, slot_file
+from tests.unit.tiers.blocks import recovered
+from tests.unit.tiers.test_nvme import abandon, fill_more, open_tier, slot_file
 
 
 def spoil(path: Path, offset: int) -> None:
@@ -44,3 +49,23 @@ def test_half_a_block_is_not_found_where_it_may_be_half(tmp_path: Path) -> None:
     scanned = {stored.header for stored in scan(again._log.segments[segment[0].number])}
     assert late[torn] not in scanned
     again.close()
+
+
+@pytest.mark.parametrize("end", [NvmeTier.close, abandon])
+def test_however_often_it_starts_there_is_what_there_was(
+    tmp_path: Path, end: Callable[[NvmeTier], None]
+) -> None:
+    """Above all in a segment that was half full: it is not gone on with."""
+    tier = open_tier(tmp_path, direct=False)
+    headers = fill_more(tier, 1)
+    headers |= fill_more(tier, 2, slots=3)
+    tier.forget(next(iter(headers)), headers.pop(next(iter(headers))))
+    tier.sync()
+    for _ in range(4):
+        end(tier)
+        tier = open_tier(tmp_path, direct=False)
+        tier.check_integrity()
+        assert set(recovered(tier).values()) == set(headers.values())
+        assert sum(s.living for s in tier._log.segments.values()) == len(headers)
+        tier.sync()
+    tier.close()

@@ -22,6 +22,7 @@ from tests.unit.tiers.blocks import (
     header_of,
     payload_of,
     put,
+    recovered,
 )
 
 CAPACITY_BYTES = 8 << 20
@@ -150,10 +151,7 @@ def test_recovers_extents_blocks_and_layouts(tier: StorageTier) -> None:
     tier.remember_layout("bob", b"L" * 16, {"model": "m", "block_tokens": 16})
     tier.sync()
     assert sorted(tier.recovered_extents()) == [(0, size), (2, size)]
-    assert sorted(tier.recovered_blocks(), key=lambda found: found.address) == [
-        (kept, first),
-        (child, third),
-    ]
+    assert recovered(tier) == {first: kept, third: child}
     spec = {"model": "m", "block_tokens": 16}
     assert sorted(tier.recovered_layouts(), key=str) == [("alice", spec), ("bob", spec)]
 
