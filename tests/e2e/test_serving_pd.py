@@ -19,6 +19,7 @@ PATIENCE_MS = 300
 PROMPT = 12 * BLOCK + 5
 FOUND = "external_prefix_cache_hits"
 GIVEN_UP = "kvstore_handover_timeouts"
+LOADED = "kvstore_loaded_blocks"
 
 
 def transfer(server: Server, role: str) -> dict[str, Any]:
@@ -66,6 +67,19 @@ def test_a_prompt_that_nobody_stores_is_computed_after_the_wait(
     assert time.monotonic() - started > PATIENCE_MS / 1000
     assert difference(answer, decode.generate(tokens)[0]) < 1e-3
     assert decode.metrics()[GIVEN_UP] == before.get(GIVEN_UP, 0) + 1
+
+
+def test_what_came_of_a_prompt_counts_when_the_rest_does_not(pair: tuple[Engine, Engine]) -> None:
+    """As when the prefill vLLM dies in the middle."""
+    prefill, decode = pair
+    tokens = prompt(250, PROMPT)
+    prefill.generate(tokens[: 6 * BLOCK + 1], max_tokens=1)
+    before = decode.metrics()
+    (answer,) = decode.generate(tokens, handover={"do_remote_prefill": True})
+    assert difference(answer, decode.generate(tokens)[0]) < 1e-3
+    after = decode.metrics()
+    assert after[LOADED] - before.get(LOADED, 0) == 6
+    assert after[GIVEN_UP] == before.get(GIVEN_UP, 0) + 1
 
 
 @pytest.mark.parametrize(

@@ -64,12 +64,14 @@ class Taken:
 
 @dataclass(slots=True)
 class Held:
-    """Leases that together let a prompt resume at `tokens`, and whose they are.
+    """Leases that together let a prompt resume at `tokens`, and whose they are. They begin
+    at `floor`, which must be had already.
 
     `full_tokens`: how far full attention is held, which may be further. `dram_tokens`:
     how far it was in DRAM when it was asked for.
     """
 
+    floor: int
     tokens: int
     full_tokens: int
     dram_tokens: int
@@ -113,7 +115,9 @@ class AcquireQueue:
         self._link = link
         self._bands = bands
         self._wait_ms = wait_ms
-        self._condition = threading.Condition()
+        lock = threading.Lock()
+        self._work = threading.Condition(lock)
+        self._news = threading.Condition(lock)
         self._asked: deque[Ticket] = deque()
         self._returned: deque[Held] = deque()
         self._answers = 0
@@ -145,53 +149,61 @@ class AcquireQueue:
         return full_position(self._bands, wanted, wanted.limit, self._look(attached))
 
     def submit(self, wanted: Wanted) -> Ticket:
-        """Ask for leases on all that is needed to resume as late as possible."""
+        """Ask, at the next `wake`, for leases on all that is needed to resume as late as
+        possible."""
         ticket = Ticket(wanted, time.monotonic())
-        with self._condition:
+        with self._work:
             self._asked.append(ticket)
-            self._condition.notify()
         return ticket
 
     def cancel(self, ticket: Ticket) -> None:
         """The answer is no longer wanted; a lease that it brings is given back."""
-        with self._condition:
+        with self._work:
             held, ticket.held = ticket.held, None
             ticket.state = TicketState.CANCELLED
         if held is not None:
             self.release(held)
 
     def release(self, held: Held) -> None:
-        """Give leases back, soon."""
+        """Give leases back, at the next `wake`."""
         if not held.lease_ids or held.attached.dropped:
             # Leases end with their session.
             return
-        with self._condition:
+        with self._work:
             self._returned.append(held)
-            self._condition.notify()
+
+    def wake(self) -> None:
+        """See to what was submitted and released. Waking a thread costs the engine's more
+        than all the rest, so it is done once for many."""
+        if self._asked or self._returned:
+            with self._work:
+                self._work.notify()
 
     def wait_answer(self, timeout_s: float) -> None:
         """Return once an answer has come since the last call, or after `timeout_s`."""
-        with self._condition:
-            self._condition.wait_for(lambda: self._answers != self._seen_answers, timeout_s)
+        with self._news:
+            self._news.wait_for(lambda: self._answers != self._seen_answers, timeout_s)
             self._seen_answers = self._answers
 
     def close(self, timeout_s: float = 1.0) -> None:
         """Leases still out end with the session."""
-        with self._condition:
+        with self._work:
             self._closing = True
-            self._condition.notify_all()
+            self._work.notify_all()
         for thread in self._threads:
             if thread.is_alive():
                 thread.join(timeout_s)
 
     def _run(self) -> None:
         while True:
-            with self._condition:
-                self._condition.wait_for(lambda: self._closing or self._asked or self._returned)
+            with self._work:
+                self._work.wait_for(lambda: self._closing or self._asked or self._returned)
                 if self._closing:
                     return
                 tickets = self._take_asked()
                 returned = [] if tickets else self._take_returned()
+                if self._asked or self._returned:
+                    self._work.notify()
             answered = False
             try:
                 if tickets:
@@ -204,7 +216,7 @@ class AcquireQueue:
                     self._answer(tickets)
 
     def _count_error(self) -> None:
-        with self._condition:
+        with self._work:
             self.errors += 1
 
     def _take_asked(self) -> list[Ticket]:
@@ -292,8 +304,8 @@ class AcquireQueue:
         taken = _taken(ask)
         for each in taken:
             if each.band.rule.is_full:
-                held = bands.aligned(len(each.addresses[0]) * each.band.block_tokens)
-                position = min(position, held)
+                blocks = each.first + len(each.addresses[0])
+                position = min(position, bands.aligned(blocks * each.band.block_tokens))
         if bands.partial and position < ask.position:
             full = position
         whole = all(
@@ -304,6 +316,7 @@ class AcquireQueue:
             held_by = [grant.lease_id for grant in ask.grants if grant.lease_id]
             ends = [grant.expires_ns for grant in ask.grants if grant.lease_id]
             answer = Held(
+                floor=ask.ticket.wanted.floor,
                 tokens=position,
                 full_tokens=full if bands.partial else position,
                 dram_tokens=min(_dram_tokens(ask), position),
@@ -324,7 +337,7 @@ class AcquireQueue:
 
     def _answer(self, tickets: list[Ticket], held: Held | None = None) -> None:
         """What came of tickets: `held`, which is of one of them, or nothing."""
-        with self._condition:
+        with self._news:
             for ticket in tickets:
                 if ticket.state is TicketState.ANSWERED:
                     continue
@@ -335,7 +348,7 @@ class AcquireQueue:
                 ticket.held = held
                 ticket.state = TicketState.FAILED if held is None else TicketState.ANSWERED
             self._answers += 1
-            self._condition.notify_all()
+            self._news.notify_all()
 
     def _release(self, returned: list[Held]) -> None:
         if not returned:

@@ -2,9 +2,8 @@
 
 A block's key says what it is, so no address changes hands: prefill stores, decode looks
 for the same keys. All that decode must know is that a prompt's blocks are on their way,
-for it asks while the last of them are still being stored. It waits as long as more of
-them keep coming; when none has come for a while it loads what there is and computes the
-rest.
+for it asks while they are still being stored. It loads them as they come and waits as
+long as more keep coming; when none has come for a while it computes the rest.
 
 The parameters pass through a proxy and may hold anything. What is not understood counts
 as not said.

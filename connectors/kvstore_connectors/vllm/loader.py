@@ -7,6 +7,10 @@ Of a model with one KV cache group, what follows the first block that fails is r
 as failed, and vLLM computes it. Of others it is the whole request: what was loaded of
 one group is of no use without the rest.
 
+A prompt that another vLLM computes is loaded while it is being stored (`Arrivals`): the
+thread looks into the server's directory for what has come, leases and copies it, and does
+other loads in between. It waits as long as more keeps coming.
+
 Once a request's blocks are reported, in whatever way, no thread touches them.
 """
 
@@ -23,17 +27,25 @@ from vllm.logger import init_logger
 
 from kvstore.errors import KVStoreError
 from kvstore.local import copy
+from kvstore.types import ChainQuery
+from kvstore_connectors.vllm.link import is_loss
 from kvstore_connectors.vllm.stats import ConnectorStats
 from kvstore_connectors.vllm.threads import outlive
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
     from kvstore_connectors.vllm.blocks import HostBlocks
     from kvstore_connectors.vllm.link import Attached, StoreLink
-    from kvstore_connectors.vllm.metadata import LoadJob, LoadPart
+    from kvstore_connectors.vllm.metadata import Arrivals, LoadJob
 
 logger = init_logger("vllm.kvstore")
+
+LOOK_EVERY_S = 0.0005
+"""For what is to come: a look takes microseconds."""
+
+ACQUIRE_WAIT_MS = 100
+"""What has just been stored is in DRAM, but for one that is under pressure."""
 
 
 @dataclass(slots=True)
@@ -46,8 +58,33 @@ class LoadResults:
     failed_blocks: set[int] = field(default_factory=set)
 
 
+@dataclass(slots=True, eq=False)
+class _Load:
+    """`good`: blocks of the job's front, part after part, that are loaded and right.
+    `attached`: what it was begun with. `until_s`: when to stop waiting for more."""
+
+    job: LoadJob
+    submitted_s: float
+    good: int = 0
+    nbytes: int = 0
+    attached: Attached | None = None
+    until_s: float = 0.0
+    unwanted: bool = False
+
+
+@dataclass(slots=True)
+class _Blocks:
+    """Blocks of one group, with one shard's slots and checksums of them."""
+
+    group: int
+    block_ids: Sequence[int]
+    addresses: Sequence[int]
+    checksums: Sequence[int]
+    expires_ns: int
+
+
 class Loader:
-    """Runs `LoadJob`s; `submit` and `take_results` are cheap and never wait."""
+    """Runs `LoadJob`s; `submit`, `give_up` and `take_results` are cheap and never wait."""
 
     def __init__(
         self,
@@ -63,7 +100,11 @@ class Loader:
         self._shard = shard
         self._on_done = on_done
         self._condition = threading.Condition()
-        self._jobs: deque[tuple[LoadJob, float]] = deque()
+        self._queue: deque[_Load] = deque()
+        # Those of which more is to come. Only the thread changes it.
+        self._arriving: list[_Load] = []
+        # By request: what `give_up` may end.
+        self._waiting: dict[str, _Load] = {}
         self._unreported = 0
         self._results = LoadResults()
         self._closing = False
@@ -79,10 +120,22 @@ class Loader:
         return self._unreported > 0
 
     def submit(self, job: LoadJob) -> None:
+        load = _Load(job, time.monotonic())
         with self._condition:
-            self._jobs.append((job, time.monotonic()))
+            self._queue.append(load)
+            if job.arrivals is not None:
+                self._waiting[job.request_id] = load
             self._unreported += 1
             self._condition.notify()
+
+    def give_up(self, request_ids: Collection[str]) -> None:
+        """Do not wait for what is still to come of these, and report them soon."""
+        if request_ids and self._waiting:
+            with self._condition:
+                for request_id in request_ids:
+                    load = self._waiting.get(request_id)
+                    if load is not None:
+                        load.unwanted = True
 
     def has_results(self) -> bool:
         return bool(self._results.finished)
@@ -110,83 +163,158 @@ class Loader:
     def _run(self) -> None:
         while True:
             with self._condition:
-                self._condition.wait_for(lambda: self._closing or self._jobs)
+                pause_s = LOOK_EVERY_S if self._arriving else None
+                self._condition.wait_for(lambda: self._closing or self._queue, pause_s)
                 if self._closing:
                     return
-                job, started_s = self._jobs.popleft()
-            good = 0
-            try:
-                good = self._load(job)
-            except KVStoreError as error:
-                logger.debug("A load from the KV store failed: %s", error)
-            finally:
-                self._report(job, good, started_s)
+                load = self._queue.popleft() if self._queue else None
+            if load is not None:
+                self._get_on(load)
+            for waiting in list(self._arriving):
+                self._get_on(waiting)
 
     def _count_error(self) -> None:
         with self._condition:
             self.stats.add(thread_errors=1)
 
-    def _load(self, job: LoadJob) -> int:
-        """How many blocks of the job's front, part after part, are loaded and right."""
+    def _get_on(self, load: _Load) -> None:
+        ended = True
+        try:
+            ended = self._load(load)
+        except KVStoreError as error:
+            logger.debug("A load from the KV store failed: %s", error)
+        finally:
+            if ended:
+                if load in self._arriving:
+                    self._arriving.remove(load)
+                self._report(load)
+            elif load not in self._arriving:
+                self._arriving.append(load)
+
+    def _load(self, load: _Load) -> bool:
+        """Whether that was all, for better or worse."""
+        job = load.job
         with self._link.borrow() as attached:
             if attached is None or attached.epoch != job.epoch:
-                return 0
-            good = 0
-            for part in job.parts:
-                loaded = self._load_part(attached, job, part)
-                good += loaded
-                if loaded < len(part.block_ids):
-                    break
-            return good if attached.client.epoch == job.epoch else 0
+                return True
+            if load.attached is None:
+                load.attached = attached
+                if not self._load_parts(attached, load) or job.arrivals is None:
+                    return True
+                load.until_s = time.monotonic() + job.arrivals.patience_s
+            # Layouts may have changed, and with them what the keys mean.
+            return load.attached is not attached or self._follow(attached, load, job.arrivals)
 
-    def _load_part(self, attached: Attached, job: LoadJob, part: LoadPart) -> int:
-        bad: list[int] = [len(part.block_ids)]
+    def _load_parts(self, attached: Attached, load: _Load) -> bool:
+        """Whether all that was leased is loaded and right."""
+        for part in load.job.parts:
+            addresses, checksums = part.addresses[self._shard], part.checksums[self._shard]
+            expires_ns = load.job.expires_ns
+            blocks = _Blocks(part.group, part.block_ids, addresses, checksums, expires_ns)
+            if not self._fill(attached, load, blocks):
+                return False
+        return True
+
+    def _follow(self, attached: Attached, load: _Load, arrivals: Arrivals | None) -> bool:
+        """Load what has come since. Whether nothing more is to be waited for."""
+        assert arrivals is not None
+        done = load.good - sum(len(part.block_ids) for part in load.job.parts)
+        if load.unwanted:
+            return True
+        shards = len(attached.layouts) // len(self._blocks)
+        layout_ids = [attached.layouts[arrivals.group * shards + self._shard].id]
+        seen = attached.client.peek(layout_ids, arrivals.keys[done:])
+        if seen is not None and seen.held:
+            chain = ChainQuery(layout_ids, arrivals.keys[done : done + seen.held])
+            came = self._load_chain(attached, load, chain, arrivals.block_ids[done:])
+            if came is None:
+                return True
+            done += came
+            if came:
+                load.until_s = time.monotonic() + arrivals.patience_s
+        if done == len(arrivals.keys):
+            return True
+        if time.monotonic() < load.until_s:
+            return False
+        with self._condition:
+            self.stats.add(handover_timeouts=1)
+        return True
+
+    def _load_chain(
+        self, attached: Attached, load: _Load, chain: ChainQuery, block_ids: list[int]
+    ) -> int | None:
+        """How many blocks of a chain were there and are loaded; None where one is not right."""
+        try:
+            (grant,) = attached.client.acquire_many([chain], ACQUIRE_WAIT_MS)
+            if not grant.held:
+                return 0
+            try:
+                group = load.job.arrivals.group if load.job.arrivals else 0
+                blocks = _Blocks(
+                    group, block_ids[: grant.held], grant.addresses, grant.checksums,
+                    grant.expires_ns,
+                )  # fmt: skip
+                return grant.held if self._fill(attached, load, blocks) else None
+            finally:
+                attached.client.release([grant.lease_id])
+        except KVStoreError as error:
+            if is_loss(error):
+                self._link.failed(attached, error)
+            raise
+
+    def _fill(self, attached: Attached, load: _Load, blocks: _Blocks) -> bool:
+        """Whether all of these are loaded and right."""
+        count = len(blocks.block_ids)
+        bad: list[int] = [count]
 
         def work(start: int, stop: int) -> None:
             # What follows a bad block is not loaded.
             if start < min(bad) and not self._closing:
-                good = self._copy_blocks(attached, job, part, start, stop)
-                if time.clock_gettime_ns(time.CLOCK_MONOTONIC) < job.expires_ns:
+                good = self._copy_blocks(attached, load.job.epoch, blocks, start, stop)
+                if time.clock_gettime_ns(time.CLOCK_MONOTONIC) < blocks.expires_ns:
                     start += good
             if start < stop:
                 bad.append(start)
 
-        copy.share(work, len(part.block_ids), self._blocks[part.group].block_bytes)
-        return min(bad)
+        block_bytes = self._blocks[blocks.group].block_bytes
+        copy.share(work, count, block_bytes)
+        good = min(bad) if attached.client.epoch == load.job.epoch else 0
+        load.good += good
+        load.nbytes += good * block_bytes
+        return good == count
 
     def _copy_blocks(
-        self, attached: Attached, job: LoadJob, part: LoadPart, start: int, stop: int
+        self, attached: Attached, epoch: bytes, blocks: _Blocks, start: int, stop: int
     ) -> int:
         """How many of these blocks are right, up to the first that is not."""
-        addresses, checksums = part.addresses[self._shard], part.checksums[self._shard]
-        blocks = self._blocks[part.group]
+        target = self._blocks[blocks.group]
         for index in range(start, stop):
-            slot = attached.client.slot(addresses[index], blocks.block_bytes, epoch=job.epoch)
-            blocks.load(part.block_ids[index], slot)
-            if xxhash.xxh3_64_intdigest(slot) != checksums[index]:
+            slot = attached.client.slot(blocks.addresses[index], target.block_bytes, epoch=epoch)
+            target.load(blocks.block_ids[index], slot)
+            if xxhash.xxh3_64_intdigest(slot) != blocks.checksums[index]:
                 with self._condition:
                     self.stats.add(damaged_blocks=1)
                 return index - start
         return stop - start
 
-    def _report(self, job: LoadJob, good: int, started_s: float) -> None:
-        whole = sum(len(part.block_ids) for part in job.parts)
-        nbytes, left = 0, good
-        for part in job.parts:
-            loaded = min(left, len(part.block_ids))
-            nbytes += loaded * self._blocks[part.group].block_bytes
-            left -= loaded
-        failed = good < whole or not job.parts
+    def _report(self, load: _Load) -> None:
+        job = load.job
+        block_ids = job.parts[0].block_ids if job.parts else []
+        if job.arrivals is not None:
+            block_ids = block_ids + job.arrivals.block_ids
+        whole = len(block_ids) + sum(len(part.block_ids) for part in job.parts[1:])
+        failed = load.good < whole or not whole
         with self._condition:
+            self._waiting.pop(job.request_id, None)
             self._results.finished.add(job.request_id)
-            if failed and len(self._blocks) == 1 and job.parts:
-                self._results.failed_blocks.update(job.parts[0].block_ids[good:])
+            if failed and len(self._blocks) == 1 and whole:
+                self._results.failed_blocks.update(block_ids[load.good :])
             elif failed:
                 self._results.failed.add(job.request_id)
             self.stats.add(
-                loaded_blocks=good,
-                loaded_bytes=nbytes,
-                load_seconds=time.monotonic() - started_s,
+                loaded_blocks=load.good,
+                loaded_bytes=load.nbytes,
+                load_seconds=time.monotonic() - load.submitted_s,
                 failed_loads=failed,
             )
         self._on_done()

@@ -22,8 +22,19 @@ class LoadPart:
 
 
 @dataclass(slots=True)
+class Arrivals:
+    """Consecutive blocks of one stored group that another vLLM is storing: `keys[i]` is
+    for `block_ids[i]`. `patience_s`: how long to wait when no more of them come."""
+
+    group: int
+    block_ids: list[int]
+    keys: list[bytes]
+    patience_s: float
+
+
+@dataclass(slots=True)
 class LoadJob:
-    """Fill blocks of one request from leased slots.
+    """Fill blocks of one request from leased slots, or with what is still to come.
 
     The addresses mean something only to the server life named by `epoch`, and only
     until `expires_ns` on CLOCK_MONOTONIC.
@@ -33,6 +44,7 @@ class LoadJob:
     parts: list[LoadPart]
     expires_ns: int
     epoch: bytes
+    arrivals: Arrivals | None = None
 
 
 @dataclass(slots=True)
@@ -55,7 +67,8 @@ class StoreJob:
 class StepMetadata(KVConnectorMetadata):
     """The scheduler's orders for one step.
 
-    `cancelled`: store jobs whose blocks are about to be reused. `idle`: the step
+    `cancelled`: store jobs whose blocks are about to be reused. `unwanted`: requests that
+    have ended, whose loads need not wait for what is still to come. `idle`: the step
     computes nothing, so waiting costs nobody. `salt`: part of the layouts; changes
     when the engine forgets its cache.
     """
@@ -63,6 +76,7 @@ class StepMetadata(KVConnectorMetadata):
     loads: list[LoadJob] = field(default_factory=list)
     stores: list[StoreJob] = field(default_factory=list)
     cancelled: list[int] = field(default_factory=list)
+    unwanted: list[str] = field(default_factory=list)
     idle: bool = False
     salt: str = ""
 

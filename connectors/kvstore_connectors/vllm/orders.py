@@ -24,31 +24,39 @@ MAX_KNOWN_KEYS = 1 << 18
 
 
 class KnownKeys:
-    """The keys most recently seen in the store, at most `capacity` of them."""
+    """The keys most recently seen in the store: at most `capacity`, and the latest half of
+    that for sure.
+
+    Keys come into the one set; when it is half the capacity it takes the place of the
+    other, which is forgotten. So all that is done here is done to many keys at a time.
+    """
 
     def __init__(self, capacity: int = MAX_KNOWN_KEYS) -> None:
-        self._capacity = capacity
-        self._keys: dict[bytes, None] = {}
+        self._half = capacity // 2
+        self._young: set[bytes] = set()
+        self._old: set[bytes] = set()
 
     def __contains__(self, key: bytes) -> bool:
-        return key in self._keys
+        return key in self._young or key in self._old
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return len(self._young | self._old)
+
+    def none_of(self, keys: Iterable[bytes]) -> bool:
+        return self._young.isdisjoint(keys) and self._old.isdisjoint(keys)
 
     def add(self, keys: Iterable[bytes]) -> None:
-        for key in keys:
-            self._keys.pop(key, None)
-            self._keys[key] = None
-        while len(self._keys) > self._capacity:
-            del self._keys[next(iter(self._keys))]
+        self._young.update(keys)
+        if len(self._young) >= self._half:
+            self._old, self._young = self._young, set()
 
     def discard(self, keys: Iterable[bytes]) -> None:
-        for key in self._keys.keys() & keys:
-            del self._keys[key]
+        self._young.difference_update(keys)
+        self._old.difference_update(keys)
 
     def clear(self) -> None:
-        self._keys.clear()
+        self._young.clear()
+        self._old.clear()
 
 
 class Pins(Protocol):
@@ -100,18 +108,23 @@ class StoreOrders:
         self,
         request_id: str,
         group: int,
-        keys: Sequence[bytes],
-        parents: Sequence[bytes],
-        block_ids: Sequence[int],
+        keys: list[bytes],
+        parents: list[bytes],
+        block_ids: list[int],
     ) -> StoreJob | None:
-        """A job for those of the blocks that are not known to be in the store."""
+        """A job for those of the blocks that are not known to be in the store. The lists
+        become its own."""
         if self.pins is None:
             return None
         known = self.known[group]
-        new = [each for each in zip(block_ids, keys, parents, strict=True) if each[1] not in known]
-        if not new:
-            return None
-        job = StoreJob(self._next_job, request_id, group, *map(list, zip(*new, strict=True)))
+        if not known.none_of(keys):
+            new = [index for index, key in enumerate(keys) if key not in known]
+            if not new:
+                return None
+            block_ids = [block_ids[index] for index in new]
+            keys = [keys[index] for index in new]
+            parents = [parents[index] for index in new]
+        job = StoreJob(self._next_job, request_id, group, block_ids, keys, parents)
         self._next_job += 1
         # As if they were there: another request must not store them too.
         known.add(job.keys)

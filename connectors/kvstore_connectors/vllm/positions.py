@@ -75,13 +75,14 @@ def queries(
     columns: Callable[[Band], list[bytes]],
     most_keys: int,
 ) -> list[Query]:
-    """What to acquire to resume at `position`, full attention first. `columns`: the
-    layouts of a band. A chain of more than `most_keys` keys, counted once for each
-    layout, comes in several parts, in order."""
+    """What to acquire to resume at `position`, full attention first, of what lies beyond
+    the floor. `columns`: the layouts of a band. A chain of more than `most_keys` keys,
+    counted once for each layout, comes in several parts, in order."""
     made = []
     for band in (*bands.full, *bands.partial):
         layout_ids = columns(band)
         first, last = band.span(position)
+        first = max(first, wanted.floor // band.block_tokens)
         step = max(1, most_keys // len(layout_ids))
         keys = wanted.keys[band.block_tokens]
         for start in range(first, last, step):

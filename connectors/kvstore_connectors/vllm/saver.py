@@ -1,4 +1,5 @@
-"""Copies finished blocks out of the engine's KV cache into the store, in a thread.
+"""Copies finished blocks out of the engine's KV cache into the store, in a thread of its
+own with helpers.
 
 A job may be cancelled at any moment, because its blocks are about to be
 overwritten, and cancelling never waits for the thread. That is sound because a
@@ -26,6 +27,7 @@ import xxhash
 from vllm.logger import init_logger
 
 from kvstore.errors import KVStoreError, Unavailable
+from kvstore.local import copy
 from kvstore.types import CommitOutcome, Segment
 from kvstore_connectors.vllm.link import is_loss
 from kvstore_connectors.vllm.metadata import JobReport
@@ -304,21 +306,27 @@ class Saver:
         self, attached: Attached, group: _Group, parts: list[_Part], slots: list[Slot]
     ) -> None:
         """Fill slots, taken from the end of `slots`, with the blocks of the parts."""
+        places: list[tuple[_Part, int]] = []
+        for part in parts:
+            for index in range(min(part.stop - part.start, len(slots))):
+                part.slots.append(slots.pop())
+                part.checksums.append(0)
+                places.append((part, index))
+        taken = [part.slots[index] for part, index in places]
 
         def fill(views: list[memoryview]) -> None:
-            for part in parts:
-                for index in range(part.start, part.stop):
-                    if part.save.cancelled or not slots:
-                        break
+            def work(start: int, stop: int) -> None:
+                for (part, index), view in zip(places[start:stop], views[start:stop], strict=True):
                     if attached.dropped or self._closing:
                         raise Unavailable("the connection was given up")
-                    part.slots.append(slots.pop())
-                    view = views.pop()
-                    group.blocks.save(part.save.job.block_ids[index], view)
-                    part.checksums.append(xxhash.xxh3_64_intdigest(view))
+                    if not part.save.cancelled:
+                        group.blocks.save(part.save.job.block_ids[part.start + index], view)
+                        part.checksums[index] = xxhash.xxh3_64_intdigest(view)
 
-        if slots:
-            ids, addresses = [slot.id for slot in slots], [slot.address for slot in slots]
+            copy.share(work, len(places), group.blocks.block_bytes)
+
+        if taken:
+            ids, addresses = [slot.id for slot in taken], [slot.address for slot in taken]
             attached.client.write_slots(ids, addresses, group.blocks.block_bytes, fill)
 
     def _commit(

@@ -86,6 +86,8 @@ class WorkerSide:
             self._link.change_layouts(self._specs_for(meta.salt))
 
     def start_loads(self, meta: StepMetadata) -> None:
+        if self._loader is not None:
+            self._loader.give_up(meta.unwanted)
         for job in meta.loads:
             if self._loader is not None:
                 self._loader.submit(job)

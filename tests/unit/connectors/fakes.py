@@ -140,6 +140,10 @@ class FakeLink:
             spec(rank, world, group=group) for group in range(groups) for rank in range(world)
         ]
 
+    @property
+    def current(self) -> Attached | None:
+        return attached(self.specs) if self.up else None
+
     def suspect(self) -> None:
         self.suspected += 1
         self.up = False
@@ -172,6 +176,9 @@ class FakeQueue:
         self.tickets.append(ticket)
         return ticket
 
+    def wake(self) -> None:
+        pass
+
     def cancel(self, ticket: Ticket) -> None:
         held, ticket.held = ticket.held, None
         ticket.state = TicketState.CANCELLED
@@ -200,6 +207,7 @@ class FakeQueue:
         taken = []
         for band in self._bands.bands if held else ():
             first, last = band.span(tokens)
+            first = min(max(first, ticket.wanted.floor // BLOCK_TOKENS), last)
             layouts = range(world * len(band.members))
             taken.append(
                 Taken(
@@ -210,6 +218,7 @@ class FakeQueue:
                 )
             )
         ticket.held = Held(
+            floor=ticket.wanted.floor,
             tokens=tokens,
             full_tokens=tokens if full is None else full * BLOCK_TOKENS,
             dram_tokens=tokens if from_dram is None else from_dram * BLOCK_TOKENS,

@@ -11,6 +11,7 @@ import torch
 import xxhash
 
 from kvstore.errors import BadRequest, Unavailable
+from kvstore.types import ChainQuery, LeaseGrant
 from kvstore_connectors.vllm import saver as saver_module
 from kvstore_connectors.vllm import slots as slots_module
 from kvstore_connectors.vllm import threads as threads_module
@@ -18,7 +19,13 @@ from kvstore_connectors.vllm.blocks import HostBlocks
 from kvstore_connectors.vllm.layout import Geometry, Piece
 from kvstore_connectors.vllm.link import StoreLink
 from kvstore_connectors.vllm.loader import Loader, LoadResults
-from kvstore_connectors.vllm.metadata import JobReport, LoadJob, LoadPart, StoreJob
+from kvstore_connectors.vllm.metadata import (
+    Arrivals,
+    JobReport,
+    LoadJob,
+    LoadPart,
+    StoreJob,
+)
 from kvstore_connectors.vllm.saver import Saver
 from tests.unit.connectors.fakes import FAR_NS, FakeStore, spec
 
@@ -67,12 +74,19 @@ class Rank:
             setattr(job, name, value)
         return job
 
+    def follow_job(self, keys: list[bytes], block_ids: list[int], patience_s: float) -> LoadJob:
+        self.store.shows_directory = True
+        return LoadJob("r", [], 0, b"epoch", Arrivals(0, block_ids, keys, patience_s))
+
     def run(self, job: LoadJob) -> LoadResults:
         self.loader.submit(job)
+        return self.wait(job)
+
+    def wait(self, job: LoadJob) -> LoadResults:
         eventually(self.loader.has_results)
         results = self.loader.take_results()
         assert results.finished == {job.request_id}
-        assert not self.loader.busy
+        assert self.loader.busy == bool(self.loader._waiting)
         return results
 
     def load(self, job: LoadJob) -> list[int]:
@@ -178,6 +192,78 @@ def test_of_several_groups_all_are_loaded_or_the_request_has_failed() -> None:
     second.parts[0].checksums[0][0] ^= 1
     assert rank.run(both) == LoadResults({"r"}, {"r"})
     rank.close()
+
+
+# -- loads of what another engine is storing ----------------------------------------
+
+KEYS = [bytes([number]) * 32 for number in range(4)]
+TARGETS = [10, 11, 12, 13]
+
+
+def test_blocks_are_loaded_as_they_come(rank: Rank) -> None:
+    job = rank.follow_job(KEYS, TARGETS, patience_s=30)
+    rank.loader.submit(job)
+    for number, key in enumerate(KEYS):
+        assert not rank.loader.has_results()
+        rank.store.blocks[key] = data(number)
+        eventually(lambda number=number: rank.bytes_of(TARGETS[number]) == data(number))
+    results = rank.wait(job)
+    assert (results.failed, results.failed_blocks) == (set(), set())
+    assert not rank.store.leases
+    assert not rank.loader._waiting
+
+
+def test_what_does_not_come_in_time_is_computed(rank: Rank) -> None:
+    rank.store.blocks |= {KEYS[0]: data(0), KEYS[2]: data(2)}
+    assert rank.run(rank.follow_job(KEYS, TARGETS, 0.02)).failed_blocks == set(TARGETS[1:])
+    assert rank.bytes_of(10) == data(0)
+    stats = rank.loader.take_stats()
+    assert stats is not None
+    assert stats.data["handover_timeouts"] == stats.data["failed_loads"] == 1
+    assert not rank.store.leases
+
+
+def test_a_request_that_has_ended_is_not_waited_for(rank: Rank) -> None:
+    job = rank.follow_job(KEYS, TARGETS, 30)
+    rank.loader.submit(job)
+    rank.loader.give_up(["r", "another"])
+    assert rank.wait(job).failed_blocks == set(TARGETS)
+
+
+def test_damaged_bytes_that_come_end_the_wait(rank: Rank) -> None:
+    rank.store.blocks |= {key: data(number) for number, key in enumerate(KEYS)}
+    good = rank.store._grant
+
+    def grant(chain: ChainQuery) -> LeaseGrant:
+        granted = good(chain)
+        granted.checksums[2] ^= 1
+        return granted
+
+    rank.store._grant = grant  # type: ignore[method-assign]
+    assert rank.run(rank.follow_job(KEYS, TARGETS, 30)).failed_blocks == set(TARGETS[2:])
+    assert not rank.store.leases
+
+
+@pytest.mark.parametrize("how", ["lost", "other layouts"])
+def test_a_store_that_goes_away_ends_the_wait_and_what_came_counts(rank: Rank, how: str) -> None:
+    rank.store.blocks[KEYS[0]] = data(0)
+    job = rank.follow_job(KEYS, TARGETS, 30)
+    rank.loader.submit(job)
+    eventually(lambda: rank.bytes_of(10) == data(0) and not rank.store.leases)
+    if how == "lost":
+        rank.store.error = Unavailable("gone")
+        rank.link.suspect()
+    else:
+        rank.link.change_layouts([spec(block_bytes=4 * PIECE)])
+    assert rank.wait(job).failed_blocks == set(TARGETS[1:])
+
+
+def test_waiting_for_one_prompt_holds_up_no_other(rank: Rank) -> None:
+    rank.loader.submit(rank.follow_job(KEYS, TARGETS, 30))
+    other = rank.load_job([data(7)], [3], request_id="other")
+    rank.loader.submit(other)
+    assert rank.wait(other).failed_blocks == set()
+    assert rank.bytes_of(3) == data(7)
 
 
 # -- stores -----------------------------------------------------------------------

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from kvstore_connectors.vllm import handover
 from kvstore_connectors.vllm import scheduler as module
 from kvstore_connectors.vllm.groups import Rule
-from tests.unit.connectors.fakes import BLOCK_TOKENS, FakeRequest, bands_with
+from tests.unit.connectors.fakes import BLOCK_TOKENS, FakeRequest, bands_with, outcome
 from tests.unit.connectors.test_scheduler import World
 
 FOR_DECODE = {"do_remote_decode": True, "do_remote_prefill": False, "remote_host": None}
@@ -52,18 +53,53 @@ def answered(world: World, request: FakeRequest) -> dict[str, Any] | None:
     return world.side.request_finished(request)  # type: ignore[arg-type]
 
 
-def test_decode_waits_until_the_last_block_has_been_stored(world: World, clock: Clock) -> None:
+def test_decode_loads_a_prompt_while_it_is_being_stored(world: World, clock: Clock) -> None:
     request = arrive(world, BY_PREFILL)
-    for blocks in (0, 1, 3):
-        world.queue.seen = blocks * BLOCK_TOKENS
-        assert world.match(request) == (None, False)
-        assert not world.queue.tickets, "a look costs no call"
-        clock.now_s += 0.9  # Of 1: each block that comes renews the wait.
+    world.queue.seen = 0
+    assert world.match(request) == (None, False), "no block is held before the first has come"
+    clock.now_s += 0.9
+    world.queue.seen = 2 * BLOCK_TOKENS
+    assert world.match(request, BLOCK_TOKENS) == (3 * BLOCK_TOKENS, True)
+    assert not world.queue.tickets, "the workers ask"
+    world.alloc(request, 3 * BLOCK_TOKENS, [1, 2, 3, 4, 5])
+    (job,) = world.meta().loads
+    assert job.arrivals is not None and not job.parts
+    assert job.arrivals.block_ids == [2, 3, 4]
+    assert job.arrivals.keys == request.block_hashes[1:4]
+    assert (job.epoch, job.arrivals.patience_s) == (b"epoch", 1.0)
+    sources = world.side.hit_sources(request, 3 * BLOCK_TOKENS)  # type: ignore[arg-type]
+    assert sources == {CacheHitSource.HOST: 3 * BLOCK_TOKENS}
+    world.side.update_output(outcome(finished_recving={request.request_id}))
+    world.alloc(request, 0, [1, 2, 3, 4, 5])
+    assert not world.meta().unwanted
+    world.finish(request)
+    assert not world.meta().unwanted
+    assert world.quiet()
+
+
+def test_what_has_gone_again_while_a_request_waited_is_not_offered(
+    world: World, clock: Clock
+) -> None:
+    request = arrive(world, BY_PREFILL)
     world.queue.seen = 4 * BLOCK_TOKENS
-    assert world.match(request) == (None, False)
-    world.queue.answer(world.queue.tickets[0], 4)
     assert world.match(request) == (4 * BLOCK_TOKENS, True)
-    assert "handover_timeouts" not in world.side.stats.data
+    world.queue.seen = 0
+    assert world.match(request) == (None, False)
+    clock.now_s += 1.1
+    assert world.match(request) == (0, False)
+
+
+def test_an_abort_ends_the_wait_for_what_is_still_to_come(world: World) -> None:
+    request = arrive(world, BY_PREFILL)
+    world.queue.seen = BLOCK_TOKENS
+    world.match(request)
+    world.alloc(request, 4 * BLOCK_TOKENS, [1, 2, 3, 4, 5])
+    world.meta()
+    world.finish(request)
+    assert world.meta().unwanted == [request.request_id]
+    assert not world.side.is_quiet()
+    world.side.update_output(outcome(finished_recving={request.request_id}))
+    assert world.quiet()
 
 
 def test_windows_that_come_after_the_rest_are_waited_for(clock: Clock) -> None:
@@ -82,15 +118,19 @@ def test_windows_that_come_after_the_rest_are_waited_for(clock: Clock) -> None:
     assert world.quiet()
 
 
-def test_decode_computes_what_has_not_come_in_time(world: World, clock: Clock) -> None:
+def test_windows_are_loaded_as_far_as_they_have_come_in_time(clock: Clock) -> None:
+    world = World(bands=bands_with(Rule(), Rule(window=2 * BLOCK_TOKENS)))
     request = arrive(world, BY_PREFILL)
-    world.queue.seen = BLOCK_TOKENS
-    assert world.match(request) == (None, False)
-    clock.now_s += 1.1
+    for blocks in (1, 2):
+        world.queue.seen = blocks * BLOCK_TOKENS
+        assert world.match(request) == (None, False)
+        assert not world.queue.tickets, "a look costs no call"
+        clock.now_s += 0.9  # Of 1: each block that comes renews the wait.
+    clock.now_s += 0.2
     assert world.match(request) == (None, False)
     (ticket,) = world.queue.tickets
-    world.queue.answer(ticket, 1)
-    assert world.match(request) == (BLOCK_TOKENS, True)
+    world.queue.answer(ticket, 2)
+    assert world.match(request) == (2 * BLOCK_TOKENS, True)
     assert world.side.stats.data["handover_timeouts"] == 1
 
 
@@ -109,10 +149,8 @@ def test_looks_are_not_more_frequent_than_blocks_can_come(world: World, clock: C
     world.match(request)
     world.queue.seen = 4 * BLOCK_TOKENS
     assert world.match(request) == (None, False)
-    assert not world.queue.tickets
     clock.now_s += handover.LOOK_EVERY_S
-    world.match(request)
-    assert len(world.queue.tickets) == 1
+    assert world.match(request) == (4 * BLOCK_TOKENS, True)
 
 
 def test_decode_does_not_wait_for_a_prefill_that_stored_nothing(world: World) -> None:
@@ -122,8 +160,8 @@ def test_decode_does_not_wait_for_a_prefill_that_stored_nothing(world: World) ->
 
 def test_without_a_number_decode_waits_for_the_whole_prompt(world: World, clock: Clock) -> None:
     world.queue.seen = 3 * BLOCK_TOKENS
-    assert world.match(arrive(world, {"do_remote_prefill": True})) == (None, False)
-    assert not world.queue.tickets
+    request = arrive(world, {"do_remote_prefill": True})
+    assert world.match(request) == (4 * BLOCK_TOKENS, True)
 
 
 @pytest.mark.parametrize("number", [-1, 2.5, True, "8", None, 1 << 70])
@@ -162,20 +200,27 @@ def test_prefill_promises_nothing_that_it_does_not_store(why: str) -> None:
     assert answer is not None and answer[handover.TOKENS] == 0
 
 
+@pytest.mark.parametrize("rules", [(Rule(),), (Rule(), Rule(window=2 * BLOCK_TOKENS))])
 def test_a_thousand_hand_overs_cancelled_at_any_point_leave_nothing(
-    world: World, clock: Clock
+    rules: tuple[Rule, ...], clock: Clock
 ) -> None:
+    world = World(bands=bands_with(*rules))
     for number in range(1000):
         request = arrive(world, BY_PREFILL, seed=number)
         world.queue.seen = (number % 5) * BLOCK_TOKENS
-        world.match(request)
+        tokens, _ = world.match(request)
         if number % 3 == 0:
             clock.now_s += 1.1
-            world.match(request)
+            tokens, _ = world.match(request)
         if number % 2 == 0 and world.queue.tickets:
             world.queue.answer(world.queue.tickets.pop(), 4)
-            world.match(request)
+            tokens, _ = world.match(request)
+        if tokens and number % 7:
+            world.alloc(request, tokens, *[[1, 2, 3, 4, 5]] * len(rules))
+            world.meta()
         world.finish(request)
+        world.meta()
+        world.side.update_output(outcome(finished_recving={request.request_id}))
     assert world.quiet()
 
 

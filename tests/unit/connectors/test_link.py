@@ -11,7 +11,7 @@ import pytest
 
 from kvstore.errors import TooMany, Unavailable
 from kvstore_connectors.vllm import link as link_module
-from kvstore_connectors.vllm.acquire import AcquireQueue, TicketState
+from kvstore_connectors.vllm.acquire import AcquireQueue, Ticket, TicketState
 from kvstore_connectors.vllm.link import StoreLink
 from kvstore_connectors.vllm.positions import Wanted
 from tests.unit.connectors.fakes import BLOCK_TOKENS, FULL, FakeStore, spec
@@ -136,15 +136,21 @@ def test_other_layouts_are_registered_before_they_are_used(
         assert [layout.id for layout in attached.layouts] == [other.layout_id]
 
 
+def submit(queue: AcquireQueue, *keys: bytes) -> Ticket:
+    ticket = queue.submit(wanted(*keys))
+    queue.wake()
+    return ticket
+
+
 def test_requests_that_wait_are_asked_for_in_one_call(
     store: FakeStore, queue: AcquireQueue
 ) -> None:
     store.blocks = {b"a": bytes(64), b"b": bytes(64)}
     store.gate.clear()
     for _ in range(3):  # One for each thread.
-        busy = queue.submit(wanted(b"a"))
+        busy = submit(queue, b"a")
         eventually(lambda busy=busy: busy.state is TicketState.SENT)
-    waiting = [queue.submit(wanted(b"a", b"b", b"c")) for _ in range(5)]
+    waiting = [submit(queue, b"a", b"b", b"c") for _ in range(5)]
     calls = store.calls.count("acquire")
     store.gate.set()
     eventually(lambda: all(t.state is TicketState.ANSWERED for t in waiting))
@@ -157,13 +163,14 @@ def test_an_answer_nobody_waits_for_any_more_gives_its_lease_back(
 ) -> None:
     store.blocks = {b"a": bytes(64)}
     store.gate.clear()
-    late = queue.submit(wanted(b"a"))
+    late = submit(queue, b"a")
     eventually(lambda: late.state is TicketState.SENT)
     queue.cancel(late)
-    kept = queue.submit(wanted(b"a"))
+    kept = submit(queue, b"a")
     store.gate.set()
     eventually(lambda: kept.state is TicketState.ANSWERED)
     queue.cancel(kept)
+    queue.wake()
     eventually(lambda: store.calls.count("release") and not store.leases)
 
 
@@ -171,7 +178,7 @@ def test_a_lost_server_answers_every_ticket(
     store: FakeStore, queue: AcquireQueue, link: StoreLink
 ) -> None:
     store.error = Unavailable("gone")
-    tickets = [queue.submit(wanted(b"a")) for _ in range(10)]
+    tickets = [submit(queue, b"a") for _ in range(10)]
     eventually(lambda: all(t.state is TicketState.FAILED for t in tickets))
 
 
@@ -181,14 +188,14 @@ def test_a_refusal_is_a_miss_and_keeps_the_session(
     monkeypatch.setattr(link_module, "HEARTBEAT_S", 60.0)
     time.sleep(0.05)
     store.error = TooMany("leases")
-    ticket = queue.submit(wanted(b"a"))
+    ticket = submit(queue, b"a")
     eventually(lambda: ticket.state is TicketState.FAILED)
     assert store.connects == 1
 
 
 def test_waiting_for_an_answer_ends_when_one_comes(store: FakeStore, queue: AcquireQueue) -> None:
     store.gate.clear()
-    queue.submit(wanted(b"a"))
+    submit(queue, b"a")
     started_s = time.monotonic()
     queue.wait_answer(0.02)
     assert time.monotonic() - started_s >= 0.02

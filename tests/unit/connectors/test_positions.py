@@ -52,6 +52,7 @@ class World:
 
     def ask(self, asked: Wanted) -> Held:
         ticket = self.queue.submit(asked)
+        self.queue.wake()
         deadline = time.monotonic() + 5
         while ticket.state in (TicketState.WAITING, TicketState.SENT):
             assert time.monotonic() < deadline, "no answer"
@@ -104,6 +105,16 @@ def test_nothing_below_what_the_engine_has_is_leased() -> None:
     assert (held.tokens, held.full_tokens) == (0, 12 * BLOCK_TOKENS)
     assert not world.store.leases
     assert "acquire" not in world.store.calls
+    world.close()
+
+
+def test_of_what_the_engine_has_nothing_is_pinned() -> None:
+    """Nor brought up from a slower tier, nor counted as handed out."""
+    world = World(HYBRID)
+    held = world.ask(wanted(floor=11))
+    asked = {len(chain.keys) for call in world.store.acquired for chain in call}
+    assert (held.floor, held.tokens, asked) == (11 * BLOCK_TOKENS, 12 * BLOCK_TOKENS, {1})
+    assert {taken.first for taken in held.taken} == {11}
     world.close()
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
-from kvstore_connectors.vllm import scheduler as module
+from kvstore_connectors.vllm import leasing as module
 from kvstore_connectors.vllm.acquire import TicketState
 from kvstore_connectors.vllm.groups import Bands, Rule
 from kvstore_connectors.vllm.metadata import JobReport, StepMetadata, WorkerReport
@@ -556,13 +556,15 @@ def test_a_reset_takes_new_layouts_and_forgets(world: World) -> None:
 
 
 def test_the_memory_of_keys_is_bounded_and_keeps_the_latest() -> None:
-    known = KnownKeys(capacity=3)
-    known.add([b"a", b"b", b"c"])
-    known.add([b"a", b"d"])
-    assert len(known) == 3
+    known = KnownKeys(capacity=4)
+    for keys in ([b"a", b"b"], [b"a"], [b"c"], [b"d"], [b"a"]):
+        known.add(keys)
+        assert len(known) <= 4
     assert b"b" not in known
-    assert b"a" in known
+    assert not known.none_of([b"x", b"a"])
     assert b"d" in known
+    known.discard([b"a", b"x"])
+    assert known.none_of([b"a", b"b", b"x"])
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -1,0 +1,225 @@
+"""The way from a prompt to leases on its blocks, a step of the scheduler at a time.
+
+    first look --> ticket (asked) --> held (leased) --> loading --> done
+                     |                  |                 |
+                     `-- too late       `-- not needed    `-- load failed
+                         or nothing
+
+Every way ends in `done`, with the lease given back. A preemption starts the way anew,
+because the request is computed anew. Until an answer has come the request is skipped
+(None), which costs the engine nothing while it has other work.
+
+A new prompt, of which the store has nothing, is the usual case: a look at the store's
+directory ends its way at once.
+
+A prompt that another vLLM is storing (`handover`) is offered whole, without a lease, as
+soon as the first of it has come: the workers follow. Where windows or states are needed
+too, it is leased like any other when all has come.
+"""
+
+from __future__ import annotations
+
+import time
+
+from kvstore_connectors.vllm.acquire import AcquireQueue, Held, Ticket, TicketState
+from kvstore_connectors.vllm.groups import Bands
+from kvstore_connectors.vllm.handover import ASK_EVERY_S, LOOK_EVERY_S
+from kvstore_connectors.vllm.link import StoreLink
+from kvstore_connectors.vllm.orders import StoreOrders
+from kvstore_connectors.vllm.positions import Wanted
+from kvstore_connectors.vllm.stats import ConnectorStats
+from kvstore_connectors.vllm.tracked import Tracked, keys_of
+
+ANSWER_GRACE_S = 0.25
+"""How much later than asked an answer may come before the server counts as hung."""
+
+MIN_LEASE_LEFT_S = 2.0
+MAX_OUTSTANDING = 256
+"""Requests with a ticket or an unused lease: bounds what waiting requests pin."""
+
+
+class Leasing:
+    """Called on the scheduler's thread only. What is found out of the store's content is
+    told to `orders`."""
+
+    def __init__(
+        self,
+        link: StoreLink,
+        queue: AcquireQueue,
+        bands: Bands,
+        orders: StoreOrders,
+        stats: ConnectorStats,
+        patience_s: float,
+    ) -> None:
+        """`patience_s`: how long an answer may take."""
+        self._link = link
+        self._queue = queue
+        self._bands = bands
+        self._block_sizes = {band.block_tokens for band in bands.bands}
+        self._orders = orders
+        self._stats = stats
+        self._patience_s = patience_s
+        # What fails of a load can be told block by block only where there is one group.
+        self._can_follow = len(bands.groups) == 1 and not bands.partial
+        self._only_full = not bands.partial
+        self.outstanding = 0
+        """Requests with a ticket or an unused lease."""
+
+    def match(self, tracked: Tracked, computed: int) -> int | None:
+        """How many tokens beyond `computed` to load; None to ask again in a later step."""
+        if tracked.preemptions != tracked.request.num_preemptions:
+            self._restart(tracked)
+        if tracked.done:
+            return 0
+        if computed >= tracked.loadable:
+            return self.end(tracked)
+        if tracked.held is None:
+            if tracked.ticket is not None:
+                self._look_for_answer(tracked, tracked.ticket)
+            elif self._ask(tracked, computed):
+                assert tracked.coming is not None
+                tracked.local_tokens = computed
+                return tracked.coming.tokens - computed
+            if tracked.held is None:
+                return 0 if tracked.done else None
+        held = tracked.held
+        if not _usable(held) or computed < held.floor:
+            # It waited too long in the queue to be safe, or vLLM has lost since what the
+            # lease begins after. It may ask again.
+            self._drop_lease(tracked)
+            return None
+        if held.tokens <= computed:
+            return self.end(tracked)
+        tracked.local_tokens = computed
+        return held.tokens - computed
+
+    def take(self, tracked: Tracked) -> Held | None:
+        """What was offered is being loaded: its lease, which is the caller's to give back,
+        or None for a prompt that is followed."""
+        held, tracked.held = tracked.held, None
+        tracked.done, tracked.coming = True, None
+        if held is not None:
+            self.outstanding -= 1
+        return held
+
+    def end(self, tracked: Tracked) -> int:
+        """Whatever the store was asked for this request is not wanted any more. 0."""
+        tracked.done, tracked.coming = True, None
+        ticket, tracked.ticket = tracked.ticket, None
+        if ticket is not None:
+            self.outstanding -= 1
+            self._queue.cancel(ticket)
+        self._drop_lease(tracked)
+        return 0
+
+    def _restart(self, tracked: Tracked) -> None:
+        self.end(tracked)
+        tracked.preemptions = tracked.request.num_preemptions
+        tracked.done = False
+
+    def _drop_lease(self, tracked: Tracked) -> None:
+        held, tracked.held = tracked.held, None
+        if held is not None:
+            self.outstanding -= 1
+            self._queue.release(held)
+
+    def _ask(self, tracked: Tracked, computed: int) -> bool:
+        """Whether to follow what is coming, instead of asking for leases."""
+        if not self._link.up:
+            self._stats.add(detached=1)
+            self.end(tracked)
+            return False
+        coming = tracked.coming
+        if self.outstanding >= MAX_OUTSTANDING:
+            return False
+        if coming is not None and time.monotonic() < coming.next_look_s:
+            return False
+        wanted = self._wanted(tracked, computed)
+        seen = self._queue.peek(wanted)
+        if seen is not None:
+            if coming is not None and self._can_follow and computed < min(seen, coming.tokens):
+                coming.tokens = max(coming.tokens, seen)
+                return True
+            if self._more_is_coming(tracked, seen, LOOK_EVERY_S):
+                return False
+            if seen <= computed:
+                self.end(tracked)
+                self._learn(wanted, seen, seen if self._only_full else 0)
+                return False
+        tracked.ticket = self._queue.submit(wanted)
+        self.outstanding += 1
+        return False
+
+    def _look_for_answer(self, tracked: Tracked, ticket: Ticket) -> None:
+        if ticket.state in (TicketState.WAITING, TicketState.SENT):
+            self._wait_on(tracked, ticket)
+            return
+        tracked.ticket = None
+        held = ticket.held
+        # Windows and states do not show in a look, and may come after all the rest.
+        if self._more_is_coming(tracked, held.tokens if held else 0, ASK_EVERY_S):
+            self.outstanding -= 1
+            if held is not None:
+                self._queue.release(held)
+            return
+        tracked.coming = None
+        if held is not None:
+            self._learn(ticket.wanted, held.full_tokens, held.tokens)
+            tracked.junction = held.full_tokens
+        if held is None or not held.tokens:
+            self.outstanding -= 1
+            tracked.done = True
+            return
+        tracked.held = held
+
+    def _wait_on(self, tracked: Tracked, ticket: Ticket) -> None:
+        now_s = time.monotonic()
+        if now_s - ticket.asked_s > self._patience_s or not self._link.up:
+            self._stats.add(acquire_timeouts=1)
+            sent_s = ticket.sent_s
+            self.end(tracked)
+            if sent_s and now_s - sent_s > self._patience_s:
+                # The server has seen the question and promised an answer by now.
+                self._link.suspect()
+
+    def _more_is_coming(self, tracked: Tracked, seen: int, pause_s: float) -> bool:
+        """Whether to look or ask again in a later step."""
+        coming = tracked.coming
+        if coming is None:
+            return False
+        if coming.wait_on(seen, time.monotonic(), pause_s):
+            return True
+        if seen < coming.tokens:
+            self._stats.add(handover_timeouts=1)
+            tracked.coming = None
+        return False
+
+    def _wanted(self, tracked: Tracked, computed: int) -> Wanted:
+        request, limit, hash_tokens = tracked.request, tracked.loadable, self._bands.hash_tokens
+        keys = {
+            size: keys_of(request, hash_tokens, size, 0, limit // size)
+            for size in self._block_sizes
+        }
+        return Wanted(keys, limit, computed)
+
+    def _learn(self, wanted: Wanted, full_tokens: int, tokens: int) -> None:
+        """The store holds full attention's blocks up to `full_tokens`, and what else is
+        needed to resume at `tokens`."""
+        self._stats.add(
+            asked_blocks=wanted.limit // self._bands.alignment,
+            found_blocks=tokens // self._bands.alignment,
+        )
+        for band in self._bands.bands:
+            keys = wanted.keys[band.block_tokens]
+            first, last = band.span(full_tokens if band.rule.is_full else tokens)
+            for member in band.members:
+                known = self._orders.known[member]
+                # Evicted since we stored them. Those being stored now are forgotten
+                # too, which costs one question when they come up again.
+                known.discard(keys[last:])
+                known.add(keys[first:last])
+
+
+def _usable(held: Held) -> bool:
+    left_ns = held.expires_ns - time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+    return not held.attached.dropped and left_ns > MIN_LEASE_LEFT_S * 1e9

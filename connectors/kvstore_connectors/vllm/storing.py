@@ -1,0 +1,137 @@
+"""Which of a request's blocks to store, in the step that completes them.
+
+Full blocks of prompts only, each once. Of windows and states only what a later prompt
+can resume from. What of it is in the store already, and what is still being read, is
+kept in `orders`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from kvstore_connectors.vllm.groups import Band, Bands
+from kvstore_connectors.vllm.metadata import StoreJob
+from kvstore_connectors.vllm.orders import StoreOrders
+from kvstore_connectors.vllm.tracked import Tracked, keys_of
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import KVConnectorBlockState, SchedulerOutput
+
+NULL_BLOCK = 0
+"""In a block table: none, for the layers do not look there any more, or never did."""
+
+
+class Storing:
+    """Called on the scheduler's thread only."""
+
+    def __init__(self, bands: Bands, orders: StoreOrders) -> None:
+        self._bands = bands
+        self._orders = orders
+        self._jobs: list[StoreJob] = []
+
+    def jobs(self, output: SchedulerOutput, requests: Mapping[str, Tracked]) -> list[StoreJob]:
+        """What to store of what this step computes."""
+        state = output.kv_connector_block_state
+        if state is None:
+            return []
+        for request_id, scheduled in output.num_scheduled_tokens.items():
+            tracked = requests.get(request_id)
+            if tracked is None or not tracked.offering:
+                continue
+            computed = tracked.request.num_computed_tokens + scheduled
+            self._order_computed(tracked, min(computed, tracked.prompt_tokens), state)
+        for request_id, states in state.boundary_state_offloads.items():
+            tracked = requests.get(request_id)
+            if tracked is not None:
+                for group, block_id, position in states:
+                    self._order_state(tracked, group, block_id, position)
+        jobs, self._jobs = self._jobs, []
+        return jobs
+
+    def offer_again(self, tracked: Tracked) -> None:
+        """It is computed anew."""
+        tracked.offered = [0] * len(self._bands.bands)
+        tracked.offering = True
+
+    def offer_no_more(self, tracked: Tracked) -> None:
+        """What is computed of it from here on is not to be stored."""
+        tracked.offered = [tracked.prompt_tokens // band.block_tokens for band in self._bands.bands]
+        tracked.offering = False
+
+    def _order_computed(
+        self, tracked: Tracked, computed: int, state: KVConnectorBlockState
+    ) -> None:
+        """Store the blocks that this step completes, of all but states."""
+        tables: Sequence[Sequence[int]] | None = None
+        for number, band in enumerate(self._bands.bands):
+            start, stop = tracked.offered[number], computed // band.block_tokens
+            if band.rule.state or start >= stop:
+                continue
+            tables = tables or state.get_block_ids(tracked.request.request_id)
+            if tables is None:
+                return
+            tracked.offered[number] = stop
+            points = () if band.rule.is_full else self._resume_points(tracked)
+            wanted = band.wanted(start, stop, points)
+            if wanted:
+                self._order_blocks(tracked, band, wanted, tables)
+        tracked.offering = computed < tracked.prompt_tokens
+
+    def _resume_points(self, tracked: Tracked) -> set[int]:
+        junctions = (tracked.junction, tracked.request.shared_prefix_boundary)
+        return self._bands.resume_points(tracked.request.num_prompt_tokens, junctions)
+
+    def _order_blocks(
+        self,
+        tracked: Tracked,
+        band: Band,
+        wanted: Sequence[int],
+        tables: Sequence[Sequence[int]],
+    ) -> None:
+        first, last = wanted[0], wanted[-1] + 1
+        # From the block before on, for its key is the first one's parent.
+        begin = max(first - 1, 0)
+        keys = self._keys(tracked, band, begin, last)
+        parents = [b"", *keys] if begin == first else keys
+        keys = keys[first - begin :]
+        for member in band.members:
+            block_ids = list(tables[self._bands.groups[member]][first:last])
+            if len(wanted) == last - first and NULL_BLOCK not in block_ids:
+                self._order(tracked, member, keys, parents[: last - first], block_ids)
+                continue
+            there = [place - first for place in wanted if block_ids[place - first] != NULL_BLOCK]
+            self._order(
+                tracked,
+                member,
+                [keys[index] for index in there],
+                [parents[index] for index in there],
+                [block_ids[index] for index in there],
+            )
+
+    def _order_state(self, tracked: Tracked, group: int, block_id: int, position: int) -> None:
+        """Store a state that this step computes. vLLM tells where it is: a recurrent
+        group's block table does not."""
+        for band in self._bands.bands:
+            members = [each for each in band.members if self._bands.groups[each] == group]
+            size = band.block_tokens
+            if not members or position % size or position > tracked.prompt_tokens:
+                continue
+            keys = self._keys(tracked, band, position // size - 1, position // size)
+            # States are no chain: none is of use to the next.
+            self._order(tracked, members[0], keys, [b""], [block_id])
+
+    def _keys(self, tracked: Tracked, band: Band, start: int, stop: int) -> list[bytes]:
+        return keys_of(tracked.request, self._bands.hash_tokens, band.block_tokens, start, stop)
+
+    def _order(
+        self,
+        tracked: Tracked,
+        member: int,
+        keys: list[bytes],
+        parents: list[bytes],
+        block_ids: list[int],
+    ) -> None:
+        job = self._orders.order(tracked.request.request_id, member, keys, parents, block_ids)
+        if job is not None:
+            self._jobs.append(job)

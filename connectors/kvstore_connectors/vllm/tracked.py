@@ -1,0 +1,48 @@
+"""What the scheduler's half knows of one request."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kvstore_connectors.vllm.acquire import Held, Ticket
+from kvstore_connectors.vllm.handover import Coming
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
+
+@dataclass(slots=True)
+class Tracked:
+    """`prompt_tokens`: those whose blocks have keys. `loadable`: how far a load can go,
+    0 where nothing is loaded. `done`: the store is not asked any more. `local_tokens`:
+    what vLLM had itself when a load was offered. `junction`: where full attention goes
+    on in the store, but windows or states do not. `coming`: what another vLLM is storing
+    of it, as long as that is waited for. `offered`: for each band, up to which block it
+    has been stored; `offering`: whether there is more.
+    """
+
+    request: Request
+    prompt_tokens: int
+    loadable: int
+    offered: list[int]
+    preemptions: int = 0
+    done: bool = False
+    ticket: Ticket | None = None
+    held: Held | None = None
+    local_tokens: int = 0
+    loading: bool = False
+    junction: int = 0
+    coming: Coming | None = None
+    offering: bool = True
+
+
+def keys_of(
+    request: Request, hash_tokens: int, block_tokens: int, start: int, stop: int
+) -> list[bytes]:
+    """Keys of the blocks [start, stop): the hash at each one's last token."""
+    step = block_tokens // hash_tokens
+    hashes: list[bytes] = request.block_hashes
+    if step == 1:
+        return hashes[start:stop]
+    return hashes[(start + 1) * step - 1 : stop * step : step]
