@@ -13,7 +13,7 @@ PIP := -m pip --disable-pip-version-check --quiet
 PROTOS := $(wildcard proto/kvstore/wire/v1/*.proto)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-pd test soak lint proto wire-tools lock bench-local bench-peers bench-vllm bench-serve clean
+.PHONY: help demo demo-pd test soak lint proto wire-tools lock check-vllm-api bench-local bench-peers bench-vllm bench-serve clean
 
 help:
 	@echo "make demo         set up, then show a real vLLM served from DRAM and NVMe"
@@ -26,6 +26,7 @@ help:
 	@echo "make bench-vllm   time to first token with and without the store"
 	@echo "make bench-serve  an OpenAI server under load, with and without the store"
 	@echo "make proto        generate kvstore/wire/v1 from proto/"
+	@echo "make check-vllm-api  what the newest vLLM on the index changed for the connector"
 	@echo "make lock         write requirements/*.txt from what is installed in .venv"
 	@echo "make clean        remove the environments and caches"
 
@@ -75,6 +76,9 @@ proto: wire-tools
 
 lock: $(READY)-dev
 	$(BIN)/python requirements/lock.py
+
+check-vllm-api: $(READY)-run
+	$(BIN)/python requirements/check_vllm_api.py $(ARGS)
 
 wire-tools: $(WIRE_VENV)/.ready
 
