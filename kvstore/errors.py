@@ -28,6 +28,11 @@
     |-- AddressError            a socket or port cannot be served on
     |   |-- AddressInUse
     |   `-- AddressUnusable     missing rights, no such directory, ...
+    |-- DeviceError             a GPU cannot be used; never leaves the process
+    |   |-- NoDevice            no driver, no GPU, or nothing that speaks to it
+    |   |-- DriverTooOld
+    |   |-- DeviceFull          its memory, or what may be pinned of the host's
+    |   `-- DeviceLost          it failed, and answers this process no more
     |-- TierError               a tier failed; never leaves the server
     |   |-- CorruptBlock        the bytes are not what was written
     |   |-- TierFull
@@ -154,6 +159,26 @@ class AddressInUse(AddressError):
 
 
 class AddressUnusable(AddressError):
+    pass
+
+
+class DeviceError(KVStoreError):
+    pass
+
+
+class NoDevice(DeviceError):
+    pass
+
+
+class DriverTooOld(DeviceError):
+    pass
+
+
+class DeviceFull(DeviceError):
+    pass
+
+
+class DeviceLost(DeviceError):
     pass
 
 

@@ -1,4 +1,4 @@
-"""`kvstore bench local`, `clients`, `index`, `vllm` and `serve`."""
+"""`kvstore bench local`, `clients`, `index`, `gpu`, `vllm` and `serve`."""
 
 from __future__ import annotations
 
@@ -49,6 +49,14 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
         metavar="N,N",
         help="how many, one measurement each, up to 10000000; default: 10000,100000,1000000",
     )
+    gpu = which.add_parser("gpu", help="copies to and from a GPU against plain pinned ones")
+    gpu.add_argument(
+        "--gigabytes",
+        type=float,
+        default=16.0,
+        metavar="N",
+        help="random bytes to move and compare; default: 16",
+    )
     vllm = which.add_parser("vllm", help="time to first token with and without the store")
     vllm.add_argument("--rounds", type=int, default=7, metavar="N", help="default: 7")
     vllm.add_argument("--tokens", type=int, default=8192, metavar="N", help="a prompt; 8192")
@@ -64,9 +72,10 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
         benchmark.add_argument(
             "--plots", type=Path, metavar="DIR", help="draw the figures there, as PNG"
         )
-    for benchmark in (local, clients, index, vllm, serve):
+    for benchmark in (local, clients, index, gpu, vllm, serve):
         benchmark.add_argument("--json", action="store_true", help="print one object")
         benchmark.add_argument("--quick", action="store_true", help="a try-out, not a measurement")
+    for benchmark in (local, clients, index, vllm, serve):
         benchmark.add_argument(
             "--dir",
             type=Path,
@@ -104,6 +113,13 @@ def run(args: argparse.Namespace) -> int:
         from kvstore_benchmarks.scale.main import run as run_index
 
         return run_index(args.dir, FEW if args.quick else args.blocks, as_object=args.json)
+    if args.benchmark == "gpu":
+        from kvstore_benchmarks.gpu.main import run as run_gpu
+        from kvstore_benchmarks.gpu.measure import QUICK as SMALL
+        from kvstore_benchmarks.gpu.measure import Options as Copies
+
+        copies = SMALL if args.quick else Copies(moved=int(args.gigabytes * 1e9))
+        return run_gpu(copies, as_object=args.json)
     if args.benchmark == "serve":
         from kvstore_benchmarks.serving.bench import Options as Serving
         from kvstore_benchmarks.serving.bench import run as run_serving

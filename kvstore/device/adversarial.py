@@ -1,0 +1,205 @@
+"""A device that keeps the contract of `base` and nothing beyond it, for tests.
+
+What is started on it is held back and done piece by piece in any order that the events
+allow: perhaps before the engine's computing that wrote what is to be copied, perhaps long
+after the caller forgot about it. So where a wait is missing, bytes are wrong in a unit test.
+
+What it holds back is decided by a seed; `Temper` says how.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable, Sequence
+from enum import Enum
+
+import xxhash
+
+from kvstore.device.base import Blocks, Copies, Event, Memory, Piece, Stream
+from kvstore.device.host import Bytes, as_bytes
+
+
+class Temper(Enum):
+    """When things are done that nobody waits for. LATE: when the test ends the device's
+    idleness (`settle`). ANY: at any call, by chance. EAGER: at the first call that finds
+    their events past, the newest first."""
+
+    LATE = "late"
+    ANY = "any"
+    EAGER = "eager"
+
+
+class _Task:
+    """Something to do, after others."""
+
+    __slots__ = ("_after", "_run", "done")
+
+    def __init__(self, run: Callable[[], None], after: Sequence[_Task]) -> None:
+        self._run = run
+        self._after = after
+        self.done = False
+
+    def ready(self) -> bool:
+        return all(task.done for task in self._after)
+
+    def do(self) -> None:
+        """With all that it comes after."""
+        waiting = [self]
+        while waiting:
+            task = waiting[-1]
+            lacking = [other for other in task._after if not other.done]
+            if lacking:
+                waiting += lacking
+                continue
+            waiting.pop()
+            if not task.done:
+                task.done = True
+                task._run()
+
+
+class _Past:
+    """The event that all of `tasks` are done."""
+
+    def __init__(self, tasks: Sequence[_Task]) -> None:
+        self.tasks = tasks
+
+
+class AdversarialDevice:
+    """Its KV cache lies in host memory. `compute` plays the engine. Used by any thread."""
+
+    def __init__(self, seed: int = 0, temper: Temper = Temper.LATE) -> None:
+        self._random = random.Random(seed)
+        self._temper = temper
+        self._lock = threading.RLock()
+        self._held_back: list[_Task] = []
+        self._computing: list[_Task] = []
+        self.most_held_back = 0
+
+    def blocks(self, memory: Memory, pieces: Sequence[Piece], num_blocks: int) -> Blocks:
+        return _Blocks(memory, pieces)
+
+    def stream(self, *, urgent: bool) -> Stream:
+        return _Stream(self)
+
+    def computed(self) -> Event:
+        with self._lock:
+            return _Past(self._computing[-1:])
+
+    def close(self) -> None:
+        self.settle()
+
+    def compute(self, run: Callable[[], None]) -> None:
+        """Launch something as the engine does, whose launches run in order."""
+        with self._lock:
+            task = _Task(run, self._computing[-1:])
+            self._computing = [task]
+            self.hold_back([task])
+
+    def settle(self) -> None:
+        """Do all that is held back, in any order that is allowed."""
+        with self._lock:
+            while self._held_back:
+                self._do_one()
+
+    def hold_back(self, tasks: Sequence[_Task]) -> None:
+        with self._lock:
+            self._held_back += tasks
+            self.most_held_back = max(self.most_held_back, len(self._held_back))
+            self._act_up()
+
+    def do(self, tasks: Sequence[_Task]) -> None:
+        """Wait for these."""
+        with self._lock:
+            self._act_up()
+            for task in self._random.sample(list(tasks), len(tasks)):
+                task.do()
+            self._held_back = [task for task in self._held_back if not task.done]
+            self._act_up()
+
+    def _act_up(self) -> None:
+        if self._temper is Temper.EAGER:
+            while any(task.ready() for task in self._held_back):
+                self._do_one()
+        elif self._temper is Temper.ANY:
+            for _ in range(self._random.randint(0, len(self._held_back))):
+                self._do_one()
+
+    def _do_one(self) -> None:
+        """One of those whose turn it is. In a list without circles there is one."""
+        ready = [task for task in self._held_back if task.ready()]
+        task = ready[-1] if self._temper is Temper.EAGER else self._random.choice(ready)
+        task.do()
+        self._held_back = [task for task in self._held_back if not task.done]
+
+
+class _Blocks:
+    def __init__(self, memory: Memory, pieces: Sequence[Piece]) -> None:
+        self._owner = memory.owner
+        self._bytes = as_bytes(memory)
+        self._pieces = pieces
+        self.block_bytes = sum(piece.nbytes for piece in pieces)
+
+    def pieces_of(self, block_id: int) -> list[Bytes]:
+        starts = [(each.offset + block_id * each.stride, each.nbytes) for each in self._pieces]
+        return [self._bytes[start : start + nbytes] for start, nbytes in starts]
+
+
+class _Stream:
+    def __init__(self, device: AdversarialDevice) -> None:
+        self._device = device
+        self._after: list[_Task] = []
+
+    def wait_event(self, event: Event) -> None:
+        assert isinstance(event, _Past)
+        self._after = [task for task in (*self._after, *event.tasks) if not task.done]
+
+    def load(self, blocks: Blocks, block_ids: Sequence[int], slots: Sequence[memoryview]) -> Copies:
+        return self._start(blocks, block_ids, slots, save=False)
+
+    def save(self, blocks: Blocks, block_ids: Sequence[int], slots: Sequence[memoryview]) -> Copies:
+        return self._start(blocks, block_ids, slots, save=True)
+
+    def close(self) -> None:
+        pass
+
+    def _start(
+        self, blocks: Blocks, block_ids: Sequence[int], slots: Sequence[memoryview], *, save: bool
+    ) -> Copies:
+        assert isinstance(blocks, _Blocks)
+        tasks = []
+        for block_id, slot in zip(block_ids, slots, strict=True):
+            start = 0
+            for piece in blocks.pieces_of(block_id):
+                part = slot[start : start + piece.nbytes]
+                start += piece.nbytes
+                tasks.append(_Task(_copy(piece, part, save), self._after))
+        self._device.hold_back(tasks)
+        return _Copies(self._device, tasks, list(slots))
+
+
+def _copy(piece: Bytes, part: memoryview, save: bool) -> Callable[[], None]:
+    def run() -> None:
+        if save:
+            part[:] = piece.data
+        else:
+            piece[:] = part
+
+    return run
+
+
+class _Copies:
+    def __init__(
+        self, device: AdversarialDevice, tasks: Sequence[_Task], slots: Sequence[memoryview]
+    ) -> None:
+        self._device = device
+        self._tasks = tasks
+        self._slots = slots
+
+    def finish(self) -> list[int]:
+        self._device.do(self._tasks)
+        return self.unfinished()
+
+    def unfinished(self) -> list[int]:
+        """What `finish` would say if it did not wait: for tests that plant that bug."""
+        return [xxhash.xxh3_64_intdigest(slot) for slot in self._slots]

@@ -1,0 +1,105 @@
+"""What is asked of the device that an engine's KV cache lies on.
+
+A KV cache is one allocation, cut into blocks of a few *pieces* each. Copies move whole
+blocks between it and *slots*: host memory in which the pieces of a block lie one after the
+other. They are started on *streams* and run behind the caller's back.
+
+Order. A copy begins after the events that its stream was told to wait for before the copy
+was started. Nothing else orders anything: neither two streams, nor two copies of one
+stream, nor a copy and the engine's computing.
+
+Ownership. From the start of a copy until `Copies.finish` has returned or raised, its blocks
+and slots are the device's: nobody writes what it reads, nor reads what it writes, nor hands
+it to somebody else. So whoever starts copies finishes them, whatever else happens; `flight`
+does it.
+
+Errors. All methods may raise `DeviceError`. After `DeviceLost` every call does. What a
+failed copy had to write is undefined.
+
+Threads. A stream, with its copies, is used by one thread at a time; devices by any.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Block b's bytes are `nbytes` at `offset + b * stride` of the KV allocation."""
+
+    offset: int
+    stride: int
+    nbytes: int
+
+
+class Memory(NamedTuple):
+    """A KV cache's allocation. `address` is what the device's own pointers are; `owner`
+    keeps the memory alive as long as it is held."""
+
+    address: int
+    nbytes: int
+    owner: object
+
+
+class Blocks(Protocol):
+    """A KV cache as blocks of `block_bytes`. Keeps the memory alive. Belongs to the device
+    that made it."""
+
+    @property
+    def block_bytes(self) -> int: ...
+
+
+class Event(Protocol):
+    """A point in what an engine has launched."""
+
+
+class Copies(Protocol):
+    """Copies that were started together."""
+
+    def finish(self) -> list[int]:
+        """Wait for all of them; the XXH3-64 of each slot, taken after its copy.
+
+        Once this has returned or raised, none of them is under way nor ever will be. To be
+        called once.
+        """
+        ...
+
+
+class Stream(Protocol):
+    def wait_event(self, event: Event) -> None:
+        """Have what is started from now on begin after `event`. Does not block."""
+        ...
+
+    def load(self, blocks: Blocks, block_ids: Sequence[int], slots: Sequence[memoryview]) -> Copies:
+        """Start copying each slot into the block of its index, overwriting it."""
+        ...
+
+    def save(self, blocks: Blocks, block_ids: Sequence[int], slots: Sequence[memoryview]) -> Copies:
+        """Start copying each block out into the slot of its index."""
+        ...
+
+    def close(self) -> None:
+        """Give back what the stream holds. Its copies have been finished. Idempotent."""
+        ...
+
+
+class Device(Protocol):
+    def blocks(self, memory: Memory, pieces: Sequence[Piece], num_blocks: int) -> Blocks:
+        """All pieces of all blocks must lie within `memory`."""
+        ...
+
+    def stream(self, *, urgent: bool) -> Stream:
+        """`urgent`: somebody waits for its copies, so they may take other cores too."""
+        ...
+
+    def computed(self) -> Event:
+        """The end of what the engine has launched so far. To be called on the engine's
+        thread; neither blocks nor raises: `Stream.wait_event` raises what went wrong."""
+        ...
+
+    def close(self) -> None:
+        """After its streams. Idempotent."""
+        ...

@@ -1,0 +1,250 @@
+"""The calls of a GPU's driver, through CuPy and, where it lacks one, cuda-bindings.
+
+Both are imported when the first GPU is opened: what runs without one needs neither.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import threading
+from collections.abc import Callable, Container, Iterator
+from typing import Any
+
+import numpy as np
+
+from kvstore.device import kernels
+from kvstore.device.gpu import Addresses, GpuDevice, Tuning
+from kvstore.errors import DeviceError, DeviceFull, DeviceLost, DriverTooOld, NoDevice
+
+logger = logging.getLogger("kvstore.device")
+
+HOW_TO_GET = "pip install 'tiered-kvstore[gpu]'"
+
+# CUDA's error codes (cudaError_t and CUresult agree on them).
+_FULL = frozenset({2})  # out of memory
+_TOO_OLD = frozenset({35, 803, 804})  # the driver, for the runtime or beside its kernel module
+_NONE = frozenset({3, 100, 101})  # not initialised, no device, no such device
+# What pinning says where it may not: the memory, the operating system, the permissions.
+_REFUSED_PIN = frozenset({1, 2, 304, 712, 800, 801})
+_LOST = frozenset({46, 214, 220, 226, 700, 702, 708, 709, 714, 715, 716, 717, 718, 719, 721, 999})
+
+_BATCHED_SINCE = 12080
+_BATCHED_WITHOUT_INDEX_SINCE = 13000
+_PORTABLE = 1  # Pinned for every context.
+
+
+def open_gpu(
+    ordinal: int, engine_stream: Callable[[], int], tuning: Tuning | None = None
+) -> GpuDevice:
+    """The GPU of that number among those visible to this process.
+
+    `engine_stream`: the handle of the CUDA stream that the calling thread launches into.
+    Raises `NoDevice` or `DriverTooOld`.
+    """
+    return GpuDevice(CudaDriver(ordinal, engine_stream), tuning)
+
+
+class CudaDriver:
+    """`gpu.Driver` on a real GPU. Shares the process's primary context with the engine."""
+
+    def __init__(self, ordinal: int, engine_stream: Callable[[], int]) -> None:
+        try:
+            import cupy
+            from cuda.bindings import driver
+        except ImportError as error:
+            raise NoDevice(
+                f"CuPy or cuda-bindings cannot be loaded ({error}): {HOW_TO_GET}"
+            ) from error
+        self._cupy = cupy
+        self._runtime = cupy.cuda.runtime
+        self._bindings = driver
+        self._ordinal = ordinal
+        self._engine_stream = engine_stream
+        self._entered = threading.local()
+        self._lost: DeviceLost | None = None
+        self._errors = (self._runtime.CUDARuntimeError, cupy.cuda.driver.CUDADriverError)
+        self._relaxed = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
+        try:
+            self.driver_version = int(self._runtime.driverGetVersion())
+            if not self.driver_version:
+                raise NoDevice("there is no NVIDIA driver")
+            count = self._runtime.getDeviceCount()
+        except self._errors as error:
+            raise self._translated(int(error.status), str(error), _FULL) from error
+        if ordinal >= count:
+            raise NoDevice(f"there is no GPU {ordinal}: this process sees {count}")
+        with self._calls():
+            self._batch = self._find_batch()
+            self._kernel = self._compile()
+        self.has_kernel = self._kernel is not None
+
+    # -- streams and events -------------------------------------------------------
+
+    def new_stream(self) -> Any:
+        with self._calls():
+            return self._cupy.cuda.Stream(non_blocking=True)
+
+    def record(self, stream: Any) -> Any:
+        return self._record(stream.ptr)
+
+    def record_engine(self) -> Any:
+        return self._record(self._engine_stream())
+
+    def _record(self, handle: int) -> Any:
+        with self._calls():
+            # Who waits for it sleeps; and it needs no time.
+            event = self._cupy.cuda.Event(block=True, disable_timing=True)
+            self._runtime.eventRecord(event.ptr, handle)
+            return event
+
+    def wait(self, stream: Any, event: Any) -> None:
+        with self._calls():
+            self._runtime.streamWaitEvent(stream.ptr, event.ptr)
+
+    def synchronize(self, event: Any) -> None:
+        with self._calls():
+            self._runtime.eventSynchronize(event.ptr)
+
+    # -- copies -------------------------------------------------------------------
+
+    def copy(self, to: Addresses, from_: Addresses, sizes: Addresses, stream: Any) -> None:
+        with self._calls():
+            if self._batch is not None and len(sizes) > 1:
+                self._batch(to, from_, sizes, stream.ptr)
+                return
+            kind = self._runtime.memcpyDefault
+            for one in zip(to.tolist(), from_.tolist(), sizes.tolist(), strict=True):
+                self._runtime.memcpyAsync(*one, kind, stream.ptr)
+
+    def run_kernel(self, table: int, count: int, stream: Any) -> None:
+        with self._calls(), stream:
+            grid = min(count, kernels.MOST_BLOCKS)
+            arguments = (np.uint64(table), np.uint32(count))
+            self._kernel((grid,), (kernels.THREADS,), arguments)
+
+    # -- memory -------------------------------------------------------------------
+
+    def allocate(self, nbytes: int) -> int:
+        with self._calls():
+            return int(self._runtime.malloc(nbytes))
+
+    def free(self, address: int) -> None:
+        with self._calls():
+            self._runtime.free(address)
+
+    def allocate_host(self, nbytes: int) -> int:
+        with self._calls():
+            return int(self._runtime.hostAlloc(nbytes, _PORTABLE))
+
+    def free_host(self, address: int) -> None:
+        with self._calls():
+            self._runtime.freeHost(address)
+
+    def register(self, address: int, nbytes: int) -> None:
+        with self._calls(refused=_REFUSED_PIN):
+            self._runtime.hostRegister(address, nbytes, _PORTABLE)
+
+    def unregister(self, address: int) -> None:
+        with self._calls():
+            self._runtime.hostUnregister(address)
+
+    # -- what all calls have in common --------------------------------------------
+
+    @contextlib.contextmanager
+    def _calls(self, refused: Container[int] = _FULL) -> Iterator[None]:
+        """On this GPU; what fails becomes one of the project's errors."""
+        if self._lost is not None:
+            raise DeviceLost(str(self._lost))
+        try:
+            before = self._begin()
+            try:
+                yield
+            finally:
+                self._bindings.cuThreadExchangeStreamCaptureMode(before)
+        except self._errors as error:
+            raise self._translated(int(error.status), str(error), refused) from error
+
+    def _begin(self) -> Any:
+        """Have this thread speak to this GPU, and not end the capture of a graph that the
+        engine may be at in another: calls that allocate or ask would. The mode before."""
+        if not getattr(self._entered, "here", False):
+            self._runtime.setDevice(self._ordinal)
+            self._entered.here = True
+        _, before = self._bindings.cuThreadExchangeStreamCaptureMode(self._relaxed)
+        return before
+
+    def _translated(self, status: int, text: str, refused: Container[int]) -> DeviceError:
+        if status in refused:
+            return DeviceFull(text)
+        if status in _TOO_OLD:
+            return DriverTooOld(text)
+        if status in _NONE:
+            return NoDevice(text)
+        if status in _LOST:
+            self._lost = DeviceLost(text)
+            logger.error("GPU %d is lost to this process: %s", self._ordinal, text)
+            return self._lost
+        return DeviceError(text)
+
+    def _compile(self) -> Any:
+        """None where the compiler that CuPy looks for is not there."""
+        kernel = self._cupy.RawKernel(kernels.SOURCE, kernels.COPY_KERNEL, options=("-std=c++17",))
+        try:
+            kernel.compile()
+        except (self._cupy.cuda.compiler.CompileException, RuntimeError, OSError) as error:
+            logger.warning("Small pieces are copied one by one: no kernel (%s).", error)
+            return None
+        return kernel
+
+    def _find_batch(self) -> Callable[[Addresses, Addresses, Addresses, int], None] | None:
+        """cuMemcpyBatchAsync, called with arrays as they are: through its wrapper, which
+        takes lists, a piece costs more than its copy."""
+        version = self.driver_version
+        if version < _BATCHED_SINCE:
+            return None
+        with_index = version < _BATCHED_WITHOUT_INDEX_SINCE
+        asked = _BATCHED_SINCE if with_index else _BATCHED_WITHOUT_INDEX_SINCE
+        status, address, _ = self._bindings.cuGetProcAddress(b"cuMemcpyBatchAsync", asked, 0)
+        if int(status) or not int(address):
+            return None
+        pointers = [ctypes.c_void_p] * 3
+        failed_at = [ctypes.c_void_p] if with_index else []
+        kinds = [
+            *pointers, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t,
+            *failed_at, ctypes.c_void_p,
+        ]  # fmt: skip
+        function = ctypes.CFUNCTYPE(ctypes.c_int, *kinds)(int(address))
+        attributes = _CopyAttributes(_IN_STREAM_ORDER, 0, 0, 0, 0, _BESIDE_COMPUTING)
+        first = ctypes.c_size_t(0)
+        index = ctypes.c_size_t(0)
+
+        def batch(to: Addresses, from_: Addresses, sizes: Addresses, stream: int) -> None:
+            arguments: list[Any] = [
+                array.__array_interface__["data"][0] for array in (to, from_, sizes)
+            ]
+            arguments += [len(sizes), ctypes.byref(attributes), ctypes.byref(first), 1]
+            arguments += [ctypes.byref(index)] if with_index else []
+            status = function(*arguments, stream)
+            if status:
+                raise self._translated(status, f"cuMemcpyBatchAsync failed ({status})", _FULL)
+
+        return batch
+
+
+class _CopyAttributes(ctypes.Structure):
+    """CUmemcpyAttributes."""
+
+    _fields_ = [
+        ("source_order", ctypes.c_int),
+        ("source_kind", ctypes.c_int),
+        ("source_id", ctypes.c_int),
+        ("destination_kind", ctypes.c_int),
+        ("destination_id", ctypes.c_int),
+        ("flags", ctypes.c_uint),
+    ]
+
+
+_IN_STREAM_ORDER = 1  # Any other order is unsafe from a GPU to the host.
+_BESIDE_COMPUTING = 1

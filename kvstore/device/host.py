@@ -1,0 +1,151 @@
+"""A KV cache in host memory: what is started is done when the call returns.
+
+Measured for blocks of 8 pieces of 128 KiB, memory cold, one thread: one strided
+NumPy copy a block moves 4.8 GB/s where a plain copy of the same bytes moves 5.3;
+piece by piece or by memmove it is 4.6. Torch is as fast a thread but takes all of
+the engine's threads for it, and its indexed copies make a copy in between. NumPy
+lets other threads run meanwhile.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+from numpy.lib.stride_tricks import as_strided
+
+from kvstore.device.base import Blocks, Copies, Event, Memory, Piece, Stream
+from kvstore.local import copy, crew
+
+Bytes = npt.NDArray[np.uint8]
+
+
+class HostDevice:
+    """Computing on it is over when the engine's call returns, so its events are past."""
+
+    def blocks(self, memory: Memory, pieces: Sequence[Piece], num_blocks: int) -> HostBlocks:
+        return HostBlocks(memory, pieces, num_blocks)
+
+    def stream(self, *, urgent: bool) -> Stream:
+        return _HostStream(urgent)
+
+    def computed(self) -> Event:
+        return _PAST
+
+    def close(self) -> None:
+        pass
+
+
+class _Past:
+    pass
+
+
+_PAST = _Past()
+
+
+class HostBlocks:
+    """Blocks as arrays: one copy call for all pieces of one size at equal distances."""
+
+    def __init__(self, memory: Memory, pieces: Sequence[Piece], num_blocks: int) -> None:
+        self._owner = memory.owner
+        flat = as_bytes(memory)
+        self._parts: list[tuple[int, int, Bytes]] = []
+        start = 0
+        for first, count, distance in _runs(pieces):
+            piece = pieces[first]
+            array = as_strided(
+                flat[piece.offset :],
+                (num_blocks, count, piece.nbytes),
+                (piece.stride, distance, 1),
+            )
+            self._parts.append((start, start + count * piece.nbytes, array))
+            start += count * piece.nbytes
+        self.block_bytes = start
+
+    def save(self, block_id: int, slot: memoryview) -> int:
+        """Copy a block out; the checksum of the slot."""
+        target = np.frombuffer(slot, np.uint8)
+        for start, end, array in self._parts:
+            source = array[block_id]
+            np.copyto(target[start:end].reshape(source.shape), source)
+        return xxhash.xxh3_64_intdigest(slot)
+
+    def load(self, block_id: int, slot: memoryview) -> int:
+        """Copy a slot in; its checksum after that."""
+        source = np.frombuffer(slot, np.uint8)
+        for start, end, array in self._parts:
+            target = array[block_id]
+            np.copyto(target, source[start:end].reshape(target.shape))
+        return xxhash.xxh3_64_intdigest(slot)
+
+
+class _HostStream:
+    def __init__(self, urgent: bool) -> None:
+        self._share = copy.share if urgent else _alone
+
+    def wait_event(self, event: Event) -> None:
+        pass
+
+    def load(self, blocks: Blocks, block_ids: Sequence[int], slots: Sequence[memoryview]) -> Copies:
+        assert isinstance(blocks, HostBlocks)
+        return self._copy(blocks.load, blocks.block_bytes, block_ids, slots)
+
+    def save(self, blocks: Blocks, block_ids: Sequence[int], slots: Sequence[memoryview]) -> Copies:
+        assert isinstance(blocks, HostBlocks)
+        return self._copy(blocks.save, blocks.block_bytes, block_ids, slots)
+
+    def close(self) -> None:
+        pass
+
+    def _copy(
+        self,
+        copy_one: Callable[[int, memoryview], int],
+        block_bytes: int,
+        block_ids: Sequence[int],
+        slots: Sequence[memoryview],
+    ) -> Copies:
+        sums = [0] * len(block_ids)
+
+        def work(start: int, stop: int) -> None:
+            for index in range(start, stop):
+                sums[index] = copy_one(block_ids[index], slots[index])
+
+        self._share(work, len(block_ids), block_bytes)
+        return _Done(sums)
+
+
+class _Done:
+    def __init__(self, sums: list[int]) -> None:
+        self._sums = sums
+
+    def finish(self) -> list[int]:
+        return self._sums
+
+
+def _alone(work: crew.Work, count: int, block_bytes: int) -> None:
+    work(0, count)
+
+
+def as_bytes(memory: Memory) -> Bytes:
+    """Host memory as an array that does not keep it alive."""
+    view = memoryview((ctypes.c_ubyte * memory.nbytes).from_address(memory.address))
+    return np.frombuffer(view.cast("B"), np.uint8)
+
+
+def _runs(pieces: Sequence[Piece]) -> list[tuple[int, int, int]]:
+    """(first, count, distance) of pieces of one size at equal distances."""
+    runs: list[tuple[int, int, int]] = []
+    for index, piece in enumerate(pieces):
+        if runs:
+            first, count, distance = runs[-1]
+            previous = pieces[index - 1]
+            gap = piece.offset - previous.offset
+            same = (piece.nbytes, piece.stride) == (previous.nbytes, previous.stride)
+            if same and (count == 1 or gap == distance):
+                runs[-1] = (first, count + 1, gap)
+                continue
+        runs.append((index, 1, 0))
+    return runs

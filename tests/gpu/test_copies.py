@@ -1,0 +1,90 @@
+"""Copies on a real GPU: every byte, on every way that a copy can take."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvstore.device.base import Memory, Piece
+from kvstore.device.cuda import CudaDriver
+from kvstore.device.gpu import GpuDevice, Tuning
+from kvstore_benchmarks.gpu.rig import Rig
+
+ROOM = 32 << 20
+SHAPES = {
+    "one piece": [(0, 1 << 20, 1 << 20)],
+    "layers": [(layer << 20, 16 << 10, 16 << 10) for layer in range(32)],
+    "odd": [(5, 8209, 4097), (16 << 20, 77, 33), (24 << 20, 16, 16)],
+}
+WAYS = {
+    "batch": Tuning(kernel_below=0),
+    "kernel": Tuning(kernel_below=1 << 40),
+    "small steps": Tuning(kernel_below=1 << 40, step_bytes=1 << 20),
+}
+BLOCKS = 32
+
+
+@pytest.mark.parametrize("pinned", [True, False])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_what_is_saved_is_loaded_elsewhere(
+    driver: CudaDriver, shape: str, way: str, pinned: bool
+) -> None:
+    pieces = [Piece(*piece) for piece in SHAPES[shape]]
+    random = np.random.default_rng(0)
+    with closing(Rig(driver, ROOM)) as rig, closing(GpuDevice(driver, WAYS[way])) as device:
+        blocks = device.blocks(Memory(rig.on_gpu, ROOM, rig), pieces, BLOCKS)
+        slots = rig.slots(BLOCKS, blocks.block_bytes)
+        if pinned and not rig.pin(device, slots):
+            pytest.skip("this machine pins no shared memory")
+        if not pinned:
+            device.pins.close()
+        plain = np.frombuffer(rig.plain, np.uint8)
+        plain[:] = np.frombuffer(random.bytes(ROOM), np.uint8)
+        before = plain.copy()
+        rig.copy_plainly(to_gpu=True)
+        with closing(device.stream(urgent=True)) as stream:
+            sums = stream.save(blocks, range(BLOCKS), slots).finish()
+            plain[:] = 0xEE
+            rig.copy_plainly(to_gpu=True)
+            order = random.permutation(BLOCKS).tolist()
+            assert stream.load(blocks, order, slots).finish() == sums
+        rig.copy_plainly(to_gpu=False)
+        expected = np.full(ROOM, 0xEE, np.uint8)
+        for from_, to in enumerate(order):
+            for piece in pieces:
+                source, target = (piece.offset + block * piece.stride for block in (from_, to))
+                expected[target : target + piece.nbytes] = before[source : source + piece.nbytes]
+        assert np.array_equal(plain, expected)
+        del slots
+
+
+def test_a_store_waits_for_the_engine_and_a_load_does(driver: CudaDriver, torch: Any) -> None:
+    """Behind computing that takes longer than the copies: saved is what it computes at its
+    end, loaded is not what it overwrites."""
+    memory = torch.zeros(ROOM, dtype=torch.uint8, device="cuda")
+    large = torch.randn(4096, 4096, device="cuda")
+    with closing(Rig(driver, ROOM)) as rig, closing(GpuDevice(driver)) as device:
+        blocks = device.blocks(
+            Memory(memory.data_ptr(), ROOM, memory), [Piece(0, 1 << 20, 1 << 20)], BLOCKS
+        )
+        slots = rig.slots(BLOCKS, blocks.block_bytes)
+        rig.pin(device, slots)
+        with closing(device.stream(urgent=True)) as stream:
+            for number in range(1, 6):
+                for _ in range(50):
+                    large = torch.tanh(large @ large)
+                memory.fill_(number)
+                stream.wait_event(device.computed())
+                stream.save(blocks, range(BLOCKS), slots).finish()
+                assert {slot[0] for slot in slots} == {slot[-1] for slot in slots} == {number}
+                for _ in range(50):
+                    large = torch.tanh(large @ large)
+                memory.fill_(0)
+                stream.wait_event(device.computed())
+                stream.load(blocks, range(BLOCKS), slots).finish()
+                assert bool((memory == number).all())
+        del slots
