@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -70,6 +70,15 @@ class Server:
     def send(self, number: signal.Signals) -> None:
         assert self.process is not None
         self.process.send_signal(number)
+
+    def damage(self) -> None:
+        """Overwrite all blocks in its memory, behind its back."""
+        assert self.process is not None
+        descriptors = Path(f"/proc/{self.process.pid}/fd")
+        for link in descriptors.iterdir():
+            if "kvstore-extent" in os.readlink(link):
+                with link.open("r+b") as extent:
+                    extent.write(os.urandom(os.fstat(extent.fileno()).st_size))
 
     def end(self, number: signal.Signals = signal.SIGTERM) -> None:
         if self.process is not None:
@@ -130,6 +139,10 @@ class Engine:
         answers: list[Answer] = self.result()
         return answers
 
+    def sleep_and_wake(self, level: int) -> None:
+        self.tell(op="sleep", level=level)
+        assert self.result() is True
+
     def reset(self, *, connector: bool = False) -> None:
         self.tell(op="reset", connector=connector)
         assert self.result() is True
@@ -183,9 +196,6 @@ def engine_options(
     return options
 
 
-StartEngine = Callable[..., Engine]
-
-
 @pytest.fixture(scope="session")
 def model_path(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     directory = tmp_path_factory.mktemp("models")
@@ -203,17 +213,16 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     server.end()
 
 
-@pytest.fixture(scope="module")
-def start_engine(
-    tmp_path_factory: pytest.TempPathFactory, model_path: Callable[[str], Path]
-) -> Iterator[StartEngine]:
-    """Starts engines that end with the module. `store`: the connector's extra config,
-    None for a plain vLLM. Engines start side by side until `wait_ready`. Without a
-    `family` it is a process that waits for `Engine.restart`."""
-    directory = tmp_path_factory.mktemp("engines")
-    engines: list[Engine] = []
+class StartEngine:
+    """Starts engines, side by side until `Engine.wait_ready`."""
 
-    def start(
+    def __init__(self, directory: Path, model_path: Callable[[str], Path]) -> None:
+        self._directory = directory
+        self._model_path = model_path
+        self._engines: list[Engine] = []
+
+    def __call__(
+        self,
         store: dict[str, Any] | None = None,
         *,
         family: str | None = "llama",
@@ -222,9 +231,11 @@ def start_engine(
         environment: dict[str, str] | None = None,
         **options: Any,
     ) -> Engine:
+        """`store`: the connector's extra config, None for a plain vLLM. Without a `family`
+        it is a process that waits for `Engine.restart`."""
         everything = None
         if family is not None:
-            model = model_path(family)
+            model = self._model_path(family)
             everything = engine_options(model, store, by_name=by_name) | options
         child = os.environ | {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "1" if processes else "0",
@@ -234,14 +245,56 @@ def start_engine(
             "VLLM_NO_USAGE_STATS": "1",
             "HF_HUB_OFFLINE": "1",
         }
-        log = directory / f"engine{len(engines)}.log"
+        log = self._directory / f"engine{len(self._engines)}.log"
         engine = Engine(log, everything, child | (environment or {}))
-        engines.append(engine)
+        self._engines.append(engine)
         return engine
 
-    yield start
-    for engine in engines:
-        engine.close()
+    def close(self) -> None:
+        for engine in self._engines:
+            engine.close()
+
+
+@pytest.fixture(scope="module")
+def start_engine(
+    tmp_path_factory: pytest.TempPathFactory, model_path: Callable[[str], Path]
+) -> Iterator[StartEngine]:
+    """StartEngine that end with the module."""
+    engines = StartEngine(tmp_path_factory.mktemp("engines"), model_path)
+    yield engines
+    engines.close()
+
+
+class Pair(NamedTuple):
+    """A plain vLLM, which says what is right, and one with a store, made with `options`,
+    which publishes events at `events`."""
+
+    plain: Engine
+    stored: Engine
+    server: Server
+    events: str
+    options: dict[str, Any]
+
+
+@pytest.fixture(scope="session")
+def engines(
+    tmp_path_factory: pytest.TempPathFactory, model_path: Callable[[str], Path]
+) -> Iterator[Pair]:
+    """Shared by modules, for engines take long to start. Prompts must be a test's own."""
+    directory = tmp_path_factory.mktemp("shared")
+    server = Server(directory)
+    start = StartEngine(directory, model_path)
+    try:
+        server.start()
+        events = f"ipc://{directory}/events"
+        publish = {"enable_kv_cache_events": True, "endpoint": events}
+        options = engine_options(model_path("llama"), {"endpoint": str(server.socket)})
+        options["kv_events_config"] = publish
+        plain, stored = start(None), start(**options)
+        yield Pair(plain.wait_ready(), stored.wait_ready(), server, events, options)
+    finally:
+        start.close()
+        server.end()
 
 
 def prompt(seed: int, tokens: int) -> list[int]:
@@ -254,7 +307,7 @@ def difference(one: Answer, other: Answer) -> float:
 
     Infinite once different tokens were chosen where the choice was clear.
     """
-    worst = 0.0
+    worst: float = 0.0
     for position, (left, right) in enumerate(zip(one["logprobs"], other["logprobs"], strict=True)):
         both = left.keys() & right.keys()
         if not both:

@@ -9,11 +9,14 @@ it and makes another, which takes a sixth of what a new process does.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
+import random
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 
@@ -55,9 +58,16 @@ def generate(
     salt: str | None = None,
     handover: dict[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
+    salted = {} if salt is None else {"cache_salt": salt}
+    requests = [{"prompt_token_ids": prompt} | salted for prompt in prompts]
+    outputs = llm.generate(requests, _parameters(max_tokens, handover), use_tqdm=False)
+    return [_answer(output) for output in outputs]
+
+
+def _parameters(max_tokens: int, handover: dict[str, Any] | None = None) -> Any:
     from vllm import SamplingParams
 
-    parameters = SamplingParams(
+    return SamplingParams(
         max_tokens=max_tokens,
         temperature=0,
         detokenize=False,
@@ -65,21 +75,67 @@ def generate(
         ignore_eos=True,
         extra_args=None if handover is None else {"kv_transfer_params": handover},
     )
-    salted = {} if salt is None else {"cache_salt": salt}
-    requests = [{"prompt_token_ids": prompt} | salted for prompt in prompts]
-    outputs = llm.generate(requests, parameters, use_tqdm=False)
-    return [
-        {
-            "cached": output.num_cached_tokens,
-            "handover": output.kv_transfer_params,
-            "tokens": list(output.outputs[0].token_ids),
-            "logprobs": [
-                {str(token): entry.logprob for token, entry in position.items()}
-                for position in output.outputs[0].logprobs
-            ],
-        }
-        for output in outputs
-    ]
+
+
+def _answer(output: Any) -> dict[str, Any]:
+    (completion,) = output.outputs
+    return {
+        "cached": output.num_cached_tokens,
+        "handover": output.kv_transfer_params,
+        "finish": completion.finish_reason,
+        "tokens": list(completion.token_ids),
+        "logprobs": [
+            {str(token): entry.logprob for token, entry in position.items()}
+            for position in completion.logprobs or ()
+        ],
+    }
+
+
+def storm(
+    llm: Any,
+    seed: int,
+    prompts: list[list[int]],
+    max_tokens: int,
+    at_once: int,
+    aborts: float,
+    resets: float = 0,
+) -> list[dict[str, Any] | None]:
+    """Answers to the prompts, None for one that was aborted. They come by chance, up to
+    `at_once` of them at a time; in every step one is aborted with a chance of `aborts`, and
+    vLLM's own cache is emptied, which preempts all, with a chance of `resets`."""
+    rng = random.Random(seed)
+    engine = llm.llm_engine
+    answers: list[dict[str, Any] | None] = [None] * len(prompts)
+    to_come = list(range(len(prompts)))
+    rng.shuffle(to_come)
+    under_way: set[str] = set()
+    while to_come or under_way:
+        while to_come and len(under_way) < at_once and rng.random() < 0.7:
+            number = to_come.pop()
+            tokens = rng.randrange(1, max_tokens + 1)
+            prompt = {"prompt_token_ids": prompts[number]}
+            engine.add_request(str(number), prompt, _parameters(tokens))
+            under_way.add(str(number))
+        if under_way and rng.random() < aborts:
+            victim = rng.choice(sorted(under_way))
+            under_way.discard(victim)
+            engine.abort_request([victim])
+        if rng.random() < resets:
+            # Cannot be while a load is under way; then it is not.
+            with contextlib.suppress(RuntimeError):
+                llm.reset_prefix_cache(reset_running_requests=True)
+        for output in engine.step():
+            if output.finished and output.request_id in under_way:
+                under_way.discard(output.request_id)
+                answers[int(output.request_id)] = _answer(output)
+    return answers
+
+
+def sleep_and_wake(llm: Any, level: int) -> bool:
+    """As far as the CPU build does: it keeps the weights."""
+    llm.sleep(level)
+    llm.wake_up()
+    return True
 
 
 def reset(llm: Any, connector: bool) -> bool:
@@ -95,14 +151,25 @@ def reset(llm: Any, connector: bool) -> bool:
 
 
 def metrics(llm: Any) -> dict[str, float]:
+    """By name, and by name and source for those that are split by source."""
     return {
-        metric.name.removeprefix("vllm:"): metric.value
+        "/".join([metric.name.removeprefix("vllm:"), *_source(metric.labels)]): metric.value
         for metric in llm.llm_engine.get_metrics()
         if hasattr(metric, "value")
     }
 
 
-_OPERATIONS = {"generate": generate, "reset": reset, "metrics": metrics}
+def _source(labels: dict[str, str]) -> list[str]:
+    return [labels["source"]] if "source" in labels else []
+
+
+_OPERATIONS: dict[str, Callable[..., Any]] = {
+    "generate": generate,
+    "storm": storm,
+    "reset": reset,
+    "sleep": sleep_and_wake,
+    "metrics": metrics,
+}
 
 if __name__ == "__main__":
     main()

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import signal
 import time
-from typing import NamedTuple
 
 import pytest
 
 from kvstore.types import Tier
-from tests.e2e.conftest import BLOCK, Answer, Engine, Server, StartEngine, difference, prompt
+from tests.e2e.conftest import BLOCK, Answer, Engine, Pair, Server, StartEngine, difference, prompt
 
 ROUNDING = 2e-3
 DAMAGE = 0.05
@@ -23,15 +22,11 @@ LONG = 1200
 WHOLE = LONG // BLOCK * BLOCK
 
 
-class Pair(NamedTuple):
-    plain: Engine
-    stored: Engine
-
-
 @pytest.fixture(scope="module")
-def engines(server: Server, start_engine: StartEngine) -> Pair:
-    plain, stored = start_engine(None), start_engine({"endpoint": str(server.socket)})
-    return Pair(plain.wait_ready(), stored.wait_ready())
+def server(engines: Pair) -> Server:
+    # Whoever had the engine before may have told it to forget what was stored.
+    engines.stored.restart(engines.options)
+    return engines.server
 
 
 def check(answers: list[Answer], right: list[Answer], tolerance: float = ROUNDING) -> None:

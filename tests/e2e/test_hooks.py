@@ -1,0 +1,188 @@
+"""What vLLM asks of a connector beside loads and stores: where hits came from, what a load
+that fails costs, events, sleep."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from kvstore.types import Tier
+from tests.e2e.conftest import (
+    BLOCK,
+    Engine,
+    Pair,
+    Server,
+    StartEngine,
+    difference,
+    engine_options,
+    prompt,
+)
+from tests.e2e.listener import Listener
+
+LONG = 1200
+WHOLE = LONG // BLOCK
+HOST = "prompt_tokens_cached_by_source/host"
+DISK = "prompt_tokens_cached_by_source/disk"
+
+
+@pytest.fixture(scope="module")
+def server(engines: Pair) -> Server:
+    return engines.server
+
+
+@pytest.fixture(scope="module")
+def engine(engines: Pair) -> Engine:
+    return engines.stored
+
+
+@pytest.fixture
+def listener(engines: Pair) -> Iterator[Listener]:
+    listener = Listener(engines.events)
+    yield listener
+    listener.close()
+
+
+def store(engine: Engine, server: Server, text: list[int]) -> None:
+    before = server.stats().tenant_blocks
+    engine.generate(text)
+    deadline = time.monotonic() + 10
+    while server.stats().tenant_blocks < before + len(text) // BLOCK:
+        assert time.monotonic() < deadline, "the blocks were never stored"
+        time.sleep(0.02)
+
+
+def restart(engine: Engine, server: Server) -> None:
+    """What was stored is behind DRAM alone afterwards."""
+    attached = engine.log().count("The KV store is attached.")
+    server.end(signal.SIGTERM)
+    server.start()
+    deadline = time.monotonic() + 20
+    while engine.log().count("The KV store is attached.") < attached + 2:
+        assert time.monotonic() < deadline, "the engine never found the server again"
+        time.sleep(0.05)
+
+
+def gained(engine: Engine, before: dict[str, float], name: str) -> float:
+    return engine.metrics().get(name, 0) - before.get(name, 0)
+
+
+def test_hits_are_counted_by_the_tier_they_came_from_and_alike_on_both_sides(
+    engine: Engine, server: Server
+) -> None:
+    text = prompt(1001, LONG)
+    before, stats = engine.metrics(), server.stats()
+    store(engine, server, text)
+    assert gained(engine, before, "kvstore_stored_blocks") == WHOLE
+    engine.reset()
+    engine.generate(text)
+    assert (gained(engine, before, HOST), gained(engine, before, DISK)) == (WHOLE * BLOCK, 0)
+    now = server.stats()
+    assert now.acquired_hits - stats.acquired_hits == WHOLE
+    assert now.acquired_hits_dram - stats.acquired_hits_dram == WHOLE
+    restart(engine, server)
+    engine.reset()
+    engine.generate(text)
+    assert gained(engine, before, HOST) == gained(engine, before, DISK) == WHOLE * BLOCK
+    now = server.stats()
+    assert (now.acquired_hits, now.acquired_hits_dram) == (WHOLE, 0)
+    nvme = next(tier for tier in now.tiers if tier.tier is Tier.NVME)
+    assert nvme.bytes_out >= gained(engine, before, "kvstore_loaded_bytes") / 2
+    assert gained(engine, before, "kvstore_found_blocks") == 2 * WHOLE
+    assert gained(engine, before, "kvstore_loaded_blocks") == 2 * WHOLE
+    assert gained(engine, before, "external_prefix_cache_hits") == 2 * WHOLE * BLOCK
+
+
+def test_routers_are_told_what_the_store_holds(
+    engine: Engine, server: Server, listener: Listener
+) -> None:
+    listener.listen()
+    text = prompt(1002, LONG)
+    whole = [text[at : at + BLOCK] for at in range(0, WHOLE * BLOCK, BLOCK)]
+    store(engine, server, text)
+    listener.listen()
+    own, stored = listener.held["GPU"], listener.held["CPU"]
+    assert [each for each in whole if each in stored.values()] == whole
+    for name, tokens in stored.items():
+        assert own.get(name, tokens) == tokens
+    engine.reset()
+    other = prompt(1003, 3 * BLOCK)
+    engine.generate(other)
+    assert listener.listen()[0] == "AllBlocksCleared"
+    assert [each for each in whole if each in listener.held["GPU"].values()] == []
+    assert [each for each in whole if each in listener.held["CPU"].values()] == whole
+    restart(engine, server)
+    engine.generate(other)
+    listener.listen()
+    assert [each for each in whole if each in listener.held["STORAGE"].values()] == whole
+    assert [each for each in whole if each in listener.held["CPU"].values()] == []
+    engine.reset(connector=True)
+    engine.generate(prompt(1004, 3 * BLOCK))
+    listener.listen()
+    assert not listener.held.get("STORAGE")
+
+
+def test_a_load_that_fails_is_computed(engine: Engine, server: Server) -> None:
+    text = prompt(1005, LONG)
+    store(engine, server, text)
+    (right,) = engine.generate(text)
+    before = engine.metrics()
+    engine.reset()
+    server.damage()
+    (answer,) = engine.generate(text)
+    assert gained(engine, before, "kvstore_failed_loads") == 1
+    assert gained(engine, before, "kvstore_damaged_blocks") > 0
+    assert difference(answer, right) < 2e-3
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_an_engine_that_slept_trusts_nothing_that_was_stored_before(
+    engine: Engine, server: Server, level: int
+) -> None:
+    """Its weights may be others now."""
+    text = prompt(1006 + level, LONG)
+    store(engine, server, text)
+    engine.reset()
+    attached = engine.log().count("The KV store is attached.")
+    engine.sleep_and_wake(level)
+    (answer,) = engine.generate(text)
+    assert answer["cached"] == 0
+    deadline = time.monotonic() + 10
+    while engine.log().count("The KV store is attached.") < attached + 2:
+        assert time.monotonic() < deadline, "the engine never found the server again"
+        time.sleep(0.05)
+    store(engine, server, prompt(1008 + level, LONG))
+    engine.reset()
+    assert engine.generate(prompt(1008 + level, LONG))[0]["cached"] == WHOLE * BLOCK
+
+
+@pytest.fixture(scope="module")
+def process(start_engine: StartEngine) -> Engine:
+    return start_engine(family=None).wait_ready()
+
+
+@pytest.mark.parametrize("inside_multi", [False, True], ids=["alone", "inside MultiConnector"])
+def test_a_load_that_fails_ends_the_request_where_a_user_wants_that(
+    server: Server, process: Engine, model_path: Any, inside_multi: bool
+) -> None:
+    choice = {} if inside_multi else {"load_failure": "fail"}
+    options = engine_options(model_path("llama"), {"endpoint": str(server.socket)} | choice)
+    if inside_multi:
+        options["kv_transfer_config"] = {
+            "kv_connector": "MultiConnector",
+            "kv_role": "kv_both",
+            "kv_load_failure_policy": "fail",
+            "kv_connector_extra_config": {"connectors": [options["kv_transfer_config"]]},
+        }
+    process.restart(options)
+    text = prompt(1020 + inside_multi, LONG)
+    store(process, server, text)
+    process.reset()
+    server.damage()
+    (answer,) = process.generate(text)
+    assert (answer["finish"], answer["tokens"]) == ("error", [])
+    (other,) = process.generate(prompt(1030 + inside_multi, LONG))
+    assert len(other["tokens"]) == 4
