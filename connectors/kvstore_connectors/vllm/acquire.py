@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from kvstore.errors import KVStoreError
-from kvstore.types import ChainQuery, LeaseGrant
+from kvstore.types import ChainQuery, Hints, LeaseGrant
 from kvstore_connectors.vllm.groups import Band, Bands
 from kvstore_connectors.vllm.link import Attached, StoreLink, is_loss
 from kvstore_connectors.vllm.positions import (
@@ -31,6 +31,7 @@ from kvstore_connectors.vllm.positions import (
     longest_position,
     queries,
 )
+from kvstore_connectors.vllm.prefill import PrefillMeter
 from kvstore_connectors.vllm.threads import outlive
 
 MAX_KEYS = 65536
@@ -115,6 +116,8 @@ class AcquireQueue:
         self._link = link
         self._bands = bands
         self._wait_ms = wait_ms
+        self.prefill = PrefillMeter()
+        """To be told of the engine's steps: what computing beats is not waited for."""
         lock = threading.Lock()
         self._work = threading.Condition(lock)
         self._news = threading.Condition(lock)
@@ -282,7 +285,8 @@ class AcquireQueue:
         grants: list[LeaseGrant] = []
         try:
             for batch in _batches(chains):
-                grants += attached.client.acquire_many(batch, self._wait_ms)
+                hints = Hints(tokens_per_s=self.prefill.tokens_per_s)
+                grants += attached.client.acquire_many(batch, self._wait_ms, hints)
         except KVStoreError as error:
             self._count_error()
             self._let_go(attached, grants)

@@ -240,6 +240,7 @@ class SchedulerSide:
     # -- steps ------------------------------------------------------------------
 
     def build_meta(self, output: SchedulerOutput) -> StepMetadata:
+        self._queue.prefill.begin(output.total_num_scheduled_tokens)
         if self._known_generation != self._link.generation:
             self._known_generation = self._link.generation
             self._orders.forget()
@@ -268,6 +269,7 @@ class SchedulerSide:
         )
 
     def update_output(self, output: KVConnectorOutput) -> None:
+        self._queue.prefill.end()
         for request_id in output.finished_recving or ():
             held = self._loading.pop(request_id, None)
             if held is not None:

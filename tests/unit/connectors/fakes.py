@@ -17,10 +17,12 @@ from kvstore.client.lease import Layout
 from kvstore.client.link import Counters
 from kvstore.errors import KVStoreError, LeaseExpired
 from kvstore.types import (
+    NO_HINTS,
     ChainPresence,
     ChainQuery,
     CommitAnswer,
     CommitOutcome,
+    Hints,
     LayoutSpec,
     LeaseGrant,
     Segment,
@@ -30,6 +32,7 @@ from kvstore_connectors.vllm.acquire import Held, Taken, Ticket, TicketState
 from kvstore_connectors.vllm.groups import Band, Bands, Rule
 from kvstore_connectors.vllm.link import Attached
 from kvstore_connectors.vllm.positions import Wanted
+from kvstore_connectors.vllm.prefill import PrefillMeter
 
 BLOCK_TOKENS = 4
 FAR_NS = 1 << 62
@@ -164,6 +167,7 @@ class FakeQueue:
         self.tickets: list[Ticket] = []
         self.out: dict[int, Held] = {}
         self.waits = 0
+        self.prefill = PrefillMeter()
         self.seen: int | None = None
         """Tokens that a look without a call shows."""
 
@@ -254,6 +258,7 @@ class FakeStore:
         self.committed: list[tuple[bytes, bytes]] = []
         self.shows_directory = False
         self.acquired: list[list[ChainQuery]] = []
+        self.hints: list[Hints] = []
         self.slots: dict[int, bytearray] = {}
         self.leases: set[int] = set()
         self.reserved: dict[int, int] = {}
@@ -312,8 +317,11 @@ class FakeStore:
         held = len(self._found(ChainQuery(layout_ids, keys)))
         return ChainPresence(held, held)
 
-    def acquire_many(self, chains: Sequence[ChainQuery], wait_ms: int) -> list[LeaseGrant]:
+    def acquire_many(
+        self, chains: Sequence[ChainQuery], wait_ms: int, hints: Hints = NO_HINTS
+    ) -> list[LeaseGrant]:
         self._pass("acquire")
+        self.hints.append(hints)
         self.acquired.append(list(chains))
         return [self._grant(chain) for chain in chains]
 

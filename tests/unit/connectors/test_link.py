@@ -158,6 +158,18 @@ def test_requests_that_wait_are_asked_for_in_one_call(
     assert [t.held.tokens for t in waiting if t.held] == [2 * BLOCK_TOKENS] * 5
 
 
+def test_the_store_is_told_how_fast_the_engine_computes(
+    store: FakeStore, queue: AcquireQueue
+) -> None:
+    store.blocks = {b"a": bytes(64)}
+    first = submit(queue, b"a")
+    eventually(lambda: first.state is TicketState.ANSWERED)
+    queue.prefill.tokens_per_s = 12_345.0
+    second = submit(queue, b"a")
+    eventually(lambda: second.state is TicketState.ANSWERED)
+    assert [hints.tokens_per_s for hints in store.hints] == [0.0, 12_345.0]
+
+
 def test_an_answer_nobody_waits_for_any_more_gives_its_lease_back(
     store: FakeStore, queue: AcquireQueue
 ) -> None:
