@@ -116,12 +116,6 @@ BUGS = {
     "an index that was not closed is believed": Bug(
         "kvstore/tiers/nvme.py", "known if clean else {}", "known", NVME
     ),
-    "an index from an older time is believed": Bug(
-        "kvstore/tiers/nvme.py",
-        "clean = index.clean and index.life == life - 1",
-        "clean = index.clean",
-        NVME,
-    ),
     "slots without a block are taken for blocks": Bug(
         "kvstore/tiers/nvme_recovery.py",
         "        log.blank(segment, np.flatnonzero(kept).tolist())\n",

@@ -359,6 +359,31 @@ def test_an_index_from_an_older_time_brings_nothing_back_and_hides_nothing(tmp_p
     again.close()
 
 
+def test_an_index_closed_long_ago_is_not_asked_of_segments_that_began_anew(
+    tmp_path: Path,
+) -> None:
+    tier = open_tier(tmp_path / "data", 6 << 20)
+    extents = tier.usable_bytes // EXTENT_BYTES
+    held = fill(tier, extents)
+    tier.close()
+    shutil.copytree(tmp_path / "data" / "index", tmp_path / "index")
+    tier = open_tier(tmp_path / "data", 6 << 20)
+    assert recovered(tier) == held
+    lives = {s.number: s.life for s in tier._log.segments.values()}
+    for number, address in enumerate([*held, *held]):
+        tier.forget(address, held[address])
+        held[address] = put(tier, address, 5000 + number)
+    tier.sync()
+    assert any(lives[s.number] and lives[s.number] != s.life for s in tier._log.segments.values())
+    abandon(tier)
+    shutil.rmtree(tmp_path / "data" / "index")
+    shutil.copytree(tmp_path / "index", tmp_path / "data" / "index")
+    again = open_tier(tmp_path / "data", 6 << 20)
+    again.check_integrity()
+    assert sorted(recovered(again).values()) == sorted(held.values())
+    again.close()
+
+
 def test_of_two_blocks_of_one_name_a_crash_leaves_the_later(tmp_path: Path) -> None:
     tier = open_tier(tmp_path)
     headers = fill(tier, 1)
