@@ -214,10 +214,13 @@ class Leasing:
             first, last = band.span(full_tokens if band.rule.is_full else tokens)
             for member in band.members:
                 known = self._orders.known[member]
-                # Evicted since we stored them. Those being stored now are forgotten
-                # too, which costs one question when they come up again.
-                known.discard(keys[last:])
-                known.add(keys[first:last])
+                # What is known of a prompt is a front of it, mostly: so one key tells.
+                if last < len(keys) and keys[last] in known:
+                    # Evicted since we stored them. Those being stored now are forgotten
+                    # too, which costs one question when they come up again.
+                    known.discard(keys[last:])
+                if first < last and keys[last - 1] not in known:
+                    known.add(keys[first:last])
 
 
 def _usable(held: Held) -> bool:

@@ -42,9 +42,6 @@ class KnownKeys:
     def __len__(self) -> int:
         return len(self._young | self._old)
 
-    def none_of(self, keys: Iterable[bytes]) -> bool:
-        return self._young.isdisjoint(keys) and self._old.isdisjoint(keys)
-
     def add(self, keys: Iterable[bytes]) -> None:
         self._young.update(keys)
         if len(self._young) >= self._half:
@@ -112,12 +109,13 @@ class StoreOrders:
         parents: list[bytes],
         block_ids: list[int],
     ) -> StoreJob | None:
-        """A job for those of the blocks that are not known to be in the store. The lists
-        become its own."""
+        """A job for those of the blocks, one at least, that are not known to be in the
+        store. The lists become its own."""
         if self.pins is None:
             return None
         known = self.known[group]
-        if not known.none_of(keys):
+        # What is known of a prompt is a front of it, mostly; of a new one it is nothing.
+        if keys[0] in known or keys[-1] in known:
             new = [index for index, key in enumerate(keys) if key not in known]
             if not new:
                 return None

@@ -101,13 +101,14 @@ class Storing:
                 self._order(tracked, member, keys, parents[: last - first], block_ids)
                 continue
             there = [place - first for place in wanted if block_ids[place - first] != NULL_BLOCK]
-            self._order(
-                tracked,
-                member,
-                [keys[index] for index in there],
-                [parents[index] for index in there],
-                [block_ids[index] for index in there],
-            )
+            if there:
+                self._order(
+                    tracked,
+                    member,
+                    [keys[index] for index in there],
+                    [parents[index] for index in there],
+                    [block_ids[index] for index in there],
+                )
 
     def _order_state(self, tracked: Tracked, group: int, block_id: int, position: int) -> None:
         """Store a state that this step computes. vLLM tells where it is: a recurrent
