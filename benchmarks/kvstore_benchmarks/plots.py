@@ -36,6 +36,8 @@ LABELS = {
     "lmcache": "LMCache server",
 }
 CALL_COLORS = {"lookup": "#0b6e4f", "get": "#30638e", "put": "#d1495b"}
+ORDER_COLORS = {"ours": "#0b6e4f", "fifo": "#d1495b", "strict": "#30638e"}
+ORDER_LABELS = {"ours": "kvstore", "fifo": "first come, first served", "strict": "strict priority"}
 DPI = 150
 TITLE: dict[str, Any] = {"fontsize": 10}
 KIND_TITLES = {"hit": "all held", "partial": "partly held", "miss": "nothing held"}
@@ -89,6 +91,17 @@ class Plots:
         picture = self._new(10, 4)
         _beside(picture.subplots(), figures["rude"])
         self._save(picture, "rude.png")
+
+    def transfers(self, figures: dict[str, Any]) -> None:
+        """`kvstore bench transfers`: transfers.png, transfers.json."""
+        self._write("transfers.json", figures)
+        devices = figures["devices"]
+        picture = self._new(11, 4 * len(devices))
+        rows = picture.subplots(len(devices), 2, squeeze=False)
+        for (left, right), (name, device) in zip(rows, devices.items(), strict=True):
+            _loaded(left, name, device, figures["operating"])
+            _left_over(right, name, device)
+        self._save(picture, "transfers.png")
 
     def _new(self, width: float, height: float) -> Figure:
         return self._figure(figsize=(width, height), layout="constrained")
@@ -213,6 +226,43 @@ def _beside(axes: Axes, rude: dict[str, Any]) -> None:
     axes.grid(axis="y", alpha=0.3)
 
 
+def _loaded(axes: Axes, name: str, device: dict[str, Any], operating: float) -> None:
+    """p99 of the loads that matter (lines) and of the others (dotted), by load."""
+    loads = [float(load) for load in device["by_load"]]
+    points = list(device["by_load"].values())
+    for order, color in ORDER_COLORS.items():
+        high = [point[order]["high_p99_ms"] or math.nan for point in points]
+        low = [point[order]["low_p99_ms"] or math.nan for point in points]
+        axes.plot(loads, high, marker="o", markersize=4, color=color, label=ORDER_LABELS[order])
+        axes.plot(loads, low, linestyle=":", color=color)
+    alone = [point["alone"]["high_p99_ms"] for point in points]
+    axes.plot(loads, alone, linestyle="--", color=COLORS["memcpy"], label="nothing beside it")
+    axes.axvline(operating, color="black", alpha=0.3, linewidth=6)
+    axes.set_yscale("log")
+    axes.set_title(f"{name} drive: p99 of loads, high priority (●) and low (··)", **TITLE)
+    axes.set_xlabel("demand, part of what the drive reads")
+    axes.set_ylabel("ms")
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+
+
+def _left_over(axes: Axes, name: str, device: dict[str, Any]) -> None:
+    """What demand and background get of the drive, by load."""
+    loads = [float(load) for load in device["by_load"]]
+    points = list(device["by_load"].values())
+    for order, color in ORDER_COLORS.items():
+        parts = [point[order] for point in points]
+        beside = [part["prefetch_part"] + part["write_back_part"] for part in parts]
+        axes.plot(loads, beside, marker="o", markersize=4, color=color, label=ORDER_LABELS[order])
+    left = [max(0.0, 1 - load) for load in loads]
+    axes.plot(loads, left, linestyle="--", color=COLORS["memcpy"], label="what demand leaves")
+    axes.set_title(f"{name} drive: prefetch and write-back together", **TITLE)
+    axes.set_xlabel("demand, part of what the drive reads")
+    axes.set_ylabel("part of the drive")
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+
+
 def _ms(microseconds: float | None) -> float:
     """NaN, which is not drawn, where nothing was called."""
     return math.nan if microseconds is None else microseconds / 1e3
@@ -226,7 +276,12 @@ def _legend(picture: Figure, axes: Axes) -> None:
 
 def main(folder: Path) -> int:
     plots = Plots(folder)
-    for name, draw in (("local.json", plots.local), ("clients.json", plots.clients)):
+    pictures = (
+        ("local.json", plots.local),
+        ("clients.json", plots.clients),
+        ("transfers.json", plots.transfers),
+    )
+    for name, draw in pictures:
         if (folder / name).exists():
             draw(json.loads((folder / name).read_text()))
     return 0

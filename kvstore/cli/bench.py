@@ -1,4 +1,4 @@
-"""`kvstore bench local`, `clients`, `index`, `gpu`, `vllm` and `serve`."""
+"""`kvstore bench local`, `clients`, `index`, `gpu`, `transfers`, `vllm` and `serve`."""
 
 from __future__ import annotations
 
@@ -49,6 +49,19 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
         metavar="N,N",
         help="how many, one measurement each, up to 10000000; default: 10000,100000,1000000",
     )
+    transfers = which.add_parser("transfers", help="loads by NVMe's queue, under load")
+    transfers.add_argument(
+        "--drive",
+        choices=("both", "modelled", "real"),
+        default="both",
+        help="one that is calculated, in virtual time, or the one that is there; default: both",
+    )
+    transfers.add_argument(
+        "--loads",
+        type=_parts,
+        metavar="X,X",
+        help="demand, as parts of what a drive reads; default: 0.3,0.6,0.8,0.9,0.95,1.05",
+    )
     gpu = which.add_parser("gpu", help="copies to and from a GPU against plain pinned ones")
     gpu.add_argument(
         "--gigabytes",
@@ -68,14 +81,14 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
         metavar="FILE",
         help="replay requests of this trace, in Mooncake's format",
     )
-    for benchmark in (local, clients):
+    for benchmark in (local, clients, transfers):
         benchmark.add_argument(
             "--plots", type=Path, metavar="DIR", help="draw the figures there, as PNG"
         )
-    for benchmark in (local, clients, index, gpu, vllm, serve):
+    for benchmark in (local, clients, index, transfers, gpu, vllm, serve):
         benchmark.add_argument("--json", action="store_true", help="print one object")
         benchmark.add_argument("--quick", action="store_true", help="a try-out, not a measurement")
-    for benchmark in (local, clients, index, vllm, serve):
+    for benchmark in (local, clients, index, transfers, vllm, serve):
         benchmark.add_argument(
             "--dir",
             type=Path,
@@ -113,6 +126,16 @@ def run(args: argparse.Namespace) -> int:
         from kvstore_benchmarks.scale.main import run as run_index
 
         return run_index(args.dir, FEW if args.quick else args.blocks, as_object=args.json)
+    if args.benchmark == "transfers":
+        from kvstore_benchmarks.transfers.main import QUICK as TRY_OUT
+        from kvstore_benchmarks.transfers.main import Options as Orders
+        from kvstore_benchmarks.transfers.main import run as run_transfers
+
+        orders = TRY_OUT if args.quick else Orders()
+        orders = replace(orders, folder=args.dir, drive=args.drive)
+        if args.loads:
+            orders = replace(orders, loads=args.loads, real_loads=args.loads)
+        return run_transfers(orders, as_object=args.json, plots=args.plots)
     if args.benchmark == "gpu":
         from kvstore_benchmarks.gpu.main import run as run_gpu
         from kvstore_benchmarks.gpu.measure import QUICK as SMALL
@@ -131,6 +154,13 @@ def run(args: argparse.Namespace) -> int:
     from kvstore_benchmarks.end_to_end.bench import run as run_vllm
 
     return run_vllm(args.dir, args.rounds, args.tokens, quick=args.quick, as_object=args.json)
+
+
+def _parts(text: str) -> tuple[float, ...]:
+    parts = tuple(float(word) for word in text.split(","))
+    if not all(0 < part < 2 for part in parts):
+        raise ValueError
+    return parts
 
 
 def _counts(text: str) -> tuple[int, ...]:

@@ -1,0 +1,1 @@
+"""What does the order of transfers do for demand, and for what runs beside it, under load?"""

@@ -1,0 +1,61 @@
+"""What the order of transfers must do under load, on a drive that is calculated."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from kvstore.types import Tier
+from kvstore_benchmarks.transfers import main
+from kvstore_benchmarks.transfers.devices import Modelled
+from kvstore_benchmarks.transfers.main import Options
+
+
+@pytest.fixture(scope="module")
+def drive() -> dict[str, Any]:
+    options = Options(loads=(0.95, 1.05), modelled_s=2.0, drive="modelled")
+    figures: dict[str, Any] = main._figures(options, lambda step: None)["devices"]["modelled"]
+    return figures
+
+
+def test_loads_that_matter_are_hardly_slower_under_load(drive: dict[str, Any]) -> None:
+    point = drive["by_load"]["0.95"]
+    assert point["ours"]["high_p99_of_alone"] <= 1.5
+    assert point["fifo"]["high_p99_of_alone"] > 5
+
+
+def test_background_gets_what_demand_leaves(drive: dict[str, Any]) -> None:
+    assert drive["by_load"]["0.95"]["ours"]["background_of_left"] >= 0.8
+
+
+def test_nobody_starves_under_more_than_there_is(drive: dict[str, Any]) -> None:
+    ours, strict = (drive["by_load"]["1.05"][order] for order in ("ours", "strict"))
+    assert ours["prefetch_part"] >= 0.008
+    assert ours["write_back_part"] >= 0.025
+    assert ours["low_p99_ms"] < 1000
+    assert strict["prefetch_part"] + strict["write_back_part"] < 0.03
+
+
+def test_tenants_get_their_shares_and_all_of_it_alone(drive: dict[str, Any]) -> None:
+    assert drive["tenants"]["ratio"] == pytest.approx(3.0, rel=0.05)
+    assert drive["tenants"]["a_alone_part"] > 0.95
+    assert drive["tenants"]["b_alone_part"] > 0.95
+
+
+def test_the_drive_that_is_calculated_shares_its_bandwidth() -> None:
+    from kvstore.core.transfers import Batch, Transfer, TransferClass, Wish
+
+    def batch(number: int, nbytes: int) -> Batch:
+        wish = Wish(TransferClass.DEMAND)
+        return Batch([Transfer(number, nbytes, Tier.DRAM, "", wish)], 1, 0, 0.0, 1)
+
+    device = Modelled(1e9, 0.001)
+    device.begin(batch(1, 1_000_000))
+    device.begin(batch(2, 3_000_000))
+    [first] = device.wait(10**12)
+    [second] = device.wait(10**12)
+    assert first.at_ns == pytest.approx(3e6, rel=1e-3)
+    assert second.at_ns == pytest.approx(5e6, rel=1e-3)
+    assert device.wait(second.at_ns + 500) == []
+    assert device.now_ns() == pytest.approx(second.at_ns + 500, abs=2)
