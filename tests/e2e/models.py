@@ -6,6 +6,7 @@ output, and damaged KV would go unnoticed.
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,20 @@ _COMMON: dict[str, Any] = {
     "initializer_range": 0.12,
 }
 
+_TOKENIZER = {
+    "version": "1.0",
+    "added_tokens": [],
+    "pre_tokenizer": {"type": "WhitespaceSplit"},
+    "model": {
+        "type": "WordLevel",
+        "vocab": {f"t{token}": token for token in range(VOCABULARY)},
+        "unk_token": "t0",
+    },
+}
+"""A word is a token: "t0 t1 t2". Only servers that speak text look at it."""
+
+_TOKENIZER_CONFIG = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "t0"}
+
 
 def build(family: str, path: Path) -> None:
     """Write a model of `family` to the directory `path`."""
@@ -32,6 +47,8 @@ def build(family: str, path: Path) -> None:
 
     torch.manual_seed(7)
     FAMILIES[family]().to(torch.bfloat16).save_pretrained(path)
+    (path / "tokenizer.json").write_text(json.dumps(_TOKENIZER))
+    (path / "tokenizer_config.json").write_text(json.dumps(_TOKENIZER_CONFIG))
 
 
 def _llama() -> Any:
