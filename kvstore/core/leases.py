@@ -290,8 +290,10 @@ class Leases:
         said = link.ready(Tier.DRAM, ticket.session.tenant, ticket.wish.priority, now_ns, 1)
         left = said._replace(ns=said.ns + max(0.0, link.overdue_ns(now_ns)))
         layouts = max(len(claim.layouts) for claim in ticket.claims)
-        # It was wrong once: this time it has to be twice as good.
-        if 2 * (left.ns + left.error_ns) < len(ticket.missing) / layouts * ticket.compute_ns:
+        # Every time that it was wrong it has to be twice as good to be believed again.
+        least_ns = (1 << ticket.doubts) * (left.ns + left.error_ns)
+        if least_ns < len(ticket.missing) / layouts * ticket.compute_ns:
+            ticket.doubts += 1
             ticket.doubt_ns = now_ns + _doubtful_ns(left)
             return
         self._counters.given_up += 1

@@ -58,6 +58,8 @@ class AcquireTicket:
     """What a position costs who asks, where it computes what it is not given."""
     doubt_ns: int | None = None
     """By when all should have been there: then it is decided again."""
+    doubts: int = 0
+    """Times that it was, and more was waited for."""
     answer: list[LeaseGrant] | None = None
 
 

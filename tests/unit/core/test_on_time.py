@@ -204,6 +204,18 @@ def test_what_is_late_but_still_worth_it_is_waited_for(rig: Rig) -> None:
     assert rig.take(ticket).held == BLOCKS
 
 
+def test_nobody_waits_on_and_on_for_what_is_always_late(rig: Rig) -> None:
+    ticket = rig.ask(Hints(tokens_per_s=16 / 0.05))
+    began_ns = rig.now_ns
+    while ticket.answer is None:
+        assert ticket.doubt_ns is not None
+        rig.now_ns = ticket.doubt_ns
+        rig.planner.doubt(ticket, rig.now_ns)
+        rig.run()
+    assert rig.now_ns - began_ns < 2 * BLOCKS * 50_000_000
+    assert ticket.doubts > 0
+
+
 def test_a_deadline_that_is_missed_is_counted(rig: Rig) -> None:
     ticket = rig.ask(within_ms=1000)
     rig.planner.give_up(ticket, rig.now_ns)
