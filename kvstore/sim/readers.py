@@ -17,6 +17,7 @@ import lzma
 import random
 import tarfile
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,6 +26,7 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
+from kvstore.core.policies import SessionState
 from kvstore.sim.trace import Request, Trace, TraceError, merged, pieces_of
 
 MOONCAKE_BLOCK_TOKENS = 512
@@ -307,6 +309,7 @@ class _Agents:
         clock = _Clock()
         agent = self.agents
         self.agents += 1
+        latest = None
         for number, turn in enumerate(turns, 1):
             where = f"{self._where}: request {number}"
             time_ms = begin_ms + clock.at(where, turn.t * 1e3)
@@ -326,6 +329,9 @@ class _Agents:
                     turn.output_tokens,
                     pieces_of(prompt),
                     agent,
-                    category=turn.stop or "",
+                    then=SessionState.WAITING if turn.stop == "tool_use" else SessionState.IDLE,
                 )
             )
+            latest = len(self.requests) - 1
+        if latest is not None:
+            self.requests[latest] = replace(self.requests[latest], then=SessionState.ENDED)

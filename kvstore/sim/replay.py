@@ -76,8 +76,16 @@ class Replay:
     """A tier of `capacity` blocks under one policy."""
 
     def __init__(
-        self, policy: EvictionPolicy, trace: Trace, capacity: int, prefill: Prefill = REFERENCE
+        self,
+        policy: EvictionPolicy,
+        trace: Trace,
+        capacity: int,
+        prefill: Prefill = REFERENCE,
+        *,
+        hints: bool = True,
     ) -> None:
+        """`hints`: the policy is told what the trace says of sessions."""
+        self._hints = hints
         self._policy = policy
         self._trace = trace
         self._prefill = prefill
@@ -93,12 +101,15 @@ class Replay:
         policy, requests = self._policy, self._trace.requests
         serve = self._serve_by_chain if by_chain else self._serve
         told = type(policy).use is not EvictionPolicy.use
+        hinted = self._hints and type(policy).hint is not EvictionPolicy.hint
         # A garbage collection would go through a million replicas, again and again.
         with _uncollected():
             for number, request in enumerate(requests):
                 if told:
-                    policy.use(_use(request))
+                    policy.use(self._use(request))
                 serve(request)
+                if hinted and request.then is not None:
+                    policy.hint(request.session, request.then)
                 if progress is not None and number % REPORTED_EVERY == 0:
                     progress(number / len(requests))
         return self._result
@@ -208,6 +219,10 @@ class Replay:
         self._held[victim.address] = 0
         self._result.evictions += 1
 
+    def _use(self, request: Request) -> Use:
+        session = request.session if self._hints else None
+        return Use(request.time_ms, request.category, session, request.priority)
+
     def _replica(self, number: int, depth: int) -> Replica:
         block = Block(_key(number), b"", self._layout, depth)
         replica = self._replicas[number] = DramReplica(block, number, State.READY)
@@ -227,10 +242,6 @@ def _uncollected() -> Iterator[None]:
 
 def _key(number: int) -> bytes:
     return number.to_bytes(STORED_KEY_BYTES, "big")
-
-
-def _use(request: Request) -> Use:
-    return Use(request.time_ms, request.category, request.session, request.priority)
 
 
 _ABSENT = Replica.__new__(Replica)

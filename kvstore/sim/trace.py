@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from kvstore.core.policies import SessionState
 from kvstore.errors import KVStoreError
 
 Piece = tuple[int, int]
@@ -33,6 +34,8 @@ class Request:
     session: int | None = None
     priority: int = 50
     category: str = ""
+    then: SessionState | None = None
+    """What its session does once it is answered, as a caller would know."""
 
     @property
     def blocks(self) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 
 from kvstore.config_keys import EVICTION_ENTRY_POINTS
 from kvstore.core.policies.arc import ARC
-from kvstore.core.policies.base import EvictionPolicy, Use
+from kvstore.core.policies.base import EvictionPolicy, SessionState, Use
 from kvstore.core.policies.clock import Clock
 from kvstore.core.policies.fifo import FIFO
 from kvstore.core.policies.gdsf import GDSF
@@ -59,4 +59,4 @@ POLICIES = _Policies({
         "worth": Worth,
 })  # fmt: skip
 
-__all__ = ["LRU", "POLICIES", "EvictionPolicy", "MakePolicy", "Use"]
+__all__ = ["LRU", "POLICIES", "EvictionPolicy", "MakePolicy", "SessionState", "Use"]

@@ -12,12 +12,13 @@ the block nearest the root last, so that an order by recency puts children first
 A policy is not told its capacity: it is full whenever it is asked for candidates.
 What it remembers of replicas that left is bounded by what it holds then.
 
-`use` and `miss` are knowledge that a policy may do without: a caller that has none
+`use`, `hint` and `miss` are knowledge that a policy may do without: a caller that has none
 never calls them. Time is what a policy is told in `use`, or else counted in calls.
 """
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Hashable, Iterable, Iterator
 from typing import ClassVar, NamedTuple, Protocol
 
@@ -25,6 +26,30 @@ from kvstore.core.catalog import Replica
 
 PRIORITIES = range(101)
 DEFAULT_PRIORITY = 50
+FOR_GOOD = float("inf")
+
+
+class SessionState(enum.IntEnum):
+    """What a caller says that a session does next. Values are the wire's."""
+
+    WAITING = 1
+    """It waits for a tool and goes on by itself."""
+    IDLE = 2
+    """It waits for a person."""
+    ENDED = 3
+    PINNED = 4
+    """Its blocks count as of the highest priority until its next request."""
+
+
+class Retention(NamedTuple):
+    """A priority for a part of a prompt, for a while."""
+
+    first_token: int
+    stop_token: int
+    priority: int
+    """0 to 100."""
+    ttl_ms: float | None = None
+    """How long it holds, after which the default one does; None: for good."""
 
 
 class Use(NamedTuple):
@@ -37,9 +62,21 @@ class Use(NamedTuple):
     session: Hashable = None
     """Whose next request is likely to use the same replicas; None when not known."""
     priority: int = DEFAULT_PRIORITY
-    """0 to 100."""
-    retention_ms: float | None = None
-    """How long the priority holds; None: for good."""
+    """0 to 100, of what no retention is for."""
+    retention: tuple[Retention, ...] = ()
+    """Where several name a token, the first holds."""
+    request: Hashable = None
+    """Several of these with one request are one use; None: each is one."""
+    tenant: str = ""
+
+    def priority_at(self, token: int) -> tuple[int, float]:
+        """The priority of what begins at a token of the prompt, and until when it holds,
+        as `now_ms`."""
+        for part in self.retention:
+            if part.first_token <= token < part.stop_token:
+                until = FOR_GOOD if part.ttl_ms is None else self.now_ms + part.ttl_ms
+                return part.priority, until
+        return self.priority, FOR_GOOD
 
 
 class EvictionPolicy(Protocol):
@@ -49,6 +86,12 @@ class EvictionPolicy(Protocol):
 
     def use(self, use: Use) -> None:
         """The calls that follow, up to the next one of these, are for this request."""
+
+    def hint(
+        self, session: Hashable, state: SessionState, expected_ms: float | None = None
+    ) -> None:
+        """What is known of a session that has made its latest request; `expected_ms`: in
+        how long it is likely to make the next one. Of one that is not known nothing is."""
 
     def miss(self, stored_key: bytes) -> None:
         """A block that is not held was asked for and is about to be inserted, once
@@ -84,3 +127,9 @@ class EvictionPolicy(Protocol):
         ...
 
     def __len__(self) -> int: ...
+
+
+def token_of(replica: Replica) -> int:
+    """The first token of its prompt that a replica is for, as far as that is known."""
+    block = replica.block
+    return block.depth * block.layout.spec.block_tokens

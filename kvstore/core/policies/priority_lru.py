@@ -13,10 +13,15 @@ from heapq import heappop, heappush
 from itertools import chain, count
 
 from kvstore.core.catalog import Replica
-from kvstore.core.policies.base import DEFAULT_PRIORITY, PRIORITIES, EvictionPolicy, Use
+from kvstore.core.policies.base import (
+    DEFAULT_PRIORITY,
+    FOR_GOOD,
+    PRIORITIES,
+    EvictionPolicy,
+    Use,
+    token_of,
+)
 from kvstore.core.policies.ring import Ring
-
-FOR_GOOD = float("inf")
 
 
 class PriorityLRU(EvictionPolicy):
@@ -24,14 +29,12 @@ class PriorityLRU(EvictionPolicy):
         self._levels = [Ring() for _ in PRIORITIES]
         self._size = 0
         self._use = Use()
-        self._until = FOR_GOOD
         # (until when, a number, replica); stale where its mark says otherwise.
         self._ends: list[tuple[float, int, Replica]] = []
         self._numbers = count()
 
     def use(self, use: Use) -> None:
         self._use = use
-        self._until = FOR_GOOD if use.retention_ms is None else use.now_ms + use.retention_ms
         while self._ends and self._ends[0][0] <= use.now_ms:
             until, _, replica = heappop(self._ends)
             if replica.mark is not None and replica.mark[1] == until:
@@ -40,11 +43,11 @@ class PriorityLRU(EvictionPolicy):
 
     def insert(self, replica: Replica) -> None:
         self._size += 1
-        self._enter(replica, self._use.priority, self._until)
+        self._enter(replica, *self._use.priority_at(token_of(replica)))
 
     def touch(self, replica: Replica) -> None:
         self._levels[replica.mark[0]].discard(replica)
-        self._enter(replica, self._use.priority, self._until)
+        self._enter(replica, *self._use.priority_at(token_of(replica)))
 
     def remove(self, replica: Replica) -> None:
         self._size -= 1

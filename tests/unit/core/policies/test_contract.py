@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+from collections import deque
 
 import pytest
 
 from kvstore.core.catalog import Replica
-from kvstore.core.policies import POLICIES, Use
+from kvstore.core.policies import POLICIES, SessionState, Use
+from kvstore.core.policies.base import Retention
 from tests.unit.core.policies.harness import Cache, replica
 
 NAMES = list(POLICIES)
@@ -21,14 +23,18 @@ def test_every_replica_held_is_a_candidate_once(name: str) -> None:
     held: list[Replica] = []
     for step in range(4000):
         act = draw.random()
-        if act < 0.02:
+        if act < 0.01:
+            policy.hint(draw.randrange(5), draw.choice(list(SessionState)), draw.random() * 1e5)
+        elif act < 0.03:
             policy.use(
                 Use(
                     now_ms=step,
                     category=draw.choice("ab"),
                     session=draw.randrange(5),
                     priority=draw.randrange(101),
-                    retention_ms=draw.choice((None, 50.0)),
+                    retention=draw.choice(((), (Retention(16, 99, 90, 50.0),))),
+                    request=draw.choice((None, 1, 2)),
+                    tenant=draw.choice("ab"),
                 )
             )
         elif act < 0.4 or not held:
@@ -94,11 +100,12 @@ def _objects(thing: object) -> int:
         if isinstance(one, dict):
             total += len(one)
             todo += [*one.keys(), *one.values()]
-        elif isinstance(one, list | tuple | set):
+        elif isinstance(one, list | tuple | set | deque):
             total += len(one)
             todo += one
         elif type(one).__module__.startswith("kvstore.core.policies"):
-            todo.append(vars(one))
+            slots = getattr(type(one), "__slots__", None)
+            todo += vars(one).values() if slots is None else [getattr(one, s) for s in slots]
     return total
 
 
@@ -146,7 +153,7 @@ def test_the_lower_priority_goes_first_and_recency_decides_between_equals() -> N
 
 def test_a_priority_that_ends_is_the_default_again() -> None:
     policy = POLICIES["priority-lru"]()
-    policy.use(Use(now_ms=0, priority=90, retention_ms=100))
+    policy.use(Use(now_ms=0, priority=50, retention=(Retention(0, 16, 90, 100),)))
     policy.insert(replica(0))
     policy.use(Use(now_ms=10))
     policy.insert(replica(1))
@@ -154,7 +161,7 @@ def test_a_priority_that_ends_is_the_default_again() -> None:
     assert next(policy.candidates()).address == 1
     policy.use(Use(now_ms=100))
     assert [r.address for r in policy.candidates()] == [1, 0]
-    policy.use(Use(now_ms=101, priority=10, retention_ms=1))
+    policy.use(Use(now_ms=101, retention=(Retention(0, 16, 10, 1),)))
     policy.insert(replica(2))
     assert next(policy.candidates()).address == 2
     policy.use(Use(now_ms=102))

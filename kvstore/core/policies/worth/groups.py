@@ -1,0 +1,175 @@
+"""Blocks in groups: those that follow each other in a prompt, were used alike by one
+request, and have not been used since.
+
+Within a group the deepest comes first, which is the order in which requests name them.
+What a group is known by (its traits) can change while it waits: when its session ends, or
+says what it is doing, or goes on without it, and when a priority runs out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from heapq import heappop, heappush
+from typing import Any, NamedTuple
+
+from kvstore.core.policies.base import FOR_GOOD
+
+OPEN, LEFT, WAITING, IDLE, ENDED, PINNED, EXPECTED = range(7)
+"""What is known of the session that used a group last: nothing; that it went on without
+these blocks; that it waits for a tool, or for a person; that it has ended; that they are
+to be kept; from here on, in which octave of seconds it said that it would be back."""
+
+MOST_USES = 63
+"""Counted."""
+_LEVELS = [min(n, 3) if n < 4 else min(n.bit_length() + 1, 6) for n in range(MOST_USES + 1)]
+"""Of uses: 1, 2, 3, to 7, to 15, more."""
+
+SWEPT_ABOVE = 1024
+"""Sessions remembered, before those that hold nothing any more are forgotten."""
+
+
+class Traits(NamedTuple):
+    kind: int
+    """Of the request, as its caller named it."""
+    uses: int
+    """A level, see `_LEVELS`."""
+    last: bool
+    """It ended its prompt."""
+    shared: bool
+    """More than one session used it."""
+    fate: int
+    level: int
+    """Of priority; 0 for the default one."""
+
+
+class Group:
+    __slots__ = (
+        "bucket", "column", "count", "head", "into", "items", "kids", "live", "parent",
+        "session", "since", "spot", "traits",
+    )  # fmt: skip
+
+    def __init__(self, traits: Traits, count: int, since: int, session: Hashable) -> None:
+        self.traits = traits
+        self.count = count
+        """Uses of each, up to MOST_USES."""
+        self.since = since
+        """When they were used."""
+        self.session = session
+        self.items: list[Any] = []
+        """Those that left it since are still here, until the list is gone through."""
+        self.head = 0
+        """Where in `items` the deepest is that is still in it."""
+        self.live = 0
+        """How many are still in it."""
+        self.spot: list[Group] | None = None
+        """Itself, as it stands on a shelf; None: it may not leave yet."""
+        self.column: Any = None
+        self.bucket = 0
+        self.parent: Group | None = None
+        """What this group's blocks continue."""
+        self.kids = 0
+        """Groups that continue this one."""
+        self.into: Group | None = None
+        """What they continue instead: where its deepest blocks have gone."""
+
+
+class Moment(NamedTuple):
+    """The request being served."""
+
+    now: int = 0
+    """Requests so far."""
+    first: int = 0
+    """When the request began, of which this is a later part; else as `now`."""
+    now_ms: float = 0.0
+    kind: int = 0
+    session: Hashable = None
+
+
+class Grouping:
+    """The groups that are there, by session, and those of the request being served."""
+
+    def __init__(self) -> None:
+        self.moment = Moment()
+        self.open: list[Group] = []
+        """Of the request being served, deepest first."""
+        self._sessions: dict[Hashable, list[Group]] = {}
+        self._sweep_above = SWEPT_ABOVE
+        # (when its priority runs out, a number, group)
+        self._ends: list[tuple[float, int, Group]] = []
+        self._numbers = 0
+
+    def begin(self, moment: Moment) -> None:
+        """The next request, or a part of one."""
+        for group in self.open:
+            if group.live:
+                self.closed(group)
+        if self.moment.session is not None:
+            self._close_session()
+        self.moment = moment
+        self.open = []
+        while self._ends and self._ends[0][0] <= moment.now_ms:
+            group = heappop(self._ends)[2]
+            if group.live:
+                self._become(group, group.traits._replace(level=0))
+
+    def group(self, count: int, last: bool, shared: bool, level: int, until_ms: float) -> Group:
+        """The group of this request for blocks that have been used so often, and whose
+        priority holds until then."""
+        count = min(count, MOST_USES)
+        if self.open:
+            group = self.open[-1]
+            traits = group.traits
+            if (
+                group.count == count
+                and traits.shared is shared
+                and traits.last is last
+                and traits.level == level
+            ):
+                return group
+        moment = self.moment
+        traits = Traits(moment.kind, _LEVELS[count], last, shared, OPEN, level)
+        group = Group(traits, count, moment.now, moment.session)
+        self.open.append(group)
+        if level and until_ms != FOR_GOOD:
+            self._numbers += 1
+            heappush(self._ends, (until_ms, self._numbers, group))
+        return group
+
+    def tell(self, session: Hashable, fate: int) -> None:
+        """What is known of a session from now on. Of one that is not known nothing is."""
+        groups = self._sessions.get(session, [])
+        latest = session == self.moment.session
+        for group in [*groups, *self.open] if latest else groups:
+            if group.live and group.traits.fate != LEFT:
+                self._become(group, group.traits._replace(fate=fate))
+        if fate == ENDED:
+            self._sessions.pop(session, None)
+            if latest:
+                self.moment = self.moment._replace(session=None)
+
+    def closed(self, group: Group) -> None:
+        """Its request is over."""
+
+    def changed(self, group: Group, before: Traits) -> None:
+        """Its traits are not what they were."""
+
+    def _close_session(self) -> None:
+        """What the session has not used in its latest request it has left behind."""
+        mine = []
+        for group in self._sessions.get(self.moment.session, ()):
+            if group.live:
+                if group.since < self.moment.first and group.traits.fate != LEFT:
+                    self._become(group, group.traits._replace(fate=LEFT))
+                mine.append(group)
+        self._sessions[self.moment.session] = mine + self.open
+        if len(self._sessions) > self._sweep_above:
+            self._sessions = {
+                session: live
+                for session, groups in self._sessions.items()
+                if (live := [group for group in groups if group.live])
+            }
+            self._sweep_above = 2 * len(self._sessions) + SWEPT_ABOVE
+
+    def _become(self, group: Group, traits: Traits) -> None:
+        before, group.traits = group.traits, traits
+        self.changed(group, before)

@@ -1,0 +1,168 @@
+"""What is learned of the blocks of a sample: how likely a use is, by traits and age.
+
+The sample is watched whether its blocks are held or not, so what is let go early is
+still learned about. The estimator is that of E. L. Kaplan, P. Meier, "Nonparametric
+estimation from incomplete observations", JASA 53, 1958, with blocks that come under
+observation late, at the age at which their traits changed. Figures of traits of which
+little was seen are drawn towards those of what is alike, and these towards those of all.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+
+from kvstore.core.policies.worth.ages import AGES, BUCKETS, bucket_of
+from kvstore.core.policies.worth.groups import Group, Grouping, Traits
+
+KEPT = 0.98
+"""Of what was counted, from one estimate to the next."""
+PRIOR = 16.0
+"""Blocks seen until the own figures count as much as those of what is alike."""
+
+
+class Counts:
+    """For each bucket of age: uses that came at it, and blocks that reached it unused
+    (less those that came under observation only after it)."""
+
+    __slots__ = ("reached", "uses")
+
+    def __init__(self) -> None:
+        self.uses = [0.0] * BUCKETS
+        self.reached = [0.0] * BUCKETS
+
+    def fade(self) -> None:
+        self.uses = [count * KEPT for count in self.uses]
+        self.reached = [count * KEPT for count in self.reached]
+
+    def add(self, other: Counts) -> None:
+        self.uses = [a + b for a, b in zip(self.uses, other.uses, strict=True)]
+        self.reached = [a + b for a, b in zip(self.reached, other.reached, strict=True)]
+
+    def hazard(self, prior: list[float], weight: float) -> list[float]:
+        """The part that is used within each bucket of what comes to its begin."""
+        hazard = [0.0] * BUCKETS
+        alive = 0.0
+        for bucket in range(BUCKETS - 1, -1, -1):
+            alive = max(0.0, alive + self.reached[bucket])
+            uses = self.uses[bucket] + weight * prior[bucket]
+            hazard[bucket] = min(uses / (alive + weight), 0.999)
+        return hazard
+
+
+class Observer(Grouping):
+    def __init__(self) -> None:
+        super().__init__()
+        self._watched: OrderedDict[bytes, Group] = OrderedDict()
+        self._counts: dict[Traits, Counts] = {}
+        self.seen = 0
+        """Uses, ever."""
+
+    def __len__(self) -> int:
+        return len(self._watched)
+
+    def see(self, name: bytes, last: bool, level: int, until_ms: float) -> tuple[int, bool]:
+        """A use; how many there have been, and whether by more than one session."""
+        self.seen += 1
+        old = self._watched.pop(name, None)
+        count, shared = 1, False
+        if old is not None:
+            count = old.count + 1
+            shared = old.traits.shared or old.session != self.moment.session
+            self._end(old, used=True)
+        group = self._watched[name] = self.group(count, last, shared, level, until_ms)
+        group.live += 1
+        return count, shared
+
+    def keep(self, most: int) -> None:
+        """Watch so many, those used last."""
+        while len(self._watched) > most:
+            self._end(self._watched.popitem(last=False)[1], used=False)
+
+    def thin(self, kept: Callable[[bytes], bool]) -> None:
+        """Forget those that are not `kept(name)`."""
+        for name in [name for name in self._watched if not kept(name)]:
+            self._watched.pop(name).live -= 1
+
+    def changed(self, group: Group, before: Traits) -> None:
+        # As if they were watched no more, and others, as old, came to be watched.
+        bucket = bucket_of(self.moment.now - group.since)
+        if bucket:
+            self._of(before).reached[bucket] += group.live
+            self._of(group.traits).reached[bucket - 1] -= group.live
+
+    def _end(self, group: Group, *, used: bool) -> None:
+        group.live -= 1
+        counts = self._of(group.traits)
+        bucket = bucket_of(self.moment.now - group.since)
+        counts.uses[bucket] += used
+        counts.reached[bucket] += 1
+
+    def _of(self, traits: Traits) -> Counts:
+        traits = known_by(traits)
+        counts = self._counts.get(traits)
+        if counts is None:
+            counts = self._counts[traits] = Counts()
+        return counts
+
+    def learn(self) -> Hazards:
+        seen: dict[Traits, Counts] = {}
+        for traits, counts in self._counts.items():
+            counts.fade()
+            seen.setdefault(traits, Counts()).add(counts)
+        live: dict[Group, None] = dict.fromkeys(self._watched.values())
+        for group in live:
+            counts = seen.setdefault(known_by(group.traits), Counts())
+            counts.reached[bucket_of(self.moment.now - group.since)] += group.live
+        return Hazards(seen)
+
+
+class Hazards:
+    """By traits and age: the part that is used within a bucket of what comes to it."""
+
+    def __init__(self, seen: dict[Traits, Counts]) -> None:
+        everything = Counts()
+        alike: dict[Traits, Counts] = {}
+        for traits, counts in seen.items():
+            everything.add(counts)
+            alike.setdefault(_alike(traits), Counts()).add(counts)
+        self.oldest = max((b for b in range(BUCKETS) if everything.reached[b]), default=0)
+        self._all = everything.hazard([0.0] * BUCKETS, 1.0)
+        self._alike = {t: c.hazard(self._all, PRIOR) for t, c in alike.items()}
+        self._own = {t: c.hazard(self._alike[_alike(t)], PRIOR) for t, c in seen.items()}
+
+    def of(self, traits: Traits) -> list[float]:
+        own = self._own.get(traits)
+        return own if own is not None else self._alike.get(_alike(traits), self._all)
+
+
+def known_by(traits: Traits) -> Traits:
+    """What is told apart: of priority, only which side of the default it is on."""
+    level = traits.level
+    return traits if -1 <= level <= 1 else traits._replace(level=1 if level > 0 else -1)
+
+
+def _alike(traits: Traits) -> Traits:
+    return traits._replace(kind=0, level=0, shared=False)
+
+
+def densities(hazard: list[float], oldest: int, shortest: float) -> list[float]:
+    """The most uses for the time held that can be had from each bucket of age on, by
+    holding a block until it is used or until some later bucket, whichever is best, for
+    `shortest` at least.
+    Buckets above `oldest` have not been seen."""
+    found = [0.0] * BUCKETS
+    for bucket in range(oldest + 1):
+        alive, time, best = 1.0, 0.0, 0.0
+        begin = AGES[bucket]
+        for later in range(bucket, oldest + 1):
+            end = AGES[later + 1]
+            used = alive * hazard[later]
+            time += (end - AGES[later]) * (alive - used / 2)
+            alive -= used
+            if end - begin >= shortest or later == oldest:
+                density = (1 - alive) / time
+                if density > best:
+                    best = density
+        found[bucket] = best
+    return found

@@ -1,0 +1,288 @@
+"""The policy: every block in a group, every group on a shelf, a rule to grade them by.
+
+A sample of blocks, chosen by name, is watched whether they are held or not
+(`learning`), and on the same sample each rule is tried (`trials`). The one that saved
+most, lately, rules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Iterator
+from zlib import crc32
+
+from kvstore.core.catalog import Replica
+from kvstore.core.policies.base import (
+    DEFAULT_PRIORITY,
+    FOR_GOOD,
+    EvictionPolicy,
+    SessionState,
+    Use,
+    token_of,
+)
+from kvstore.core.policies.worth.groups import (
+    ENDED,
+    EXPECTED,
+    IDLE,
+    PINNED,
+    WAITING,
+    Group,
+    Grouping,
+    Moment,
+)
+from kvstore.core.policies.worth.learning import Observer
+from kvstore.core.policies.worth.past import Past
+from kvstore.core.policies.worth.rules import LEVELS, OCTAVES, RULES, Learned
+from kvstore.core.policies.worth.shelves import Shelves
+from kvstore.core.policies.worth.tenants import Tenants
+from kvstore.core.policies.worth.trials import Seen, Trial
+
+MOST_KINDS = 8
+"""Categories told apart; the others are one."""
+MOST_REQUESTS = 4096
+"""Remembered, of those of which more may come."""
+OCTAVES_OF_SECONDS = 16
+"""Told apart of the times at which sessions are expected back."""
+
+SAMPLE_BITS = 2
+"""A quarter of all blocks is watched, or fewer where there are many."""
+MOST_WATCHED = 16384
+WATCHED_A_HELD = 8
+"""How many times as many blocks as are held the sample is of, those that left included."""
+LEARN_EVERY = 512
+"""Uses in the sample between two estimates, at least."""
+REMEMBERED_A_HELD = 4
+"""How many times as many names of blocks that left are remembered as are held."""
+KEPT = 0.97
+"""Of what a trial saved, from one estimate to the next."""
+BETTER = 1.01
+SURE = 3.0
+"""How much more another rule must have saved than the one that rules: as a factor, and
+in standard deviations of a count."""
+
+_FATES = {
+    SessionState.WAITING: WAITING,
+    SessionState.IDLE: IDLE,
+    SessionState.ENDED: ENDED,
+    SessionState.PINNED: PINNED,
+}
+
+
+class Worth(EvictionPolicy):
+    by_chain = True
+
+    def __init__(self) -> None:
+        self._rules = [make() for make in RULES.values()]
+        self._rule = 0
+        self._shelves = Shelves(_depth, self._rules[0])
+        self._observer = Observer()
+        self._trials = [Trial(rule) for rule in self._rules]
+        self._groupings: list[Grouping] = [
+            self._shelves,
+            self._observer,
+            *(trial.shelves for trial in self._trials),
+        ]
+        self._past = Past()
+        self._tenants = Tenants(OCTAVES)
+        self._kinds: dict[Hashable, int] = {}
+        self._begun: dict[Hashable, int] = {}
+        """When each request began that may have more parts."""
+        self._use: Use | None = None
+        self._level = 0
+        self._last = False
+        """What comes next ends a prompt."""
+        self._room = 0
+        self._life = 1.0
+        """How long a block stays after its last use, lately."""
+        self._mask = (1 << SAMPLE_BITS) - 1
+        self._batch: list[Seen] = []
+        """Uses in the sample by this request."""
+        self._until_learning = LEARN_EVERY
+
+    def use(self, use: Use) -> None:
+        before = self._use
+        if before is not None:
+            blocks = sum(group.live for group in self._shelves.open)
+            self._tenants.claim(before.tenant, _level(before.priority), blocks)
+        self._use = use
+        self._level = self._tenants.level(use.tenant, _level(use.priority))
+        now = first = self._shelves.moment.now + 1
+        if use.request is not None:
+            first = self._begun.setdefault(use.request, now)
+            if len(self._begun) > MOST_REQUESTS:
+                del self._begun[next(iter(self._begun))]
+        self._begin(Moment(now, first, use.now_ms, self._kind(use.category), use.session))
+        self._last = first == now
+
+    def hint(
+        self, session: Hashable, state: SessionState, expected_ms: float | None = None
+    ) -> None:
+        fate = _FATES[state]
+        if expected_ms is not None and state in (SessionState.WAITING, SessionState.IDLE):
+            octave = int(max(expected_ms, 0) / 1000).bit_length()
+            fate = EXPECTED + min(octave, OCTAVES_OF_SECONDS)
+        self._learn_of_uses()
+        for grouping in self._groupings:
+            grouping.tell(session, fate)
+
+    def insert(self, replica: Replica) -> None:
+        self.insert_all((replica,))
+
+    def insert_all(self, replicas: Iterable[Replica]) -> None:
+        if self._use is None:
+            self._begin_unnamed()
+        for replica in replicas:
+            self._insert(replica)
+
+    def _insert(self, replica: Replica) -> None:
+        last, self._last = self._last, False
+        count, shared = self._past.of(replica.block.stored_key)
+        level, until_ms = self._priority(replica)
+        group = self._shelves.group(count + 1, last, shared, level, until_ms)
+        self._shelves.enter(replica, group)
+        self._note(replica, last, level, until_ms)
+
+    def touch(self, replica: Replica) -> None:
+        self.touch_run((replica,))
+
+    def touch_run(self, replicas: Iterable[Replica]) -> None:
+        if self._use is None:
+            self._begin_unnamed()
+        shelves, mask = self._shelves, self._mask
+        first, session = shelves.moment.first, shelves.moment.session
+        ranges = self._use is not None and self._use.retention
+        level, until_ms = self._level, FOR_GOOD
+        old: Group | None = None
+        new: Group | None = None
+        for replica in replicas:
+            group: Group = replica.mark
+            if group.since >= first:
+                # By this very request, which has come to the blocks before its new ones.
+                shelves.continued_by_latest(group, replica)
+                continue
+            last, self._last = self._last, False
+            if group is not old or last or ranges or new is None:
+                if old is not None and new is not None:
+                    shelves.moved(old, new)
+                if ranges:
+                    level, until_ms = self._priority(replica)
+                shared = group.traits.shared or group.session != session
+                new = shelves.group(group.count + 1, last, shared, level, until_ms)
+                old = group
+            group.live -= 1
+            shelves.size -= 1
+            shelves.enter(replica, new)
+            if not crc32(replica.block.stored_key) & mask:
+                self._note(replica, last, level, until_ms)
+            if last:
+                shelves.moved(group, new)
+                old = None
+        if old is not None and new is not None:
+            shelves.moved(old, new)
+
+    def remove(self, replica: Replica) -> None:
+        shelves = self._shelves
+        if shelves.size > self._room:
+            self._room = shelves.size
+            self._past.make_room(REMEMBERED_A_HELD * self._room)
+        group: Group = replica.mark
+        self._past.note(replica.block.stored_key, group.count, group.traits.shared)
+        self._life += (shelves.moment.now - group.since - self._life) / 1000
+        shelves.leave(replica)
+
+    def candidates(self) -> Iterator[Replica]:
+        return iter(self._shelves)
+
+    def __len__(self) -> int:
+        return self._shelves.size
+
+    # Requests
+
+    def _begin(self, moment: Moment) -> None:
+        self._learn_of_uses()
+        for grouping in self._groupings:
+            grouping.begin(moment)
+
+    def _begin_unnamed(self) -> None:
+        """Nobody says what it is for: each call is a request."""
+        now = self._shelves.moment.now + 1
+        self._begin(Moment(now, now))
+
+    def _kind(self, category: Hashable) -> int:
+        kind = self._kinds.get(category)
+        if kind is None:
+            kind = len(self._kinds)
+            if kind < MOST_KINDS:
+                self._kinds[category] = kind
+        return kind
+
+    def _priority(self, replica: Replica) -> tuple[int, float]:
+        """The level that it counts as, and until when."""
+        use = self._use
+        if use is None or not use.retention:
+            return self._level, FOR_GOOD
+        priority, until_ms = use.priority_at(token_of(replica))
+        return self._tenants.level(use.tenant, _level(priority)), until_ms
+
+    # The sample
+
+    def _note(self, replica: Replica, last: bool, level: int, until_ms: float) -> None:
+        name = replica.block.stored_key
+        if self._sampled(name):
+            self._batch.append(Seen(name, replica.block.depth, last, level, until_ms))
+
+    def _learn_of_uses(self) -> None:
+        """Show the sample what the request has used, and learn from it now and then."""
+        if not self._batch:
+            return
+        batch, self._batch = self._batch, []
+        room = max(self._room, self._shelves.size, 64)
+        self._thin(room)
+        sampled = room // (self._mask + 1)
+        if self._room:
+            for trial in self._trials:
+                trial.keep(sampled)
+        observer = self._observer
+        for seen in batch:
+            count, shared = observer.see(seen.name, seen.last, seen.level, seen.until_ms)
+            for trial in self._trials:
+                trial.use(seen, count, shared, 2.0 ** (seen.level * OCTAVES))
+        observer.keep(WATCHED_A_HELD * sampled)
+        self._until_learning -= len(batch)
+        if self._until_learning <= 0:
+            self._until_learning = max(LEARN_EVERY, len(observer) // 8)
+            self._learn()
+
+    def _thin(self, room: int) -> None:
+        """Make the sample one of fewer blocks, where there is room for many."""
+        while WATCHED_A_HELD * room // (self._mask + 1) > MOST_WATCHED:
+            self._mask = 2 * self._mask + 1
+            self._observer.thin(self._sampled)
+            for trial in self._trials:
+                trial.thin(self._sampled)
+                trial.saved /= 2
+
+    def _sampled(self, name: bytes) -> bool:
+        return not crc32(name) & self._mask
+
+    def _learn(self) -> None:
+        """Estimate anew what is worth what, and which rule is best."""
+        hazards = self._observer.learn()
+        for rule in self._rules:
+            if isinstance(rule, Learned):
+                rule.learn(hazards, self._life)
+        saved = [trial.saved for trial in self._trials]
+        ruling = saved[self._rule]
+        if max(saved) > BETTER * ruling + SURE * ruling**0.5:
+            self._rule = saved.index(max(saved))
+        self._shelves.grade_anew(self._rules[self._rule])
+        for trial, rule in zip(self._trials, self._rules, strict=True):
+            trial.saved *= KEPT
+            trial.shelves.grade_anew(rule)
+
+
+def _level(priority: int) -> int:
+    return round((priority - DEFAULT_PRIORITY) * LEVELS / DEFAULT_PRIORITY)
+
+
+def _depth(replica: Replica) -> int:
+    return replica.block.depth

@@ -1,0 +1,84 @@
+"""Rules: how much a block is worth by its traits and age, as grades. Grades are logarithms,
+so that a priority is added.
+
+`learned` is what the hazards say; the others need no learning, and rule where that is
+better: `recent` is LRU, `often` a segmented LRU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import log2
+
+from kvstore.core.policies.worth.ages import AGES, BUCKETS
+from kvstore.core.policies.worth.groups import PINNED, Traits
+from kvstore.core.policies.worth.learning import Hazards, densities, known_by
+from kvstore.core.policies.worth.shelves import GRADES, Grade
+
+LEVELS = 4
+"""Of priority, on either side of the default."""
+OCTAVES = 1.0
+"""That a level weighs."""
+SHORTEST = 2.0
+"""The least time that a block is thought to be held for, in lives."""
+
+STEPS = 16
+"""Grades an octave."""
+_LEAST = -40
+
+
+def graded(values: list[float]) -> list[int]:
+    return [int((log2(v) - _LEAST) * STEPS) if v > 2.0**_LEAST else 0 for v in values]
+
+
+_RECENT = graded([1 / (1 + age) for age in AGES[:BUCKETS]])
+
+
+def recent(traits: Traits) -> list[int]:
+    return _shifted(_RECENT, _priority(traits))
+
+
+def often(traits: Traits) -> list[int]:
+    return _shifted(_RECENT, _priority(traits) + 4 * STEPS * (traits.uses - 4))
+
+
+class Learned:
+    """The most uses for the time held that can be had, see `densities`."""
+
+    def __init__(self) -> None:
+        self._hazards: Hazards | None = None
+        self._life = 1.0
+        self._grades: dict[Traits, list[int]] = {}
+
+    def learn(self, hazards: Hazards, life: float) -> None:
+        """`life`: how long blocks stay after their last use, lately."""
+        self._hazards = hazards
+        self._life = life
+        self._grades = {}
+
+    def __call__(self, traits: Traits) -> list[int]:
+        if self._hazards is None:
+            return recent(traits)
+        name = known_by(traits)
+        grades = self._grades.get(name)
+        if grades is None:
+            hazard = self._hazards.of(name)
+            grades = graded(densities(hazard, self._hazards.oldest, SHORTEST * self._life))
+            self._grades[name] = grades
+        return _shifted(grades, _priority(traits))
+
+
+def _priority(traits: Traits) -> int:
+    level = LEVELS if traits.fate == PINNED else traits.level
+    return round(level * OCTAVES * STEPS)
+
+
+def _shifted(grades: list[int], by: int) -> list[int]:
+    return [min(max(grade + by, 0), GRADES - 1) for grade in grades] if by else grades
+
+
+RULES: dict[str, Callable[[], Grade]] = {
+    "learned": Learned,
+    "recent": lambda: recent,
+    "often": lambda: often,
+}
