@@ -60,7 +60,7 @@ _SEGMENT = struct.Struct("<QI")
 _RECORD = struct.Struct("<QQB16s16s16sQQ")
 """Life of the segment, sequence, bytes of the parent, stored key, parent, layout id, length,
 checksum; then the tenant's name."""
-_CHUNK = 4096
+_CHUNK = 64
 
 _DATA = "data.mdb"
 _SUM = "data.sum"
@@ -279,7 +279,8 @@ class Index:
         with self._env.begin() as txn, txn.cursor(self._blocks) as cursor:
             found = cursor.prev() if cursor.set_range(end) else cursor.last()
             backwards = cursor.iterprev() if found else iter(())
-            while chunk := list(islice(backwards, _CHUNK)):
+            # Parts as large as all before them: little of another segment is read.
+            while chunk := list(islice(backwards, max(_CHUNK, len(rows)))):
                 rows += chunk
                 if chunk[-1][0] < first:
                     break
