@@ -30,7 +30,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import compress, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -290,10 +290,13 @@ class Index:
             return []
         keys, records = zip(*rows, strict=True)
         slots = np.frombuffer(b"".join(keys), ">u4")[1::2].astype(np.int64)
-        sizes = np.fromiter(map(len, records), np.int64, len(records))
+        parts = {size: np.ones(len(records), bool) for size in set(map(len, records))}
+        if len(parts) > 1:
+            lengths = np.fromiter(map(len, records), np.int64, len(records))
+            parts = {size: lengths == size for size in sorted(parts)}
         return [
-            Entries(slots[sizes == size], _table([r for r in records if len(r) == size], size))
-            for size in np.unique(sizes).tolist()
+            Entries(slots[rows], _table(list(compress(records, rows.tolist())), size))
+            for size, rows in parts.items()
             if size >= _RECORD.size
         ]
 

@@ -77,17 +77,25 @@ def _open_segment(disk: Disk, geometry: Geometry, name: str) -> Segment | None:
 
 def load_summary(segment: Segment, geometry: Geometry) -> None:
     """Raises `CorruptBlock` when there is none left, and the segment holds nothing."""
-    copies = []
-    page = nvme_slot.aligned(geometry.summary_bytes)
-    for copy in range(2):
-        try:
-            if read_all(segment.file, [page], copy * geometry.summary_bytes):
-                copies.append(bytes(page))
-        except OSError as error:
-            _log.error("a summary of segment %d cannot be read: %s", segment.number, error)
-    if not any(map(any, copies)):
+    nbytes = geometry.summary_bytes
+    both = nvme_slot.aligned(2 * nbytes)
+    pages = [both[:nbytes], both[nbytes:]]
+    try:
+        there = [read_all(segment.file, pages, 0)] * 2
+    except OSError:
+        there = [_read_summary(segment, page, i * nbytes) for i, page in enumerate(pages)]
+    copies = [bytes(page) for page, is_there in zip(pages, there, strict=True) if is_there]
+    if not any(copy.strip(b"\0") for copy in copies):
         return  # Preallocated, and never begun.
     segment.load(copies)
+
+
+def _read_summary(segment: Segment, page: memoryview, offset: int) -> bool:
+    try:
+        return read_all(segment.file, [page], offset)
+    except OSError as error:
+        _log.error("a summary of segment %d cannot be read: %s", segment.number, error)
+        return False
 
 
 def next_life(index: Index, segments: list[Segment]) -> int:

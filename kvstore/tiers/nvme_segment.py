@@ -219,7 +219,7 @@ class Segment:
             raise CorruptBlock("neither copy of the summary is whole")
         self.generation, self.life, slot_bytes, self.settled, dead, bad = max(found)
         self.durable_life = self.life
-        pages = range(self._geometry.pages) if any(bad) else ()
+        pages = range(self._geometry.pages) if bad.strip(b"\0") else ()
         self.bad = {number for number in pages if bad[number >> 3] >> (number & 7) & 1}
         self._shape(slot_bytes)
         self.dead[:] = dead
