@@ -79,7 +79,7 @@ class AdversarialDevice:
     def blocks(self, memory: Memory, pieces: Sequence[Piece], num_blocks: int) -> Blocks:
         return _Blocks(memory, pieces)
 
-    def stream(self, *, urgent: bool) -> Stream:
+    def stream(self) -> Stream:
         return _Stream(self)
 
     def computed(self) -> Event:

@@ -91,9 +91,7 @@ class Device(Protocol):
         """All pieces of all blocks must lie within `memory`."""
         ...
 
-    def stream(self, *, urgent: bool) -> Stream:
-        """`urgent`: somebody waits for its copies, so they may take other cores too."""
-        ...
+    def stream(self) -> Stream: ...
 
     def computed(self) -> Event:
         """The end of what the engine has launched so far. To be called on the engine's
@@ -101,5 +99,5 @@ class Device(Protocol):
         ...
 
     def close(self) -> None:
-        """After its streams. Idempotent."""
+        """After its streams: while one is open it changes nothing. Idempotent."""
         ...

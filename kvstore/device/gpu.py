@@ -109,14 +109,17 @@ class GpuDevice:
         self.pins = Pins(driver, in_background=pin_in_background)
         self.checksums: Callable[[Sequence[memoryview]], list[int]] = copy.checksum_many
         """Of slots; by the processor, whatever the copies take."""
+        self.open_streams: set[Stream] = set()
         self.gathers = driver.has_kernel
         """Until the GPU has no memory to spare for it."""
 
     def blocks(self, memory: Memory, pieces: Sequence[Piece], num_blocks: int) -> Blocks:
         return GpuBlocks(memory, pieces)
 
-    def stream(self, *, urgent: bool) -> Stream:
-        return _GpuStream(self)
+    def stream(self) -> Stream:
+        stream = _GpuStream(self)
+        self.open_streams.add(stream)
+        return stream
 
     def computed(self) -> Event:
         try:
@@ -125,7 +128,9 @@ class GpuDevice:
             return _Recorded(None, error)
 
     def close(self) -> None:
-        self.pins.close()
+        # Copies of a stream that was not closed may be under way: its memory stays pinned.
+        if not self.open_streams:
+            self.pins.close()
 
 
 class _Recorded(NamedTuple):
@@ -218,6 +223,7 @@ class _GpuStream:
         idle, self._idle = self._idle, []
         for staging in idle:
             staging.free()
+        self.device.open_streams.discard(self)
 
     @property
     def has_room(self) -> bool:

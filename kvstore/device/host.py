@@ -18,7 +18,7 @@ import xxhash
 from numpy.lib.stride_tricks import as_strided
 
 from kvstore.device.base import Blocks, Copies, Event, Memory, Piece, Stream
-from kvstore.local import copy, crew
+from kvstore.local import copy
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -29,8 +29,8 @@ class HostDevice:
     def blocks(self, memory: Memory, pieces: Sequence[Piece], num_blocks: int) -> HostBlocks:
         return HostBlocks(memory, pieces, num_blocks)
 
-    def stream(self, *, urgent: bool) -> Stream:
-        return _HostStream(urgent)
+    def stream(self) -> Stream:
+        return _HostStream()
 
     def computed(self) -> Event:
         return _PAST
@@ -83,9 +83,6 @@ class HostBlocks:
 
 
 class _HostStream:
-    def __init__(self, urgent: bool) -> None:
-        self._share = copy.share if urgent else _alone
-
     def wait_event(self, event: Event) -> None:
         pass
 
@@ -113,7 +110,7 @@ class _HostStream:
             for index in range(start, stop):
                 sums[index] = copy_one(block_ids[index], slots[index])
 
-        self._share(work, len(block_ids), block_bytes)
+        copy.share(work, len(block_ids), block_bytes)
         return _Done(sums)
 
 
@@ -123,10 +120,6 @@ class _Done:
 
     def finish(self) -> list[int]:
         return self._sums
-
-
-def _alone(work: crew.Work, count: int, block_bytes: int) -> None:
-    work(0, count)
 
 
 def as_bytes(memory: Memory) -> Bytes:

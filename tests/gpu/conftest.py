@@ -1,14 +1,57 @@
-"""Tests that need a GPU; without one each is skipped with the reason."""
+"""Tests that need a GPU; without one each is skipped with the reason.
+
+They need no vLLM: where it is not installed, empty stand-ins let the connector's own modules
+be loaded.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from types import ModuleType
 from typing import Any
 
 import pytest
 
 from kvstore.device.cuda import CudaDriver
 from kvstore.errors import DeviceError
+
+
+class _StandIn(ModuleType):
+    """A module, or package, that has every name: a class of no content."""
+
+    __path__ = ()
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        made = type(name, (), {})
+        setattr(self, name, made)
+        return made
+
+
+class _StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if name.partition(".")[0] != "vllm":
+            return None
+        return importlib.machinery.ModuleSpec(name, self, is_package=True)
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
+        return _StandIn(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        if module.__name__ == "vllm.logger":
+            module.init_logger = logging.getLogger  # type: ignore[attr-defined]
+
+
+if importlib.util.find_spec("vllm") is None:
+    sys.meta_path.append(_StandIns())
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -46,7 +46,7 @@ def test_what_is_saved_is_loaded_elsewhere(
         plain[:] = np.frombuffer(random.bytes(ROOM), np.uint8)
         before = plain.copy()
         rig.copy_plainly(to_gpu=True)
-        with closing(device.stream(urgent=True)) as stream:
+        with closing(device.stream()) as stream:
             sums = stream.save(blocks, range(BLOCKS), slots).finish()
             plain[:] = 0xEE
             rig.copy_plainly(to_gpu=True)
@@ -73,7 +73,7 @@ def test_a_store_waits_for_the_engine_and_a_load_does(driver: CudaDriver, torch:
         )
         slots = rig.slots(BLOCKS, blocks.block_bytes)
         rig.pin(device, slots)
-        with closing(device.stream(urgent=True)) as stream:
+        with closing(device.stream()) as stream:
             for number in range(1, 6):
                 for _ in range(50):
                     large = torch.tanh(large @ large)
@@ -88,3 +88,21 @@ def test_a_store_waits_for_the_engine_and_a_load_does(driver: CudaDriver, torch:
                 stream.load(blocks, range(BLOCKS), slots).finish()
                 assert bool((memory == number).all())
         del slots
+
+
+def test_the_connectors_threads_store_and_load(driver: CudaDriver, torch: Any) -> None:
+    from tests.unit.connectors.test_copies import Rank, data, eventually
+
+    device = GpuDevice(driver)
+    rank = Rank(device=device, where="cuda")
+    rank.memory.random_(0, 256)
+    rank.saver.submit(rank.store_job(1, [5, 9, 2]))
+    eventually(lambda: rank.saver.take_reports())
+    assert rank.store.blocks == {bytes([1, b]): rank.bytes_of(b) for b in (5, 9, 2)}
+    datas = [data(seed) for seed in range(40)]
+    block_ids = list(range(50, 10, -1))
+    rank.memory.fill_(3)
+    assert rank.load(rank.load_job(datas, block_ids)) == []
+    assert [rank.bytes_of(block) for block in block_ids] == datas
+    rank.close()
+    device.close()

@@ -2,7 +2,7 @@
 
     types, errors, config, clock <- core <- store <- server
     local <- device <- tiers <- store
-    connectors see only the client, local, types and errors
+    connectors see only the client, device, local, types and errors
 
 Read from the source, so that a forbidden import inside a function is found too.
 """
@@ -84,6 +84,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "kvstore_connectors": (
         "kvstore.client",
+        "kvstore.device",
         "kvstore.local",
         "kvstore.types",
         "kvstore.errors",

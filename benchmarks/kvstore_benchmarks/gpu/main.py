@@ -13,7 +13,7 @@ from rich.table import Table
 from kvstore.device.cuda import CudaDriver
 from kvstore.errors import DeviceError
 from kvstore_benchmarks.figures import figure_text, machine, size_text
-from kvstore_benchmarks.gpu.engine import engine_stream, matrix_product
+from kvstore_benchmarks.gpu.engine import connector_figures, engine_stream, matrix_product
 from kvstore_benchmarks.gpu.measure import Options, measure
 from kvstore_benchmarks.gpu.rig import gpu_name
 from kvstore_benchmarks.progress import progress
@@ -32,12 +32,14 @@ def run(options: Options, *, as_object: bool) -> int:
     with progress() as step:
         figures = machine() | gpu_name()
         figures |= measure(driver, options, matrix_product(), step)
+        step("the connector's copies")
+        figures["connector"] = connector_figures(driver, options)
     figures["aims"] = list(_aims(figures))
     if as_object:
         print(json.dumps(figures, indent=2))
     else:
         show(figures, Console())
-    return 1 if figures["moved"]["wrong_blocks"] else 0
+    return 1 if wrong_blocks(figures) else 0
 
 
 def _aims(figures: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -60,7 +62,13 @@ def _aims(figures: dict[str, Any]) -> Iterator[dict[str, Any]]:
             yield aim(f"{way}, pieces of 16 to 64 KiB, least", min(small), PIECES_AIM)
     for name, one in (figures["computing"] or {}).items():
         yield aim(f"slow-down of computing, {name}", one["slowdown"], SLOWDOWN_AIM, most=True)
-    yield aim("wrong blocks", figures["moved"]["wrong_blocks"], 0, most=True)
+    yield aim("wrong blocks", wrong_blocks(figures), 0, most=True)
+
+
+def wrong_blocks(figures: dict[str, Any]) -> int:
+    wrong: int = figures["moved"]["wrong_blocks"]
+    wrong += sum(one["wrong"] for one in (figures["connector"] or {}).values())
+    return wrong
 
 
 def show(figures: dict[str, Any], console: Console) -> None:
@@ -74,6 +82,8 @@ def show(figures: dict[str, Any], console: Console) -> None:
         for name, one in ways.items():
             table.add_row(f"pieces of {size_text(int(size))}, {name}", *_ways(one))
     table.add_row("2 MiB, with checksums", *_ways(figures["checked"]))
+    for name, one in (figures["connector"] or {}).items():
+        table.add_row(f"connector, {name}", *_ways(one))
     console.print(table)
     aims = Table(title=f"{figures['moved']['nbytes'] / 1e9:.1f} GB looked at")
     for column in ("", "measured", "aim", ""):

@@ -107,7 +107,7 @@ def _against_plain(
         blocks, count = rig.blocks(device, piece, pieces)
         slots = rig.slots(count, blocks.block_bytes)
         pinned = rig.pin(device, slots)
-        stream = device.stream(urgent=True)
+        stream = device.stream()
         ids = list(range(count))
         for number in range(options.rounds + 1):
             for name, start in (("to_gpu", stream.load), ("to_host", stream.save)):
@@ -190,7 +190,7 @@ class _Copying:
     def __init__(self, device: Device, blocks: Blocks, slots: list[memoryview]) -> None:
         self.moved = 0
         self._end = False
-        arguments = (device.stream(urgent=True), blocks, slots)
+        arguments = (device.stream(), blocks, slots)
         self._thread = threading.Thread(target=self._run, args=arguments)
 
     def __enter__(self) -> _Copying:
@@ -223,7 +223,7 @@ def _what_arrives(rig: Rig, options: Options) -> dict[str, Any]:
             plain[:] = np.frombuffer(random.bytes(rig.nbytes), np.uint8)
             before = plain.copy()
             rig.copy_plainly(to_gpu=True)
-            with closing(rig.device(below)) as device, closing(device.stream(urgent=True)) as all_:
+            with closing(rig.device(below)) as device, closing(device.stream()) as all_:
                 blocks, count = rig.blocks(device, piece, pieces)
                 count = min(count, rig.nbytes // 2 // blocks.block_bytes, 1 << 14)
                 slots = rig.slots(count, blocks.block_bytes)

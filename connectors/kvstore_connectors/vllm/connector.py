@@ -296,8 +296,8 @@ def _check(vllm_config: VllmConfig) -> None:
             " neither collision resistant nor the same in every process. Use sha256."
         )
     device = vllm_config.device_config.device_type
-    if device != "cpu":
+    if device not in ("cpu", "cuda"):
         raise ConfigError(
-            f"KVStoreConnector cannot serve a KV cache on {device!r} yet, only one in host memory"
-            " (vLLM's CPU build)."
+            f"KVStoreConnector cannot serve a KV cache on {device!r}, only one in host memory"
+            " (vLLM's CPU build) or on an NVIDIA GPU."
         )

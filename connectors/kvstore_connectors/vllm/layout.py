@@ -17,14 +17,16 @@ import hashlib
 import json
 import os
 import platform
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 import vllm
+from vllm.platforms import current_platform
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
+from kvstore.device.base import Piece
 from kvstore.types import LayoutSpec
+from kvstore_connectors.vllm.blocks import Geometry
 from kvstore_connectors.vllm.groups import rule_of, unsupported_spec
 
 if TYPE_CHECKING:
@@ -33,29 +35,6 @@ if TYPE_CHECKING:
 
 _DRAFTERS_WITHOUT_KV = ("ngram", "suffix")
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".json", ".model")
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Block b's bytes are `nbytes` at `offset + b * stride` of the KV allocation."""
-
-    offset: int
-    stride: int
-    nbytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Geometry:
-    """How one rank's part of a KV cache group is cut into blocks."""
-
-    pieces: tuple[Piece, ...]
-    num_blocks: int
-    block_tokens: int
-    allocation_bytes: int
-
-    @property
-    def block_bytes(self) -> int:
-        return sum(piece.nbytes for piece in self.pieces)
 
 
 def unsupported_reason(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> str | None:
@@ -233,4 +212,7 @@ def _backend(vllm_config: VllmConfig) -> str:
         # The CPU backend packs blocks for the instructions it finds.
         facts += [platform.machine(), torch.backends.cpu.get_cpu_capability()]
         facts.append("amx" if torch.cpu._is_amx_tile_supported() else "no amx")
+    else:
+        # Which kernels there are, and which of them is chosen, follows from the GPU.
+        facts.append(str(current_platform.get_device_name()))
     return "/".join(facts)

@@ -1,5 +1,8 @@
 """Copies leased slots into the engine's KV cache, in a thread of its own with helpers.
 
+The copies are the device's (`kvstore.device`); they begin after what the engine had launched
+when the load was ordered, for until then a block's last owner may be using it.
+
 A block counts as loaded only when the checksum of its slot, taken after the copy,
 is the one the lease named, and the clock, read after that, is before the lease's
 end: whatever might have happened to the slot meanwhile shows in one of the two.
@@ -22,11 +25,10 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import xxhash
 from vllm.logger import init_logger
 
+from kvstore.device.flight import CHUNK_BYTES, Flight
 from kvstore.errors import KVStoreError
-from kvstore.local import copy
 from kvstore.types import ChainQuery
 from kvstore_connectors.vllm.link import is_loss
 from kvstore_connectors.vllm.stats import ConnectorStats
@@ -35,7 +37,7 @@ from kvstore_connectors.vllm.threads import outlive
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
 
-    from kvstore_connectors.vllm.blocks import HostBlocks
+    from kvstore.device.base import Blocks, Device, Event
     from kvstore_connectors.vllm.link import Attached, StoreLink
     from kvstore_connectors.vllm.metadata import Arrivals, LoadJob
 
@@ -64,6 +66,7 @@ class _Load:
     `attached`: what it was begun with. `until_s`: when to stop waiting for more."""
 
     job: LoadJob
+    ready: Event
     submitted_s: float
     good: int = 0
     nbytes: int = 0
@@ -89,13 +92,16 @@ class Loader:
     def __init__(
         self,
         link: StoreLink,
-        blocks: Sequence[HostBlocks],
+        device: Device,
+        blocks: Sequence[Blocks],
         shard: int,
         on_done: Callable[[], None],
     ) -> None:
-        """`blocks`: of each stored group. `on_done` is called, from a thread, when
+        """`blocks`: of each stored group, on `device`. `on_done` is called, from a thread, when
         `take_results` has news."""
         self._link = link
+        self._device = device
+        self._stream = device.stream()
         self._blocks = blocks
         self._shard = shard
         self._on_done = on_done
@@ -120,7 +126,7 @@ class Loader:
         return self._unreported > 0
 
     def submit(self, job: LoadJob) -> None:
-        load = _Load(job, time.monotonic())
+        load = _Load(job, self._device.computed(), time.monotonic())
         with self._condition:
             self._queue.append(load)
             if job.arrivals is not None:
@@ -159,6 +165,8 @@ class Loader:
             self._closing = True
             self._condition.notify()
         self._thread.join(timeout_s)
+        if not self._thread.is_alive():
+            self._stream.close()
 
     def _run(self) -> None:
         while True:
@@ -264,38 +272,39 @@ class Loader:
 
     def _fill(self, attached: Attached, load: _Load, blocks: _Blocks) -> bool:
         """Whether all of these are loaded and right."""
-        count = len(blocks.block_ids)
-        bad: list[int] = [count]
+        target, client = self._blocks[blocks.group], attached.client
+        step = max(1, CHUNK_BYTES // target.block_bytes)
+        good, right = 0, True
 
-        def work(start: int, stop: int) -> None:
-            # What follows a bad block is not loaded.
-            if start < min(bad) and not self._closing:
-                good = self._copy_blocks(attached, load.job.epoch, blocks, start, stop)
-                if time.clock_gettime_ns(time.CLOCK_MONOTONIC) < blocks.expires_ns:
-                    start += good
-            if start < stop:
-                bad.append(start)
-
-        block_bytes = self._blocks[blocks.group].block_bytes
-        copy.share(work, count, block_bytes)
-        good = min(bad) if attached.client.epoch == load.job.epoch else 0
-        load.good += good
-        load.nbytes += good * block_bytes
-        return good == count
-
-    def _copy_blocks(
-        self, attached: Attached, epoch: bytes, blocks: _Blocks, start: int, stop: int
-    ) -> int:
-        """How many of these blocks are right, up to the first that is not."""
-        target = self._blocks[blocks.group]
-        for index in range(start, stop):
-            slot = attached.client.slot(blocks.addresses[index], target.block_bytes, epoch=epoch)
-            target.load(blocks.block_ids[index], slot)
-            if xxhash.xxh3_64_intdigest(slot) != blocks.checksums[index]:
+        def arrived(checksums: list[int]) -> None:
+            nonlocal good, right
+            same = _same_front(checksums, blocks.checksums[good : good + len(checksums)])
+            if not right or time.clock_gettime_ns(time.CLOCK_MONOTONIC) >= blocks.expires_ns:
+                right = False
+                return
+            good += same
+            if same < len(checksums):
+                right = False
                 with self._condition:
                     self.stats.add(damaged_blocks=1)
-                return index - start
-        return stop - start
+
+        self._stream.wait_event(load.ready)
+        with Flight() as flight:
+            for start in range(0, len(blocks.block_ids), step):
+                # What follows a bad block is not loaded.
+                if not right or self._closing:
+                    break
+                part = slice(start, start + step)
+                slots = [
+                    client.slot(address, target.block_bytes, epoch=load.job.epoch)
+                    for address in blocks.addresses[part]
+                ]
+                flight.add(self._stream.load(target, blocks.block_ids[part], slots), arrived)
+        if client.epoch != load.job.epoch:
+            good = 0
+        load.good += good
+        load.nbytes += good * target.block_bytes
+        return good == len(blocks.block_ids)
 
     def _report(self, load: _Load) -> None:
         job = load.job
@@ -318,3 +327,9 @@ class Loader:
                 failed_loads=failed,
             )
         self._on_done()
+
+
+def _same_front(ones: Sequence[int], others: Sequence[int]) -> int:
+    """How many are equal before the first that is not."""
+    differ = (index for index, one in enumerate(ones) if one != others[index])
+    return next(differ, len(ones))

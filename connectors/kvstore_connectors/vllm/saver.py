@@ -7,6 +7,9 @@ block is published only if its job was still uncancelled after its bytes had bee
 copied and hashed: then the copy was finished before anyone was allowed to write.
 A copy that raced with a cancellation is thrown away.
 
+The copies are the device's (`kvstore.device`); they begin after what the engine had launched
+when the job was ordered, which computes the blocks.
+
 One call to the server publishes all that was copied since the last, of whichever
 jobs, and brings the slots for what comes next (`slots`).
 
@@ -21,13 +24,13 @@ import threading
 import time
 from collections import deque
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
-import xxhash
 from vllm.logger import init_logger
 
+from kvstore.device.flight import CHUNK_BYTES, Flight
 from kvstore.errors import KVStoreError, Unavailable
-from kvstore.local import copy
 from kvstore.types import CommitOutcome, Segment
 from kvstore_connectors.vllm.link import is_loss
 from kvstore_connectors.vllm.metadata import JobReport
@@ -39,15 +42,15 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from kvstore.client.lease import Layout
-    from kvstore_connectors.vllm.blocks import HostBlocks
+    from kvstore.device.base import Blocks, Device, Event
     from kvstore_connectors.vllm.link import Attached, StoreLink
     from kvstore_connectors.vllm.metadata import StoreJob
 
 logger = init_logger("vllm.kvstore")
 
 MAX_QUEUED_BYTES = 2 << 30
-CHUNK_BYTES = 32 << 20
-CHUNK_BLOCKS = 1024
+COMMIT_BYTES = 32 << 20
+COMMIT_BLOCKS = 1024
 """Copied and committed at a time, and reserved ahead."""
 
 IDLE_S = 1.0
@@ -60,6 +63,7 @@ class _Save:
     """`taken`: blocks of the job that the thread has taken up."""
 
     job: StoreJob
+    ready: Event
     taken: int = 0
     cancelled: bool = False
     reported: bool = False
@@ -80,10 +84,10 @@ class _Part:
 class _Group:
     """One stored group: its blocks, what is queued of it, and its slots at hand."""
 
-    def __init__(self, number: int, blocks: HostBlocks) -> None:
+    def __init__(self, number: int, blocks: Blocks) -> None:
         self.number = number
         self.blocks = blocks
-        self.chunk = max(1, min(CHUNK_BLOCKS, CHUNK_BYTES // blocks.block_bytes))
+        self.chunk = max(1, min(COMMIT_BLOCKS, COMMIT_BYTES // blocks.block_bytes))
         self.slots = SlotsAhead(self.chunk)
         self.queue: deque[_Save] = deque()
 
@@ -94,13 +98,16 @@ class Saver:
     def __init__(
         self,
         link: StoreLink,
-        blocks: Sequence[HostBlocks],
+        device: Device,
+        blocks: Sequence[Blocks],
         shard: int,
         on_done: Callable[[], None],
     ) -> None:
-        """`blocks`: of each stored group. `on_done` is called, from a thread, when
+        """`blocks`: of each stored group, on `device`. `on_done` is called, from a thread, when
         `take_reports` has news."""
         self._link = link
+        self._device = device
+        self._stream = device.stream()
         self._groups = [_Group(number, each) for number, each in enumerate(blocks)]
         self._shard = shard
         self._on_done = on_done
@@ -118,7 +125,7 @@ class Saver:
 
     def submit(self, job: StoreJob) -> None:
         """Queue a job whose blocks are computed, or drop it at once."""
-        save = _Save(job)
+        save = _Save(job, self._device.computed())
         with self._condition:
             if not self._saves:
                 self._got_on_s = time.monotonic()
@@ -178,6 +185,8 @@ class Saver:
             self._closing = True
             self._condition.notify_all()
         self._thread.join(timeout_s)
+        if not self._thread.is_alive():
+            self._stream.close()
 
     # With the lock held.
 
@@ -314,20 +323,33 @@ class Saver:
                 places.append((part, index))
         taken = [part.slots[index] for part, index in places]
 
+        blocks = group.blocks
+        step = max(1, CHUNK_BYTES // blocks.block_bytes)
+
+        def keep(indexes: list[int], checksums: list[int]) -> None:
+            for place, checksum in zip(indexes, checksums, strict=True):
+                part, index = places[place]
+                part.checksums[index] = checksum
+
         def fill(views: list[memoryview]) -> None:
-            def work(start: int, stop: int) -> None:
-                for (part, index), view in zip(places[start:stop], views[start:stop], strict=True):
+            for part in parts:
+                self._stream.wait_event(part.save.ready)
+            with Flight() as flight:
+                for start in range(0, len(places), step):
                     if attached.dropped or self._closing:
                         raise Unavailable("the connection was given up")
-                    if not part.save.cancelled:
-                        group.blocks.save(part.save.job.block_ids[part.start + index], view)
-                        part.checksums[index] = xxhash.xxh3_64_intdigest(view)
-
-            copy.share(work, len(places), group.blocks.block_bytes)
+                    indexes, block_ids = [], []
+                    for place, (part, index) in enumerate(places[start : start + step], start):
+                        if not part.save.cancelled:
+                            indexes.append(place)
+                            block_ids.append(part.save.job.block_ids[part.start + index])
+                    slots = [views[place] for place in indexes]
+                    copies = self._stream.save(blocks, block_ids, slots)
+                    flight.add(copies, partial(keep, indexes))
 
         if taken:
             ids, addresses = [slot.id for slot in taken], [slot.address for slot in taken]
-            attached.client.write_slots(ids, addresses, group.blocks.block_bytes, fill)
+            attached.client.write_slots(ids, addresses, blocks.block_bytes, fill)
 
     def _commit(
         self, attached: Attached, layout: Layout, group: _Group, parts: list[_Part]

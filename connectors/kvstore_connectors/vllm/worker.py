@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from vllm.logger import init_logger
 
-from kvstore.errors import ConfigError
-from kvstore_connectors.vllm.blocks import HostBlocks
+from kvstore.errors import ConfigError, DeviceError
+from kvstore_connectors.vllm.blocks import blocks_of, device_of
 from kvstore_connectors.vllm.loader import Loader
 from kvstore_connectors.vllm.metadata import JobReport, StepMetadata, WorkerReport
 from kvstore_connectors.vllm.saver import Saver
@@ -23,8 +23,9 @@ from kvstore_connectors.vllm.stats import ConnectorStats
 if TYPE_CHECKING:
     import torch
 
+    from kvstore.device.base import Device
     from kvstore.types import LayoutSpec
-    from kvstore_connectors.vllm.layout import Geometry
+    from kvstore_connectors.vllm.blocks import Geometry
     from kvstore_connectors.vllm.link import StoreLink
 
 logger = init_logger("vllm.kvstore")
@@ -55,6 +56,7 @@ class WorkerSide:
         self._specs_for = specs_for
         self._salt = ""
         self._news = threading.Condition()
+        self._device: Device | None = None
         self._loader: Loader | None = None
         self._saver: Saver | None = None
         self._failed_blocks: set[int] = set()
@@ -66,12 +68,13 @@ class WorkerSide:
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """A KV cache that is not as configured is left alone: every order fails."""
         try:
-            blocks = [HostBlocks(kv_caches, each) for each in self._geometries]
-        except ConfigError as error:
+            self._device = device = device_of(kv_caches)
+            blocks = [blocks_of(device, kv_caches, each) for each in self._geometries]
+        except (ConfigError, DeviceError) as error:
             logger.warning("KVStoreConnector is off: %s.", error)
             return
-        self._loader = Loader(self._link, blocks, self._shard, self._announce)
-        self._saver = Saver(self._link, blocks, self._shard, self._announce)
+        self._loader = Loader(self._link, device, blocks, self._shard, self._announce)
+        self._saver = Saver(self._link, device, blocks, self._shard, self._announce)
         self._link.wait_first_try()
 
     def before_step(self, meta: StepMetadata) -> None:
@@ -141,6 +144,8 @@ class WorkerSide:
             self._saver.close()
         if self._loader is not None:
             self._loader.close()
+        if self._device is not None:
+            self._device.close()
         self._link.close()
 
     def _announce(self) -> None:

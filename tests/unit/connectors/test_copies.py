@@ -10,13 +10,15 @@ import pytest
 import torch
 import xxhash
 
+from kvstore.device.adversarial import AdversarialDevice
+from kvstore.device.base import Device, Piece
+from kvstore.device.host import HostDevice
 from kvstore.errors import BadRequest, Unavailable
 from kvstore.types import ChainQuery, LeaseGrant
 from kvstore_connectors.vllm import saver as saver_module
 from kvstore_connectors.vllm import slots as slots_module
 from kvstore_connectors.vllm import threads as threads_module
-from kvstore_connectors.vllm.blocks import HostBlocks
-from kvstore_connectors.vllm.layout import Geometry, Piece
+from kvstore_connectors.vllm.blocks import Geometry, blocks_of
 from kvstore_connectors.vllm.link import StoreLink
 from kvstore_connectors.vllm.loader import Loader, LoadResults
 from kvstore_connectors.vllm.metadata import (
@@ -41,19 +43,27 @@ GEOMETRY = Geometry(
 class Rank:
     """One rank's KV cache of two layers, and the threads that copy it."""
 
-    def __init__(self, groups: int = 1) -> None:
+    def __init__(
+        self,
+        groups: int = 1,
+        device: Device | None = None,
+        loader: type[Loader] = Loader,
+        saver: type[Saver] = Saver,
+        where: str = "cpu",
+    ) -> None:
+        device = device or HostDevice()
         self.store = FakeStore()
-        self.memory = torch.arange(2 * BLOCKS * PIECE, dtype=torch.int32).to(torch.uint8)
+        self.memory = torch.arange(2 * BLOCKS * PIECE, dtype=torch.int32).to(torch.uint8).to(where)
         layers = self.memory.view(2, BLOCKS, PIECE)
         tensors = {"0": layers[0], "1": layers[1]}
-        blocks = [HostBlocks(tensors, GEOMETRY) for _ in range(groups)]
+        blocks = [blocks_of(device, tensors, GEOMETRY) for _ in range(groups)]
         self.layers = layers
         specs = [spec(block_bytes=2 * PIECE, group=group) for group in range(groups)]
         self.link = StoreLink(self.store.connect, specs, "test")
         self.link.start()
         assert self.link.wait_attached(5)
-        self.loader = Loader(self.link, blocks, 0, lambda: None)
-        self.saver = Saver(self.link, blocks, 0, lambda: None)
+        self.loader = loader(self.link, device, blocks, 0, lambda: None)
+        self.saver = saver(self.link, device, blocks, 0, lambda: None)
 
     def bytes_of(self, block: int) -> bytes:
         return bytes(self.layers[:, block].reshape(-1).tolist())
@@ -108,9 +118,9 @@ def eventually(condition: Callable[[], object], timeout_s: float = 5.0) -> None:
         time.sleep(0.001)
 
 
-@pytest.fixture
-def rank() -> Iterator[Rank]:
-    rank = Rank()
+@pytest.fixture(params=[HostDevice, AdversarialDevice])
+def rank(request: pytest.FixtureRequest) -> Iterator[Rank]:
+    rank = Rank(device=request.param())
     yield rank
     rank.close()
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from vllm.config import KVTransferConfig
+from vllm.v1.attention.backends.utils import resolve_kv_cache_layout
 from vllm.v1.kv_cache_interface import (
     EncoderOnlyAttentionSpec,
     FullAttentionSpec,
@@ -19,9 +21,10 @@ from vllm.v1.kv_cache_interface import (
     SlidingWindowSpec,
 )
 
+from kvstore.device.host import HostDevice
 from kvstore.errors import ConfigError
 from kvstore_connectors.vllm import layout
-from kvstore_connectors.vllm.blocks import HostBlocks
+from kvstore_connectors.vllm.blocks import blocks_of
 
 LAYERS = ["a", "b", "c"]
 BLOCKS = 6
@@ -74,6 +77,10 @@ def hybrid() -> Any:
             for layers, _ in groups
         ],
     )
+
+
+def host_blocks(tensors: Any, geometry: Any) -> Any:
+    return blocks_of(HostDevice(), tensors, geometry)
 
 
 def engine(path: str = "some/model", **changes: Any) -> Any:
@@ -196,7 +203,7 @@ def test_blocks_are_cut_where_vllm_puts_them(kv_layout: str, pieces: int) -> Non
         )
         for index, name in enumerate(LAYERS)
     }
-    blocks = HostBlocks(views, geometry)
+    blocks = host_blocks(views, geometry)
     slot = bytearray(geometry.block_bytes)
     blocks.save(4, memoryview(slot))
     expected = b"".join(views[name][4].numpy().tobytes() for name in LAYERS)
@@ -237,7 +244,7 @@ def test_layers_that_share_their_kv_are_stored_once() -> None:
         for index, name in enumerate(LAYERS)
     }
     views["shares a"] = views["a"]
-    blocks = HostBlocks(views, layout.geometries(config)[0])
+    blocks = host_blocks(views, layout.geometries(config)[0])
     assert blocks.block_bytes == len(LAYERS) * page
 
 
@@ -250,7 +257,7 @@ def test_a_managers_block_of_several_kernel_blocks_is_one_block() -> None:
         name: memory.as_strided((4 * BLOCKS, page // 4), (page // 4, 1), index * BLOCKS * page)
         for index, name in enumerate(LAYERS)
     }
-    blocks = HostBlocks(kernel, layout.geometries(config)[0])
+    blocks = host_blocks(kernel, layout.geometries(config)[0])
     slot = bytearray(blocks.block_bytes)
     blocks.save(2, memoryview(slot))
     assert bytes(slot) == b"".join(kernel[n][8:12].numpy().tobytes() for n in LAYERS)
@@ -267,15 +274,51 @@ def test_a_layer_with_several_states_is_one_page() -> None:
         for index, name in enumerate(LAYERS)
     }
     (geometry,) = layout.geometries(config)
-    assert HostBlocks(states, geometry).block_bytes == geometry.block_bytes
+    assert host_blocks(states, geometry).block_bytes == geometry.block_bytes
 
 
 def test_tensors_that_are_not_as_configured_are_refused() -> None:
     geometry = layout.geometries(cache())[0]
     whole = torch.zeros(geometry.allocation_bytes, dtype=torch.int8)
     with pytest.raises(ConfigError, match="not one allocation"):
-        HostBlocks({"a": whole, "b": torch.zeros(8)}, geometry)
+        host_blocks({"a": whole, "b": torch.zeros(8)}, geometry)
     with pytest.raises(ConfigError, match="smaller"):
-        HostBlocks({"a": whole[:8].clone()}, geometry)
+        host_blocks({"a": whole[:8].clone()}, geometry)
     with pytest.raises(ConfigError, match="starts where"):
-        HostBlocks({"a": whole}, geometry)
+        host_blocks({"a": whole}, geometry)
+
+
+def resolved(device_type: str, supported: list[str]) -> Any:
+    """The layout that vLLM settles on for this connector, of those that backends support."""
+    vllm_config = SimpleNamespace(
+        cache_config=SimpleNamespace(kv_cache_layout=None),
+        device_config=SimpleNamespace(device_type=device_type),
+        kv_transfer_config=KVTransferConfig(
+            kv_connector="KVStoreConnector",
+            kv_role="kv_both",
+            kv_connector_module_path="kvstore_connectors.vllm",
+        ),
+    )
+    return resolve_kv_cache_layout(vllm_config, [supported])  # type: ignore[arg-type]
+
+
+ANY_LAYOUT = ["LBNHC", "LBHNC", "BLNHC", "BLHNC", "BHLNC", "LHBNC"]
+
+
+@pytest.mark.parametrize("supported", [ANY_LAYOUT, ["LBHNC", "BLHNC"]])
+def test_a_gpus_blocks_are_asked_for_in_one_piece(supported: list[str]) -> None:
+    """Where attention kernels take any layout, as FlashAttention's, and where they want heads
+    before tokens, as FlashInfer's on Blackwell."""
+    chosen = resolved("cuda", supported)
+    assert chosen.is_block_outermost
+    assert chosen.is_block_compact
+    config = cache(chosen.name)
+    assert layout.unsupported_reason(engine(), config) is None
+    assert len(layout.geometries(config)[0].pieces) == 1
+
+
+@pytest.mark.parametrize(("device", "supported"), [("cuda", ["LBHNC"]), ("cpu", ["LBHNC"])])
+def test_what_a_backend_does_not_support_is_done_without(device: str, supported: list[str]) -> None:
+    chosen = resolved(device, supported)
+    assert chosen.name == "LBHNC"
+    assert layout.unsupported_reason(engine(), cache(chosen.name)) is None

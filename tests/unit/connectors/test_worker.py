@@ -8,8 +8,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from kvstore.device.base import Piece
 from kvstore_connectors.vllm import worker as module
-from kvstore_connectors.vllm.layout import Geometry, Piece
+from kvstore_connectors.vllm.blocks import Geometry
 from kvstore_connectors.vllm.link import StoreLink
 from kvstore_connectors.vllm.metadata import LoadJob, LoadPart, StepMetadata, StoreJob
 from kvstore_connectors.vllm.worker import WorkerSide

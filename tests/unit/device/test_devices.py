@@ -99,7 +99,7 @@ def test_what_was_computed_is_saved_and_loaded_again(kind: str, name: str, tempe
         blocks = made.blocks(name)
         content = np.frombuffer(random_.randbytes(ROOM), np.uint8)
         made.launch(lambda made=made, content=content: np.copyto(made.memory, content))
-        out = made.device.stream(urgent=False)
+        out = made.device.stream()
         out.wait_event(made.device.computed())
         ids = random_.sample(range(BLOCKS), 11)
         saved = slots(11, blocks.block_bytes)
@@ -109,7 +109,7 @@ def test_what_was_computed_is_saved_and_loaded_again(kind: str, name: str, tempe
             flight.add(out.save(blocks, ids[7:], saved[7:]), lambda got: None)
         assert [bytes(slot) for slot in saved] == expected
         made.launch(lambda made=made: made.memory.fill(0xEE))
-        into = made.device.stream(urgent=True)
+        into = made.device.stream()
         into.wait_event(made.device.computed())
         new_ids = random_.sample(range(BLOCKS), 11)
         copies = into.load(blocks, new_ids, saved)
@@ -143,7 +143,7 @@ def test_the_adversary_shows_a_wait_that_is_missing(finished: str) -> None:
     memory = np.zeros(ROOM, np.uint8)
     blocks = adversary.blocks(Memory(memory.ctypes.data, ROOM, memory), pieces_of("layers"), BLOCKS)
     adversary.compute(lambda: memory.fill(1))
-    stream = adversary.stream(urgent=False)
+    stream = adversary.stream()
     if finished == "unfinished":
         stream.wait_event(adversary.computed())
     (slot,) = slots(1, blocks.block_bytes)
@@ -155,7 +155,7 @@ def test_the_adversary_shows_a_wait_that_is_missing(finished: str) -> None:
 def test_small_pieces_cross_the_link_as_whole_blocks() -> None:
     made = make("gpu, kernel", 0, Temper.ANY)
     blocks = made.blocks("layers")
-    stream = made.device.stream(urgent=True)
+    stream = made.device.stream()
     stream.load(blocks, range(BLOCKS), slots(BLOCKS, blocks.block_bytes)).finish()
     assert made.driver is not None
     assert made.driver.copies == [blocks.block_bytes] * BLOCKS
@@ -164,7 +164,7 @@ def test_small_pieces_cross_the_link_as_whole_blocks() -> None:
 def test_large_pieces_need_no_memory_of_the_gpu() -> None:
     made = make("gpu, copies", 0, Temper.ANY)
     blocks = made.blocks("layers")
-    stream = made.device.stream(urgent=True)
+    stream = made.device.stream()
     stream.load(blocks, range(BLOCKS), slots(BLOCKS, blocks.block_bytes)).finish()
     assert made.driver is not None
     assert made.driver.copies == [32] * 4 * BLOCKS
@@ -175,7 +175,7 @@ def test_large_pieces_need_no_memory_of_the_gpu() -> None:
 def test_staging_is_bounded_however_much_is_started() -> None:
     made = make("gpu, nothing pinned", 0, Temper.LATE)
     blocks = made.blocks("layers")
-    stream = made.device.stream(urgent=False)
+    stream = made.device.stream()
     several: list[Copies] = [
         stream.save(blocks, range(BLOCKS), slots(BLOCKS, blocks.block_bytes)) for _ in range(3)
     ]
@@ -195,7 +195,7 @@ def test_a_gpu_without_memory_to_spare_copies_piece_by_piece() -> None:
     made.memory[:] = 7
     (slot,) = slots(1, blocks.block_bytes)
     for _ in range(2):
-        made.device.stream(urgent=False).save(blocks, [3], [slot]).finish()
+        made.device.stream().save(blocks, [3], [slot]).finish()
     assert bytes(slot) == b"\x07" * blocks.block_bytes
     assert made.driver.calls.count("allocate") == 2  # The KV cache, and one try.
 
@@ -204,7 +204,7 @@ def test_without_staging_a_copy_fails_and_the_next_can_work() -> None:
     made = make("gpu, nothing pinned", 0, Temper.ANY)
     blocks = made.blocks("layers")
     assert made.driver is not None
-    stream = made.device.stream(urgent=False)
+    stream = made.device.stream()
     made.driver.refuses.add("allocate_host")
     with pytest.raises(DeviceFull):
         stream.save(blocks, [3], slots(1, blocks.block_bytes))
@@ -226,7 +226,7 @@ def test_after_an_error_nothing_is_under_way(kind: str, call: str, save: bool) -
         blocks = made.blocks("layers")
         driver = made.driver
         assert driver is not None
-        stream = made.device.stream(urgent=False)
+        stream = made.device.stream()
         mine = slots(BLOCKS, blocks.block_bytes)
         count = 0
         real = getattr(driver, call)
@@ -263,7 +263,7 @@ def test_a_gpu_that_disappears_is_an_error_at_whichever_call(kind: str) -> None:
         made = make(kind, 0, Temper.ANY)
         blocks = made.blocks("layers")
         assert made.driver is not None
-        stream = made.device.stream(urgent=True)
+        stream = made.device.stream()
         made.driver.fails_after = calls
         try:
             stream.wait_event(made.device.computed())
@@ -281,7 +281,7 @@ def test_leaving_a_flight_by_an_error_finishes_what_was_started() -> None:
     adversary = AdversarialDevice()
     memory = np.zeros(ROOM, np.uint8)
     blocks = adversary.blocks(Memory(memory.ctypes.data, ROOM, memory), pieces_of("layers"), BLOCKS)
-    stream = adversary.stream(urgent=True)
+    stream = adversary.stream()
     mine = slots(4, blocks.block_bytes)
     with pytest.raises(ValueError, match="mine"), Flight() as flight:
         for index in range(4):

@@ -50,7 +50,7 @@ def _round_trip(
     blocks = device.blocks(Memory(memory.ctypes.data, len(memory), memory), pieces, BLOCKS)
     content = np.random.default_rng(seed).integers(0, 256, len(memory), np.uint8)
     driver.launch(lambda: np.copyto(memory, content))
-    out, into = device.stream(urgent=False), device.stream(urgent=True)
+    out, into = device.stream(), device.stream()
     saved = _slots()
     out.wait_event(device.computed())
     out.save(blocks, range(BLOCKS), saved).finish()
@@ -72,7 +72,7 @@ def _failure(module: ModuleType, kernel_below: int, pins: bool, seed: int) -> bo
     memory = driver.give_kv_cache(BLOCKS * BLOCK_BYTES)
     pieces = [Piece(layer * BLOCKS * PIECE, PIECE, PIECE) for layer in range(LAYERS)]
     blocks = device.blocks(Memory(memory.ctypes.data, len(memory), memory), pieces, BLOCKS)
-    stream = device.stream(urgent=True)
+    stream = device.stream()
     real, count = driver.copy, 0
 
     def copy(*arguments: object) -> None:

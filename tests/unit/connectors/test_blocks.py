@@ -1,0 +1,73 @@
+"""Each KV cache gets the device it lies on; one that cannot be used switches a rank off."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from kvstore.device import cuda
+from kvstore.device.host import HostDevice
+from kvstore.errors import ConfigError, DeviceFull, DriverTooOld, NoDevice
+from kvstore_connectors.vllm import worker
+from kvstore_connectors.vllm.blocks import device_of
+from kvstore_connectors.vllm.metadata import StepMetadata
+from tests.unit.connectors.test_worker import LOAD, STORE, Rank
+
+
+class Tensor(torch.Tensor):
+    """One that says it is on a GPU."""
+
+    where = torch.device("cuda:1")
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return self.where
+
+
+def on_gpu() -> torch.Tensor:
+    return torch.zeros(64, dtype=torch.uint8).as_subclass(Tensor)  # type: ignore[no-untyped-call]
+
+
+def test_host_memory_is_copied_by_the_host() -> None:
+    assert isinstance(device_of({"a": torch.zeros(8)}), HostDevice)
+
+
+def test_a_gpu_is_opened_by_its_number_with_the_engines_stream(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    opened: list[Any] = []
+    monkeypatch.setattr(cuda, "open_gpu", lambda *arguments: opened.append(arguments))
+    device_of({"a": on_gpu()})
+    ((ordinal, engine_stream),) = opened
+    assert ordinal == 1
+    streams = {torch.device("cuda:1"): SimpleNamespace(cuda_stream=77)}
+    monkeypatch.setattr(torch.cuda, "current_stream", streams.__getitem__)
+    assert engine_stream() == 77
+
+
+def test_any_other_device_is_refused() -> None:
+    with pytest.raises(ConfigError, match="meta"):
+        device_of({"a": torch.zeros(8, device="meta")})
+
+
+@pytest.mark.parametrize("error", [NoDevice, DriverTooOld, DeviceFull])
+def test_a_device_that_cannot_be_used_fails_orders_and_nothing_else(
+    error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(kv_caches: object) -> None:
+        raise error("no")
+
+    monkeypatch.setattr(worker, "device_of", refuse)
+    rank = Rank()
+    meta = StepMetadata(loads=[LOAD], stores=[STORE])
+    rank.side.before_step(meta)
+    rank.side.start_loads(meta)
+    rank.side.start_stores(meta)
+    assert rank.side.take_loaded(meta) == ({"r"}, {"r"})
+    report = rank.side.take_report()
+    assert report is not None
+    assert report.jobs[1].lost
+    rank.side.close()
