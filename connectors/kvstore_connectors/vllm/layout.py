@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import vllm
+from vllm.distributed.utils import get_pp_indices
 from vllm.platforms import current_platform
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
@@ -48,8 +49,8 @@ def unsupported_reason(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) 
             return reason
     if kv_cache_config.hisparse_host_num_blocks is not None:
         return "part of the KV cache is managed by HiSparse"
-    if parallel.pipeline_parallel_size > 1:
-        return "pipeline parallelism is in use"
+    if parallel.pipeline_parallel_size > 1 and len(kv_cache_config.kv_cache_groups) > 1:
+        return "pipeline parallelism is in use with several KV cache groups"
     if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
         return "context parallelism is in use"
     speculation = vllm_config.speculative_config
@@ -102,18 +103,25 @@ def _kv_layout(kv_cache_config: KVCacheConfig) -> KVCacheLayout:
 
 
 def shard_count(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> int:
-    """Different pieces a position has: ranks that hold the same KV share one."""
-    world: int = vllm_config.parallel_config.tensor_parallel_size
-    return world // _replicas(world, kv_cache_config)
+    """Different pieces a position has: one for each pipeline stage and, of those, for each
+    tensor-parallel rank; but ranks that hold the same KV share one."""
+    parallel = vllm_config.parallel_config
+    world: int = parallel.tensor_parallel_size
+    stages: int = parallel.pipeline_parallel_size
+    return stages * (world // _replicas(world, kv_cache_config))
 
 
 def shard_of(
     rank: int, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig
 ) -> tuple[int, bool]:
-    """(shard, whether this rank is the one that stores it) of a tensor-parallel rank."""
-    world: int = vllm_config.parallel_config.tensor_parallel_size
+    """(shard, whether this rank is the one that stores it) of a rank. vLLM numbers ranks
+    stage by stage."""
+    parallel = vllm_config.parallel_config
+    world: int = parallel.tensor_parallel_size
     replicas = _replicas(world, kv_cache_config)
-    return rank % world // replicas, rank % world % replicas == 0
+    stage = rank // world % parallel.pipeline_parallel_size
+    shard = stage * (world // replicas) + rank % world // replicas
+    return shard, rank % world % replicas == 0
 
 
 def _replicas(world: int, kv_cache_config: KVCacheConfig) -> int:
@@ -135,6 +143,7 @@ def layout_specs(
     cache_dtype = vllm_config.cache_config.cache_dtype
     dtype = model.dtype if cache_dtype == "auto" else cache_dtype
     world = shard_count(vllm_config, kv_cache_config)
+    stages: int = vllm_config.parallel_config.pipeline_parallel_size
     shapes = zip(
         kv_cache_config.prefix_cacheable_group_ids, geometries(kv_cache_config), strict=True
     )
@@ -143,26 +152,47 @@ def layout_specs(
             model=str(model.model)[-400:],
             revision=f"{revision}/{salt}" if salt else revision,
             dtype=str(dtype).removeprefix("torch."),
-            kv_layout=f"{_kv_layout(kv_cache_config).name}/{_group_facts(kv_cache_config, group)}",
+            kv_layout=f"{_kv_layout(kv_cache_config).name}/{facts}",
             block_tokens=shape.block_tokens,
-            block_bytes=shape.block_bytes,
+            block_bytes=block_bytes,
             backend=_backend(vllm_config),
-            rank=rank,
+            rank=stage * (world // stages) + rank,
             world=world,
             group=group,
         )
         for group, shape in shapes
-        for rank in range(world)
+        for stage, (facts, block_bytes) in enumerate(
+            _stages(vllm_config, kv_cache_config, group, shape)
+        )
+        for rank in range(world // stages)
     ]
 
 
-def _group_facts(kv_cache_config: KVCacheConfig, group_id: int) -> str:
-    """Which layers' KV a block holds, and what they need of it."""
+def _stages(
+    vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, group_id: int, shape: Geometry
+) -> list[tuple[str, int]]:
+    """For each pipeline stage what its blocks hold, and how many bytes they have.
+
+    vLLM tells each process of one stage's layers only, the scheduler of the first one's.
+    The others' follow from how it deals them out: layers of one group are alike.
+    """
     group = kv_cache_config.kv_cache_groups[group_id]
-    layers = "\0".join(group.layer_names).encode()
-    digest = hashlib.sha256(layers).hexdigest()[:16]
-    count, groups = len(group.layer_names), len(kv_cache_config.kv_cache_groups)
-    return f"group {group_id} of {groups}/{count} layers {digest}/{rule_of(group.kv_cache_spec)}"
+    rule, groups = rule_of(group.kv_cache_spec), len(kv_cache_config.kv_cache_groups)
+    here = len(group.layer_names)
+    stages: int = vllm_config.parallel_config.pipeline_parallel_size
+    if stages == 1:
+        layers = "\0".join(group.layer_names).encode()
+        digest = hashlib.sha256(layers).hexdigest()[:16]
+        return [(f"group {group_id} of {groups}/{here} layers {digest}/{rule}", shape.block_bytes)]
+    total: int = vllm_config.model_config.get_total_num_hidden_layers()
+    spans = [get_pp_indices(total, stage, stages) for stage in range(stages)]
+    return [
+        (
+            f"group {group_id} of {groups}/layers {first} to {end} of {total}/{rule}",
+            shape.block_bytes // here * (end - first),
+        )
+        for first, end in spans
+    ]
 
 
 def model_digest(vllm_config: VllmConfig) -> str:

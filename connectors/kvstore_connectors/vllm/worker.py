@@ -23,7 +23,7 @@ from kvstore_connectors.vllm.stats import ConnectorStats
 if TYPE_CHECKING:
     import torch
 
-    from kvstore.device.base import Device
+    from kvstore.device.base import Blocks, Device
     from kvstore.types import LayoutSpec
     from kvstore_connectors.vllm.blocks import Geometry
     from kvstore_connectors.vllm.link import StoreLink
@@ -70,12 +70,22 @@ class WorkerSide:
         try:
             self._device = device = device_of(kv_caches)
             blocks = [blocks_of(device, kv_caches, each) for each in self._geometries]
+            self._check(blocks)
         except (ConfigError, DeviceError) as error:
             logger.warning("KVStoreConnector is off: %s.", error)
             return
         self._loader = Loader(self._link, device, blocks, self._shard, self._announce)
         self._saver = Saver(self._link, device, blocks, self._shard, self._announce)
         self._link.wait_first_try()
+
+    def _check(self, blocks: Sequence[Blocks]) -> None:
+        """Raises `ConfigError` where the scheduler, which computes all layouts from what it
+        knows, must have come to others."""
+        specs = self._link.specs
+        shards = len(specs) // len(blocks)
+        for spec, each in zip(specs[self._shard :: shards], blocks, strict=True):
+            if spec.block_bytes != each.block_bytes:
+                raise ConfigError("its layers are dealt out otherwise than expected")
 
     def before_step(self, meta: StepMetadata) -> None:
         """Before any block may be overwritten."""

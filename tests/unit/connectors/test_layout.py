@@ -88,7 +88,7 @@ def engine(path: str = "some/model", **changes: Any) -> Any:
     parts = {
         "model": path, "dtype": torch.bfloat16, "revision": None, "quantization": None,
         "seed": 0, "cache_dtype": "auto", "tp": 1, "rank": 0, "pp": 1, "dcp": 1,
-        "load_format": "auto", "hf": config, "speculative": None,
+        "load_format": "auto", "hf": config, "speculative": None, "layers": len(LAYERS),
     } | changes  # fmt: skip
     return SimpleNamespace(
         model_config=SimpleNamespace(
@@ -98,6 +98,7 @@ def engine(path: str = "some/model", **changes: Any) -> Any:
             quantization=parts["quantization"],
             seed=parts["seed"],
             hf_config=SimpleNamespace(to_dict=lambda: dict(parts["hf"])),
+            get_total_num_hidden_layers=lambda: parts["layers"],
         ),
         cache_config=SimpleNamespace(cache_dtype=parts["cache_dtype"]),
         parallel_config=SimpleNamespace(
@@ -168,12 +169,61 @@ def test_ranks_with_equal_kv_share_a_shard_and_one_of_them_writes() -> None:
     assert shards == [(0, True), (0, False), (1, True), (1, False)]
 
 
+def stage(layers: int) -> Any:
+    """The KV cache of a pipeline stage with so many layers."""
+    names = [f"layer {number}" for number in range(layers)]
+    page = cache().kv_cache_groups[0].kv_cache_spec.page_size_bytes
+    tensor = KVCacheTensor(
+        size=page * BLOCKS * layers, layers=names, layer_stride=page * BLOCKS, block_stride=page
+    )
+    group = KVCacheGroupSpec(names, cache().kv_cache_groups[0].kv_cache_spec)
+    return cache(kv_cache_tensors=[tensor], kv_cache_groups=[group])
+
+
+def test_every_stage_computes_what_the_scheduler_computes() -> None:
+    """vLLM tells the scheduler of the first stage's layers only; 7 layers make 2, 3 and 2."""
+    deal = engine(tp=2, pp=3, layers=7)
+    assert layout.unsupported_reason(deal, stage(2)) is None
+    specs = layout.layout_specs(deal, stage(2))
+    assert [(spec.rank, spec.world) for spec in specs] == [(rank, 6) for rank in range(6)]
+    assert len({spec.layout_id for spec in specs}) == 6
+    for rank, layers in enumerate((2, 2, 3, 3, 2, 2)):
+        assert ids(deal, stage(layers)) == [spec.layout_id for spec in specs]
+        assert layout.shard_of(rank, deal, stage(layers)) == (rank, True)
+        (geometry,) = layout.geometries(stage(layers))
+        assert specs[rank].block_bytes == geometry.block_bytes
+
+
+def test_stages_and_ranks_are_not_taken_for_each_other() -> None:
+    stages = ids(engine(pp=2, layers=4), stage(2))
+    ranks = ids(engine(tp=2), stage(2))
+    whole = ids(engine(layers=4), stage(4))
+    assert len({*stages, *ranks, *whole}) == 5
+
+
+def test_data_parallel_replicas_share_what_they_store() -> None:
+    """Ranks are numbered replica by replica, then stage by stage."""
+    deal = engine(tp=2, pp=2, layers=4)
+    shards = [layout.shard_of(rank, deal, stage(2))[0] for rank in range(8)]
+    assert shards == [0, 1, 2, 3, 0, 1, 2, 3]
+    alone = [ids(engine(tp=2, pp=2, layers=4, rank=rank), stage(2)) for rank in (0, 4)]
+    assert alone[0] == alone[1]
+
+
+def test_stages_with_equal_kv_in_their_ranks_have_a_shard_each() -> None:
+    config = stage(2)
+    config.kv_tp_replicas = 2
+    deal = engine(tp=2, pp=2, layers=4)
+    shards = [layout.shard_of(rank, deal, config) for rank in range(4)]
+    assert shards == [(0, True), (0, False), (1, True), (1, False)]
+
+
 @pytest.mark.parametrize(
     ("vllm_config", "kv_config", "word"),
     [
         (engine(), cache(spec_class=EncoderOnlyAttentionSpec), "EncoderOnlyAttentionSpec"),
         (engine(), recurrent("none"), "state"),
-        (engine(pp=2), cache(), "pipeline"),
+        (engine(pp=2), hybrid(), "pipeline"),
         (engine(dcp=2), cache(), "context"),
         (engine(speculative=SimpleNamespace(method="eagle")), cache(), "eagle"),
         (engine(), cache("LHBNC"), "LHBNC"),
