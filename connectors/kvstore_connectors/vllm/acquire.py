@@ -121,6 +121,8 @@ class AcquireQueue:
         lock = threading.Lock()
         self._work = threading.Condition(lock)
         self._news = threading.Condition(lock)
+        # Layouts of the first band of full attention, and whose they are.
+        self._first_columns: tuple[Attached | None, list[bytes]] = (None, [])
         self._asked: deque[Ticket] = deque()
         self._returned: deque[Held] = deque()
         self._answers = 0
@@ -150,6 +152,19 @@ class AcquireQueue:
         if attached is None:
             return None
         return full_position(self._bands, wanted, wanted.limit, self._look(attached))
+
+    def holds(self, key: bytes) -> bool | None:
+        """Whether full attention's first band has a block, as far as can be seen without
+        asking; None where that takes a call. For the engine's thread."""
+        attached = self._link.current
+        if attached is None:
+            return None
+        known = self._first_columns
+        if known[0] is not attached:
+            columns = _layout_ids(attached, self._bands, self._bands.full[0])
+            known = self._first_columns = (attached, columns)
+        seen = attached.client.peek(known[1], (key,))
+        return None if seen is None else seen.held > 0
 
     def submit(self, wanted: Wanted) -> Ticket:
         """Ask, at the next `wake`, for leases on all that is needed to resume as late as

@@ -61,7 +61,7 @@ class Leasing:
         self._patience_s = patience_s
         # What fails of a load can be told block by block only where there is one group.
         self._can_follow = len(bands.groups) == 1 and not bands.partial
-        self._only_full = not bands.partial
+        self._first_size = bands.full[0].block_tokens if bands.full else 0
         self.outstanding = 0
         """Requests with a ticket or an unused lease."""
 
@@ -129,26 +129,55 @@ class Leasing:
             self._stats.add(detached=1)
             self.end(tracked)
             return False
-        coming = tracked.coming
         if self.outstanding >= MAX_OUTSTANDING:
             return False
-        if coming is not None and time.monotonic() < coming.next_look_s:
-            return False
-        wanted = self._wanted(tracked, computed)
-        seen = self._queue.peek(wanted)
-        if seen is not None:
-            if coming is not None and self._can_follow and computed < min(seen, coming.tokens):
-                coming.tokens = max(coming.tokens, seen)
-                return True
-            if self._more_is_coming(tracked, seen, LOOK_EVERY_S):
+        coming = tracked.coming
+        if coming is None:
+            if self._is_missed(tracked, computed):
+                tracked.done = True
                 return False
-            if seen <= computed:
-                self.end(tracked)
-                self._learn(wanted, seen, seen if self._only_full else 0)
+            wanted = self._wanted(tracked, computed)
+        else:
+            if time.monotonic() < coming.next_look_s:
                 return False
+            wanted = self._wanted(tracked, computed)
+            seen = self._queue.peek(wanted)
+            if seen is not None:
+                if self._can_follow and computed < min(seen, coming.tokens):
+                    coming.tokens = max(coming.tokens, seen)
+                    return True
+                if self._more_is_coming(tracked, seen, LOOK_EVERY_S):
+                    return False
+                if seen <= computed:
+                    self.end(tracked)
+                    return False
         tracked.ticket = self._queue.submit(wanted)
         self.outstanding += 1
         return False
+
+    def _is_missed(self, tracked: Tracked, computed: int) -> bool:
+        """The block that a load would begin with is not there, as far as can be seen. This
+        is what every new prompt pays, out of cold caches: each call counts."""
+        size = self._first_size
+        if not size:
+            return False
+        first = computed // size
+        (key,) = keys_of(tracked.request, self._bands.hash_tokens, size, first, first + 1)
+        if self._queue.holds(key) is not False:
+            return False
+        counted, asked = self._stats.data, tracked.loadable // self._bands.alignment
+        counted["asked_blocks"] = counted.get("asked_blocks", 0) + asked
+        if any(key in known for known in self._orders.known):
+            # Evicted since we stored it, and who knows what else of the prompt.
+            self._forget(self._wanted(tracked, computed))
+        return True
+
+    def _forget(self, wanted: Wanted) -> None:
+        """Nothing is known of this prompt. Blocks that are being stored now are forgotten
+        too, which costs one question when they come up again."""
+        for band in self._bands.bands:
+            for member in band.members:
+                self._orders.known[member].discard(wanted.keys[band.block_tokens])
 
     def _look_for_answer(self, tracked: Tracked, ticket: Ticket) -> None:
         if ticket.state in (TicketState.WAITING, TicketState.SENT):

@@ -29,6 +29,12 @@ class Storing:
         self._bands = bands
         self._orders = orders
         self._jobs: list[StoreJob] = []
+        # Those of which the block tables say where they are.
+        self._tabled = [
+            (number, band, band.block_tokens, band.rule.is_full)
+            for number, band in enumerate(bands.bands)
+            if not band.rule.state
+        ]
 
     def jobs(self, output: SchedulerOutput, requests: Mapping[str, Tracked]) -> list[StoreJob]:
         """What to store of what this step computes."""
@@ -64,16 +70,17 @@ class Storing:
     ) -> None:
         """Store the blocks that this step completes, of all but states."""
         tables: Sequence[Sequence[int]] | None = None
-        for number, band in enumerate(self._bands.bands):
-            start, stop = tracked.offered[number], computed // band.block_tokens
-            if band.rule.state or start >= stop:
+        for number, band, size, is_full in self._tabled:
+            start, stop = tracked.offered[number], computed // size
+            if start >= stop:
                 continue
             tables = tables or state.get_block_ids(tracked.request.request_id)
             if tables is None:
                 return
             tracked.offered[number] = stop
-            points = () if band.rule.is_full else self._resume_points(tracked)
-            wanted = band.wanted(start, stop, points)
+            wanted: Sequence[int] = range(start, stop)
+            if not is_full:
+                wanted = band.wanted(start, stop, self._resume_points(tracked))
             if wanted:
                 self._order_blocks(tracked, band, wanted, tables)
         tracked.offering = computed < tracked.prompt_tokens

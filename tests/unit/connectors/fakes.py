@@ -70,6 +70,10 @@ def hashes(tokens: Sequence[int]) -> list[bytes]:
     return chained
 
 
+PLACES: dict[bytes, int] = {}
+"""Of blocks, in their prompts."""
+
+
 @dataclass(eq=False)
 class FakeRequest:
     tokens: list[int]
@@ -85,6 +89,7 @@ class FakeRequest:
     def __post_init__(self) -> None:
         self.num_prompt_tokens = len(self.tokens)
         self.block_hashes = hashes(self.tokens)
+        PLACES.update((key, place) for place, key in enumerate(self.block_hashes))
 
 
 def step(
@@ -173,6 +178,9 @@ class FakeQueue:
 
     def peek(self, wanted: Wanted) -> int | None:
         return self.seen
+
+    def holds(self, key: bytes) -> bool | None:
+        return None if self.seen is None else PLACES[key] * BLOCK_TOKENS < self.seen
 
     def submit(self, wanted: Wanted) -> Ticket:
         now_s = time.monotonic()
