@@ -13,7 +13,8 @@ and slots are the device's: nobody writes what it reads, nor reads what it write
 it to somebody else. So whoever starts copies finishes them, whatever else happens; `flight`
 does it.
 
-Errors. All methods may raise `DeviceError`. After `DeviceLost` every call does. What a
+Errors. Streams and their copies may raise `DeviceError`, and so may `Device.blocks`. After
+`DeviceLost` every copy does. What a
 failed copy had to write is undefined.
 
 Threads. A stream, with its copies, is used by one thread at a time; devices by any.

@@ -162,13 +162,15 @@ class CudaDriver:
             try:
                 yield
             finally:
-                self._bindings.cuThreadExchangeStreamCaptureMode(before)
+                if before is not None:
+                    self._bindings.cuThreadExchangeStreamCaptureMode(before)
         except self._errors as error:
             raise self._translated(int(error.status), str(error), refused) from error
 
     def _begin(self) -> Any:
         """Have this thread speak to this GPU, and not end the capture of a graph that the
-        engine may be at in another: calls that allocate or ask would. The mode before."""
+        engine may be at in another: calls that allocate or ask would. The mode before, None
+        where it could not be changed."""
         if not getattr(self._entered, "here", False):
             self._runtime.setDevice(self._ordinal)
             self._entered.here = True

@@ -25,6 +25,7 @@ import ctypes
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -198,11 +199,19 @@ class _GpuStream:
     def __init__(self, device: GpuDevice) -> None:
         self.device = device
         self.driver = device.driver
-        self.link = self.driver.new_stream()
-        self.gathering = self.driver.new_stream()
         tuning = device.tuning
         self._idle = [_Staging(self.driver, tuning.step_bytes) for _ in range(tuning.steps_ahead)]
         self._staged: deque[_Step] = deque()
+
+    # Made when first used, which is where a GPU that fails may be told of.
+
+    @cached_property
+    def link(self) -> Any:
+        return self.driver.new_stream()
+
+    @cached_property
+    def gathering(self) -> Any:
+        return self.driver.new_stream()
 
     def wait_event(self, event: Event) -> None:
         assert isinstance(event, _Recorded)

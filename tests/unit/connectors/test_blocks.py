@@ -9,12 +9,17 @@ import pytest
 import torch
 
 from kvstore.device import cuda
+from kvstore.device.gpu import GpuDevice, Tuning
 from kvstore.device.host import HostDevice
 from kvstore.errors import ConfigError, DeviceFull, DriverTooOld, NoDevice
 from kvstore_connectors.vllm import worker
 from kvstore_connectors.vllm.blocks import device_of
-from kvstore_connectors.vllm.metadata import StepMetadata
+from kvstore_connectors.vllm.loader import LoadResults
+from kvstore_connectors.vllm.metadata import JobReport, StepMetadata
+from tests.unit.connectors.test_copies import PIECE, data, eventually
+from tests.unit.connectors.test_copies import Rank as CopyingRank
 from tests.unit.connectors.test_worker import LOAD, STORE, Rank
+from tests.unit.device.fakes import FakeDriver
 
 
 class Tensor(torch.Tensor):
@@ -71,3 +76,52 @@ def test_a_device_that_cannot_be_used_fails_orders_and_nothing_else(
     assert report is not None
     assert report.jobs[1].lost
     rank.side.close()
+
+
+def rank_on_gpu(driver: FakeDriver) -> CopyingRank:
+    tuning = Tuning(step_bytes=4 * 2 * PIECE)
+    rank = CopyingRank(device=GpuDevice(driver, tuning, pin_in_background=False))
+    driver.on_gpu[rank.memory.data_ptr()] = rank.memory.nbytes
+    return rank
+
+
+def answers(rank: CopyingRank) -> tuple[LoadResults, JobReport]:
+    """Of a load and a store that were ordered."""
+    eventually(rank.loader.has_results)
+    eventually(rank.saver.has_reports)
+    return rank.loader.take_results(), rank.saver.take_reports()[1]
+
+
+def test_what_a_gpu_has_is_stored_and_loaded() -> None:
+    driver = FakeDriver()
+    rank = rank_on_gpu(driver)
+    datas = [data(seed) for seed in range(20)]
+    stored = {bytes([1, block]): rank.bytes_of(block) for block in range(40, 60)}
+    rank.loader.submit(rank.load_job(datas, list(range(20))))
+    rank.saver.submit(rank.store_job(1, list(range(40, 60))))
+    results, report = answers(rank)
+    assert not report.lost
+    assert not results.failed_blocks
+    assert rank.store.blocks == stored
+    assert [rank.bytes_of(block) for block in range(20)] == datas
+    assert not driver.wrong
+    rank.close()
+
+
+@pytest.mark.parametrize("calls", range(0, 40, 3))
+def test_a_gpu_that_disappears_costs_loads_and_stores_and_nothing_else(calls: int) -> None:
+    """At whichever call, those on the engine's own thread too."""
+    driver = FakeDriver()
+    rank = rank_on_gpu(driver)
+    driver.fails_after = calls
+    rank.loader.submit(rank.load_job([data(1)] * 20, list(range(20))))
+    rank.saver.submit(rank.store_job(1, list(range(40, 60))))
+    results, report = answers(rank)
+    assert results.finished == {"r"}
+    assert results.failed_blocks
+    assert report.lost or len(rank.store.blocks) == 20
+    for part in (rank.loader, rank.saver):
+        stats = part.take_stats()
+        assert stats is not None
+        assert not stats.data.get("thread_errors")
+    rank.close()
