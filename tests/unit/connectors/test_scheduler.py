@@ -252,6 +252,20 @@ def test_a_lease_about_to_end_is_exchanged_for_a_new_one(world: World) -> None:
     assert world.match(request) == (4 * BLOCK_TOKENS, True)
 
 
+def test_a_lease_that_begins_beyond_what_vllm_still_has_is_exchanged(world: World) -> None:
+    request = world.request()
+    world.match(request, 2 * BLOCK_TOKENS)
+    world.queue.answer(world.queue.tickets[0], 4)
+    assert world.match(request, BLOCK_TOKENS) == (None, False)
+    assert not world.queue.out
+    assert world.match(request, BLOCK_TOKENS) == (None, False)
+    world.queue.answer(world.queue.tickets[1], 4)
+    assert world.match(request, BLOCK_TOKENS) == (3 * BLOCK_TOKENS, True)
+    world.alloc(request, 3 * BLOCK_TOKENS, [1, 2, 3, 4, 5])
+    (job,) = world.meta().loads
+    assert job.parts[0].block_ids == [2, 3, 4]
+
+
 def test_a_failed_load_is_not_tried_again_until_the_request_is_preempted(world: World) -> None:
     request = world.request()
     world.match(request)
