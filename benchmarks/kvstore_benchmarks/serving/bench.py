@@ -3,6 +3,8 @@
 Two servers on the same core take turns, one without the store and one with it, and get
 the same requests. Which begins alternates, so that a slow moment of the machine does not
 always fall on the same one. Before each turn vLLM's own cache is emptied.
+
+At the end the one with the store says what the connector's hooks cost its engine's thread.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from rich.console import Console
 
@@ -20,7 +22,7 @@ from kvstore_benchmarks.end_to_end.watch import Hits, Watch
 from kvstore_benchmarks.figures import machine
 from kvstore_benchmarks.progress import Progress, progress
 from kvstore_benchmarks.server import Server
-from kvstore_benchmarks.serving import sides
+from kvstore_benchmarks.serving import hooks, sides
 from kvstore_benchmarks.serving.instance import Instance, Shape
 from kvstore_benchmarks.serving.load import Harness, Met
 from kvstore_benchmarks.serving.model import served_model
@@ -32,6 +34,8 @@ NVME = "2GiB"
 CONTEXT = 4096
 CACHE_BLOCKS = 160
 """5,120 tokens: what the clients have under way fits, what they come back to does not."""
+
+HOOK_ROUNDS = 3
 
 WARM_UP = -1
 """The round before the first: it touches every page, and is not kept."""
@@ -75,9 +79,7 @@ class Measured:
 def run(options: Options, *, as_object: bool) -> int:
     """Print the figures; 1 where a request failed or vLLM loaded more than the store handed out."""
     with progress() as step:
-        every = measure(options, step)
-    figures = {**machine(), "clients": CLIENTS, "cache_blocks": CACHE_BLOCKS}
-    figures["workloads"] = {one.workload.name: figures_of(one) for one in every}
+        figures = measure(options, step)
     if as_object:
         print(json.dumps(figures, indent=2))
     else:
@@ -88,7 +90,7 @@ def run(options: Options, *, as_object: bool) -> int:
     return 1 if wrong else 0
 
 
-def measure(options: Options, step: Progress) -> list[Measured]:
+def measure(options: Options, step: Progress) -> dict[str, Any]:
     step("building the model")
     model = served_model(options.folder)
     with ExitStack() as stack:
@@ -97,7 +99,8 @@ def measure(options: Options, step: Progress) -> list[Measured]:
         # The last core is for the clients and the store, where there is more than one.
         shape = Shape(cores="0", context=CONTEXT, cache_blocks=CACHE_BLOCKS)
         without = stack.enter_context(Instance("without", model, shape))
-        store = stack.enter_context(Instance("store", model, shape, server.endpoint))
+        times = stack.enter_context(hooks.HookTimes())
+        store = stack.enter_context(Instance("store", model, shape, server.endpoint, times))
         harness = stack.enter_context(Harness(model))
         without.wait_ready()
         store.wait_ready()
@@ -106,7 +109,16 @@ def measure(options: Options, step: Progress) -> list[Measured]:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         every = workloads(options.trace, scratch, quick=options.quick)
         bench = Bench(without, store, watch, harness)
-        return [bench.measure(one, options.rounds, step) for one in every]
+        measured = [bench.measure(one, options.rounds, step) for one in every]
+        step(f"hooks: prompts of {hooks.TOKENS} tokens, first missed and then found")
+        rounds = min(options.rounds, HOOK_ROUNDS)
+        return {
+            **machine(),
+            "clients": CLIENTS,
+            "cache_blocks": CACHE_BLOCKS,
+            "workloads": {one.workload.name: figures_of(one) for one in measured},
+            "hooks": hooks.measure(store, harness, times, rounds),
+        }
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,8 @@
-"""One prompt through a prefill and a decode vLLM, and what each step took.
+"""One prompt handed over from a prefill to a decode vLLM by `vllm-router`, and what it took.
 
-The requests are those that vLLM's own proxy example (`disagg_proxy_demo.py`) makes: the
-prefill vLLM is asked for one token, and what it answers as `kv_transfer_params` goes with
-the request to the decode vLLM. That proxy refuses to go on where there is no such answer.
+The router answers with decode's first token, and asks prefill before. What prefill took of
+that time it says itself, in its `/metrics`: whole requests, of which there is no other
+meanwhile. The rest is the hand-over, the router, and what decode does for any request.
 """
 
 from __future__ import annotations
@@ -14,56 +14,46 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from prometheus_client.parser import text_string_to_metric_families
+
 from kvstore_benchmarks.pipe import ChildFailed
 from kvstore_benchmarks.serving.instance import CALL_TIMEOUT_S, HOST, Child, completion
 
-ASKED_OF_PREFILL = {
-    "do_remote_decode": True,
-    "do_remote_prefill": False,
-    "remote_engine_id": None,
-    "remote_block_ids": None,
-    "remote_host": None,
-    "remote_port": None,
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """Seconds to the first token, and how many of the prompt's were cached."""
-
-    first_token_s: float
-    cached_tokens: int
+REQUEST_SECONDS = "vllm:e2e_request_latency_seconds_sum"
 
 
 @dataclass(frozen=True, slots=True)
 class Handover:
-    """`answered`: whether the prefill vLLM named something for the decode vLLM."""
+    """`decode_s`: from prefill's answer to the first token of decode's."""
 
     prefill_s: float
-    decode: Step
-    answered: bool
+    decode_s: float
 
 
-def hand_over(prefill: Child, decode: Child, prompt: list[int]) -> Handover:
+def hand_over(router: Child, prefill: Child, prompt: list[int]) -> Handover:
     """Raises `ChildFailed`."""
-    started = time.perf_counter()
-    answer = prefill.post(
-        "/v1/completions", completion(prompt, 1, kv_transfer_params=ASKED_OF_PREFILL)
+    before = request_seconds(prefill.get("/metrics"))
+    whole_s = first_token(router, prompt)
+    prefill_s = request_seconds(prefill.get("/metrics")) - before
+    return Handover(prefill_s, whole_s - prefill_s)
+
+
+def request_seconds(metrics: str) -> float:
+    """What all requests together took, as `/metrics` of a vLLM says."""
+    return sum(
+        sample.value
+        for family in text_string_to_metric_families(metrics)
+        for sample in family.samples
+        if sample.name == REQUEST_SECONDS
     )
-    prefill_s = time.perf_counter() - started
-    named = answer.get("kv_transfer_params")
-    fields = {"kv_transfer_params": {**named, "remote_host": HOST}} if named else {}
-    return Handover(prefill_s, first_token(decode, prompt, **fields), bool(named))
 
 
-def first_token(server: Child, prompt: list[int], **fields: Any) -> Step:
-    """Raises `ChildFailed`."""
-    usage = {"stream": True, "stream_options": {"include_usage": True}}
-    body = json.dumps(completion(prompt, 2, **usage, **fields))
+def first_token(server: Child, prompt: list[int]) -> float:
+    """Seconds until it comes. Raises `ChildFailed`."""
+    body = json.dumps(completion(prompt, 2, stream=True))
     connection = http.client.HTTPConnection(HOST, server.port, timeout=CALL_TIMEOUT_S)
     started = time.perf_counter()
     first_s: float | None = None
-    cached = 0
     try:
         connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
         answer = connection.getresponse()
@@ -72,14 +62,13 @@ def first_token(server: Child, prompt: list[int], **fields: Any) -> Step:
         for event in events(answer):
             if event.get("choices") and first_s is None:
                 first_s = time.perf_counter() - started
-            cached = _cached(event) or cached
     except OSError as error:
         raise ChildFailed(f"{server.name} did not answer: {error}") from error
     finally:
         connection.close()
     if first_s is None:
         raise ChildFailed(f"{server.name} answered without a token")
-    return Step(first_s, cached)
+    return first_s
 
 
 def events(answer: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
@@ -88,8 +77,3 @@ def events(answer: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
         text = line.decode().strip().removeprefix("data: ")
         if text.startswith("{"):
             yield json.loads(text)
-
-
-def _cached(event: dict[str, Any]) -> int:
-    details = (event.get("usage") or {}).get("prompt_tokens_details") or {}
-    return details.get("cached_tokens") or 0

@@ -24,6 +24,7 @@ from typing import Any, Self
 
 from kvstore_benchmarks.end_to_end.model import BLOCK_TOKENS
 from kvstore_benchmarks.pipe import ChildFailed, log_tail, open_log
+from kvstore_benchmarks.serving.hooks import FILE, HookTimes
 from kvstore_benchmarks.serving.model import NAME
 
 HOST = "127.0.0.1"
@@ -31,6 +32,9 @@ START_TIMEOUT_S = 600.0
 STOP_TIMEOUT_S = 30.0
 CALL_TIMEOUT_S = 120.0
 _POLL_S = 0.2
+
+CONNECTOR = ("KVStoreConnector", "kvstore_connectors.vllm")
+TIMED_CONNECTOR = ("TimedConnector", "kvstore_benchmarks.serving.timed")
 
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -150,7 +154,16 @@ class Child:
 class Instance(Child):
     """A vLLM that serves the small model."""
 
-    def __init__(self, name: str, model: Path, shape: Shape, store: str | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        model: Path,
+        shape: Shape,
+        store: str | None = None,
+        times: HookTimes | None = None,
+    ) -> None:
+        """`store`: the endpoint of a server, None to run without. `times`: where to write
+        what the connector's hooks take."""
         """`store`: the socket of a server to keep KV in; None for a plain vLLM."""
         port = free_port()
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
@@ -160,8 +173,12 @@ class Instance(Child):
         command += ["--num-gpu-blocks-override", str(shape.cache_blocks)]
         command += ["--enable-prompt-tokens-details", *shape.arguments]
         if store is not None:
-            command += ["--kv-transfer-config", json.dumps(transfer_config(store, shape.role))]
+            connector = CONNECTOR if times is None else TIMED_CONNECTOR
+            transfer = transfer_config(store, shape.role, connector)
+            command += ["--kv-transfer-config", json.dumps(transfer)]
         environment = ENVIRONMENT | {"VLLM_CPU_OMP_THREADS_BIND": shape.cores}
+        if times is not None:
+            environment[FILE] = times.path
         super().__init__(name, command, environment, port)
 
     def complete(self, prompt: list[int], answer_tokens: int, **fields: Any) -> Any:
@@ -193,11 +210,12 @@ def completion(prompt: list[int], answer_tokens: int, **fields: Any) -> dict[str
     }
 
 
-def transfer_config(store: str, role: str) -> dict[str, Any]:
-    """What `--kv-transfer-config` takes."""
+def transfer_config(store: str, role: str, connector: tuple[str, str]) -> dict[str, Any]:
+    """What `--kv-transfer-config` takes. `connector`: its name and module."""
+    name, module = connector
     return {
-        "kv_connector": "KVStoreConnector",
-        "kv_connector_module_path": "kvstore_connectors.vllm",
+        "kv_connector": name,
+        "kv_connector_module_path": module,
         "kv_role": role,
         "kv_connector_extra_config": {"endpoint": store},
     }

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from rich.table import Table
 from kvstore.errors import ConfigError
 from kvstore_benchmarks.end_to_end.model import BLOCK_TOKENS, SHAPE, prompt
 from kvstore_benchmarks.end_to_end.rounds import COPY_PIECE_BYTES
+from kvstore_benchmarks.end_to_end.watch import Watch
 from kvstore_benchmarks.figures import finite, machine, median, ratio, seconds_text
 from kvstore_benchmarks.local.baselines import aligned_blocks, memcpy_seconds
 from kvstore_benchmarks.progress import Progress, progress
@@ -33,7 +35,7 @@ from kvstore_benchmarks.serving.load import Harness, Met
 from kvstore_benchmarks.serving.model import served_model
 from kvstore_benchmarks.serving.router import Router
 
-DRAM = "1GiB"
+DRAM = "2GiB"
 NVME = "2GiB"
 CACHE_BLOCKS = 768
 PREFILL_CORES, DECODE_CORES, ALL_CORES = "0", "1", "0-1"
@@ -47,7 +49,18 @@ LOGPROBS = 5
 AIM = 1.3
 """Of the hand-over, at most, as a multiple of a plain copy of its bytes."""
 
-LOAD_PROMPT, LOAD_ANSWER, LOAD_REQUESTS, LOAD_RATE = 768, 48, 24, 0.8
+LOAD_PROMPT, LOAD_ANSWER, LOAD_REQUESTS, LOAD_RATE = 768, 48, 10, 0.8
+LOAD_ROUNDS = 3
+APART, MIXED = "prefill and decode", "one vLLM"
+
+LOAD_FIGURES: dict[str, Callable[[Met], float]] = {
+    "first token, p50": lambda met: met.first_token(),
+    "first token, p99": lambda met: met.first_token(99),
+    "between tokens, p50": lambda met: met.between_tokens(),
+    "between tokens, p99": lambda met: met.between_tokens(99),
+    "answered tokens/s": lambda met: met.tokens_per_s,
+}
+
 WARM_UP = 1 << 21
 """Numbers of prompts from here on are not measured."""
 
@@ -113,18 +126,22 @@ def measure(options: Options, step: Progress) -> dict[str, Any]:
         router = stack.enter_context(Router(options.router, prefill, decode)).wait_ready()
         harness.wait_ready()
         fleet = Fleet(prefill, decode, mixed, router)
-        return figures_of(fleet, harness, options, step)
+        watch = stack.enter_context(Watch(server.endpoint))
+        return figures_of(fleet, harness, watch, options, step)
 
 
-def figures_of(fleet: Fleet, harness: Harness, options: Options, step: Progress) -> dict[str, Any]:
+def figures_of(
+    fleet: Fleet, harness: Harness, watch: Watch, options: Options, step: Progress
+) -> dict[str, Any]:
     figures: dict[str, Any] = {**machine(), "kv_bytes_a_token": SHAPE.kv_bytes_a_token}
     step("a prompt through each, not measured")
     first_token(fleet.mixed, prompt(WARM_UP, 2 * BLOCK_TOKENS))
-    hand_over(fleet.prefill, fleet.decode, prompt(WARM_UP + 1, 2 * BLOCK_TOKENS))
+    first_token(fleet.router, prompt(WARM_UP + 1, 2 * BLOCK_TOKENS))
     step(f"{ANSWERS} prompts of {ANSWER_PROMPT} tokens, behind the router and by one vLLM")
     figures["answers"] = [_answers(fleet, number) for number in range(ANSWERS)]
-    figures["handover"] = _handovers(fleet, options, step)
+    # It also touches the memory that a hand-over goes through.
     figures["load"] = _loads(fleet, harness, step)
+    figures["handover"] = _handovers(fleet, watch, options, step)
     return figures
 
 
@@ -150,7 +167,7 @@ def difference(left: Any, right: Any) -> float:
     return largest
 
 
-def _handovers(fleet: Fleet, options: Options, step: Progress) -> dict[str, Any]:
+def _handovers(fleet: Fleet, watch: Watch, options: Options, step: Progress) -> dict[str, Any]:
     blocks = (options.tokens - 1) // BLOCK_TOKENS
     nbytes = blocks * BLOCK_TOKENS * SHAPE.kv_bytes_a_token
     pieces = nbytes // COPY_PIECE_BYTES
@@ -160,52 +177,62 @@ def _handovers(fleet: Fleet, options: Options, step: Progress) -> dict[str, Any]
         step(f"hand-over of {options.tokens} tokens, {number + 1} of {options.rounds}")
         tokens = prompt(WARM_UP - 1 - number, options.tokens)
         before = sides.sources(fleet.decode.get("/metrics"))
-        handed = hand_over(fleet.prefill, fleet.decode, tokens)
+        watch.mark()
+        handed = hand_over(fleet.router, fleet.prefill, tokens)
         loaded = sides.sources(fleet.decode.get("/metrics")).since(before)
-        own_s = median([first_token(fleet.decode, tokens).first_token_s for _ in range(COPIES)])
+        own_s = median([first_token(fleet.decode, tokens) for _ in range(COPIES)])
         copy_s = median([memcpy_seconds(targets, sources) for _ in range(COPIES)])
-        extra_s = handed.decode.first_token_s - own_s
+        extra_s = handed.decode_s - own_s
         rounds.append(
             {
                 "prefill_s": finite(handed.prefill_s),
-                "decode_first_token_s": finite(handed.decode.first_token_s),
+                "decode_first_token_s": finite(handed.decode_s),
                 "own_hit_first_token_s": finite(own_s),
                 "handover_s": finite(extra_s),
                 "copy_s": finite(copy_s),
                 "to_copy": finite(ratio(extra_s, copy_s)),
                 "loaded_tokens": int(loaded.host + loaded.disk),
-                "kv_transfer_params": handed.answered,
+                "handed_out_tokens": sum(watch.hits()) * BLOCK_TOKENS,
             }
         )
     return {"tokens": options.tokens, "bytes": nbytes, "most": AIM, "rounds": rounds}
 
 
 def _loads(fleet: Fleet, harness: Harness, step: Progress) -> dict[str, Any]:
-    loads = {}
-    for name, server in (("prefill and decode", fleet.router), ("one vLLM", fleet.mixed)):
-        step(f"{LOAD_REQUESTS} requests, {LOAD_RATE} a second: {name}")
-        met = harness.run(
-            server.port,
-            [
-                *("--dataset-name", "random", "--seed", "77"),
-                *("--num-prompts", str(LOAD_REQUESTS), "--request-rate", str(LOAD_RATE)),
-                *("--random-input-len", str(LOAD_PROMPT)),
-                *("--random-output-len", str(LOAD_ANSWER)),
-            ],
-        )
-        loads[name] = _load(met)
-    return loads
-
-
-def _load(met: Met) -> dict[str, Any]:
+    """Both take turns at the same requests, and begin in turns."""
+    met: dict[str, list[Met]] = {APART: [], MIXED: []}
+    for number in range(LOAD_ROUNDS):
+        step(f"{LOAD_REQUESTS} requests, {LOAD_RATE} a second, {number + 1} of {LOAD_ROUNDS}")
+        turns = [(APART, fleet.router), (MIXED, fleet.mixed)]
+        for name, server in turns if number % 2 == 0 else reversed(turns):
+            met[name].append(harness.run(server.port, _load_arguments(number)))
     return {
-        "requests": met.requests,
-        "failed": met.failed,
-        "tokens_per_s": finite(met.tokens_per_s, 1),
-        "first_token_p50_s": finite(met.first_token()),
-        "first_token_p99_s": finite(met.first_token(99)),
-        "between_tokens_p50_s": finite(met.between_tokens()),
-        "between_tokens_p99_s": finite(met.between_tokens(99)),
+        "rounds": LOAD_ROUNDS,
+        "requests": LOAD_REQUESTS,
+        "failed": {name: sum(one.failed for one in turns) for name, turns in met.items()},
+        "measures": {
+            name: _compared([take(one) for one in met[APART]], [take(one) for one in met[MIXED]])
+            for name, take in LOAD_FIGURES.items()
+        },
+    }
+
+
+def _load_arguments(number: int) -> list[str]:
+    return [
+        *("--dataset-name", "random", "--seed", str(77 + number)),
+        *("--num-prompts", str(LOAD_REQUESTS), "--request-rate", str(LOAD_RATE)),
+        *("--random-input-len", str(LOAD_PROMPT), "--random-output-len", str(LOAD_ANSWER)),
+    ]
+
+
+def _compared(apart: list[float], mixed: list[float]) -> dict[str, Any]:
+    """Medians over the rounds, and of the ratios within a round."""
+    ratios = [ratio(one, other) for one, other in zip(apart, mixed, strict=True)]
+    return {
+        APART: finite(median(apart)),
+        MIXED: finite(median(mixed)),
+        "ratio": finite(median(ratios)),
+        "ratios": [finite(one) for one in ratios],
     }
 
 
@@ -217,11 +244,12 @@ def faults(figures: dict[str, Any]) -> list[str]:
             found.append(f"log-probabilities differ by {one['logprobs_difference']}")
     expected = (figures["handover"]["tokens"] - 1) // BLOCK_TOKENS * BLOCK_TOKENS
     for one in figures["handover"]["rounds"]:
-        if one["loaded_tokens"] != expected:
-            found.append(f"{one['loaded_tokens']} of {expected} tokens were handed over")
-    for name, load in figures["load"].items():
-        if load["failed"]:
-            found.append(f"{name}: {load['failed']} requests failed")
+        for said_by, tokens in (("vLLM", "loaded_tokens"), ("the store", "handed_out_tokens")):
+            if one[tokens] != expected:
+                found.append(f"{one[tokens]} of {expected} tokens were handed over, says {said_by}")
+    for name, failed in figures["load"]["failed"].items():
+        if failed:
+            found.append(f"{name}: {failed} requests failed")
     return found
 
 
@@ -244,7 +272,7 @@ def _handover_table(handover: dict[str, Any]) -> Table:
         f" medians of {len(rounds)}",
         box=box.SIMPLE_HEAD,
     )
-    for heading in ("prefill", "decode's first token", "by its own hit", "hand-over", "plain copy"):
+    for heading in ("prefill", "then first token", "by its own hit", "hand-over", "plain copy"):
         table.add_column(heading, justify="right")
     table.add_column(f"ratio, aim {handover['most']:g}x", justify="right")
     names = ("prefill_s", "decode_first_token_s", "own_hit_first_token_s", "handover_s", "copy_s")
@@ -253,18 +281,19 @@ def _handover_table(handover: dict[str, Any]) -> Table:
     return table
 
 
-def _load_table(loads: dict[str, Any]) -> Table:
+def _load_table(load: dict[str, Any]) -> Table:
     title = (
-        f"{LOAD_REQUESTS} requests of {LOAD_PROMPT} tokens, {LOAD_RATE} a second,"
-        f" answered by {LOAD_ANSWER}"
+        f"{LOAD_REQUESTS} requests of {LOAD_PROMPT} tokens, {LOAD_RATE} a second, answered by"
+        f" {LOAD_ANSWER}; medians of {load['rounds']}"
     )
     table = Table(title=title, box=box.SIMPLE_HEAD)
     table.add_column("")
-    for heading in ("first token", "p99", "between tokens", "p99", "tokens/s", "failed"):
+    for heading in (APART, MIXED, "ratio", "least", "most"):
         table.add_column(heading, justify="right")
-    for name, load in loads.items():
-        times = ("first_token_p50_s", "first_token_p99_s")
-        gaps = ("between_tokens_p50_s", "between_tokens_p99_s")
-        cells = [seconds_text(load[key] or math.nan) for key in (*times, *gaps)]
-        table.add_row(name, *cells, str(load["tokens_per_s"]), str(load["failed"]))
+    for name, taken in load["measures"].items():
+        show_value = str if name.endswith("/s") else seconds_text
+        ratios = [each for each in taken["ratios"] if each is not None]
+        row = [show_value(taken[side] or math.nan) for side in (APART, MIXED)]
+        spread = (taken["ratio"] or 0, min(ratios, default=0), max(ratios, default=0))
+        table.add_row(name, *row, *(f"{each:.2f}x" for each in spread))
     return table

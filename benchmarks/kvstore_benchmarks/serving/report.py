@@ -11,6 +11,7 @@ from rich.table import Table
 from kvstore_benchmarks.end_to_end.watch import Hits
 from kvstore_benchmarks.figures import finite, median, ratio, seconds_text
 from kvstore_benchmarks.serving import sides
+from kvstore_benchmarks.serving.hooks import IDLE
 from kvstore_benchmarks.serving.load import Met
 
 if TYPE_CHECKING:
@@ -88,6 +89,7 @@ def show(figures: dict[str, Any], console: Console) -> None:
     for name, one in figures["workloads"].items():
         console.print(_measures(name, one, figures["clients"]))
     console.print(_sources(figures))
+    console.print(_hooks(figures["hooks"]))
 
 
 def _measures(name: str, one: dict[str, Any], clients: int) -> Table:
@@ -133,6 +135,28 @@ def _sources(figures: dict[str, Any]) -> Table:
             _share(hits["store"]["disk"]),
             "yes" if hits["equal"] else "NO",
         )
+    return table
+
+
+def _hooks(hooks: dict[str, Any]) -> Table:
+    table = Table(
+        title=f"The connector's hooks on the engine's thread, us a request of"
+        f" {hooks['tokens']} tokens; medians of {hooks['rounds']}"
+    )
+    for heading in ("", "missed", "found"):
+        table.add_column(heading, justify="right" if heading else "left")
+    miss, hit = hooks["miss"], hooks["hit"]
+    for name, us in miss["hooks_us"].items():
+        if name != IDLE:
+            table.add_row(name, f"{us:.1f}", f"{hit['hooks_us'][name]:.1f}")
+    table.add_section()
+    totals = f"{miss['total_us']:.1f}", f"{hit['total_us']:.1f}"
+    table.add_row(f"together, aim {hooks['most_us']} at most", *totals)
+    both = (miss, hit)
+    table.add_row(f"[dim]{IDLE}", *(f"[dim]{each['hooks_us'][IDLE]:.1f}" for each in both))
+    table.add_row(
+        "[dim]on the clock on the wall", *(f"[dim]{each['wall_us']:.1f}" for each in both)
+    )
     return table
 
 

@@ -1,8 +1,8 @@
 """Where the tokens of prompts came from, as vLLM says and as the store says.
 
 vLLM counts tokens in its `/metrics`, by the tier that the connector names; the store counts
-the blocks that it handed out. It may hand out more than is loaded: a lease begins with the
-prompt, of which vLLM may have a front itself. It can never be less.
+the blocks that it handed out. It may hand out more than is loaded, where a request finds in
+vLLM's own cache, when its turn comes, what it was given a lease on. It can never be less.
 """
 
 from __future__ import annotations

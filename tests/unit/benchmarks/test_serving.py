@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,9 @@ from tokenizers import Tokenizer
 from kvstore.errors import ConfigError
 from kvstore_benchmarks.end_to_end.watch import Hits
 from kvstore_benchmarks.pipe import ChildFailed
-from kvstore_benchmarks.serving import pd, sides
+from kvstore_benchmarks.serving import hooks, pd, sides
 from kvstore_benchmarks.serving.bench import Measured, Turn
-from kvstore_benchmarks.serving.handover import ASKED_OF_PREFILL, hand_over
+from kvstore_benchmarks.serving.handover import REQUEST_SECONDS, first_token, hand_over
 from kvstore_benchmarks.serving.instance import Child
 from kvstore_benchmarks.serving.load import Met
 from kvstore_benchmarks.serving.model import _tokenizer
@@ -141,37 +141,83 @@ def test_a_failed_request_or_a_load_of_what_was_not_handed_out_is_a_fault(
     assert len(faults({"workloads": {"x": figures_of(measured)}})) == 2
 
 
+class TimedServer:
+    """Stands for a vLLM whose connector writes down its times."""
+
+    port = 1
+
+    def __init__(self, times: hooks.HookTimes) -> None:
+        self.times = times
+        self.asked: list[list[str]] = []
+
+    def forget(self) -> None:
+        """What happens in between does not count."""
+        self.times._times[0] += 77
+
+    def run(self, port: int, arguments: Sequence[str]) -> Met:
+        """Of 10 requests. 2 us in the first hook, 1 ms in steps without work."""
+        self.asked.append(list(arguments))
+        words = hooks.map_times(self.times.path)
+        words[0] += 20_000
+        words[1] += 50_000
+        words[2 * hooks.HOOKS.index(hooks.IDLE)] += 10_000_000
+        return met(1.0, 1.0)
+
+
+def test_hooks_are_timed_by_the_request_and_without_steps_that_have_no_work() -> None:
+    with hooks.HookTimes() as times:
+        server = TimedServer(times)
+        figures = hooks.measure(server, server, times, rounds=2)
+        path = Path(times.path)
+    assert not path.exists()
+    for kind in ("miss", "hit"):
+        assert figures[kind]["total_us"] == figures[kind]["hooks_us"]["on_new_request"] == 2.0
+        assert figures[kind]["hooks_us"][hooks.IDLE] == 1000.0
+        assert figures[kind]["wall_us"] == 5.0
+    assert len(server.asked) == 6
+    assert server.asked[2] == server.asked[3] != server.asked[4], "what was missed is found"
+
+
 def test_the_tables_hold_every_figure(measured: Measured) -> None:
+    with hooks.HookTimes() as times:
+        server = TimedServer(times)
+        hooked = hooks.measure(server, server, times, rounds=1)
     console = Console(width=140)
     with console.capture() as capture:
-        show({"clients": 4, "workloads": {"no hits": figures_of(measured)}}, console)
+        workloads = {"no hits": figures_of(measured)}
+        show({"clients": 4, "workloads": workloads, "hooks": hooked}, console)
     text = capture.get()
     assert "first token, p50" in text and "cost 1.02x" in text and "25%" in text
+    assert "take_events" in text and "aim 50" in text
+
+
+STREAMED = 'data: {"choices": [{"text": "t1"}]}\n\ndata: [DONE]\n\n'
 
 
 class Recorder:
     """Stands for a vLLM: writes down what it is asked."""
 
-    def __init__(self, answer: dict[str, Any] | None) -> None:
+    def __init__(self, answer: dict[str, Any] | None, text: str = STREAMED) -> None:
         self.asked: list[dict[str, Any]] = []
+        self.metrics: list[str] = []
         recorder = self
 
         class Handler(BaseHTTPRequestHandler):
             def log_message(self, *args: object) -> None:
                 pass
 
+            def do_GET(self) -> None:
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(f"{REQUEST_SECONDS} {recorder.metrics.pop(0)}\n".encode())
+
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 recorder.asked.append(body)
                 self.send_response(200 if answer is not None else 503)
                 self.end_headers()
-                if body.get("stream"):
-                    self.wfile.write(b'data: {"choices": [{"text": "t1"}]}\n\n')
-                    usage = {"prompt_tokens_details": {"cached_tokens": 96}}
-                    event = json.dumps({"choices": [], "usage": usage})
-                    self.wfile.write(f"data: {event}\n\ndata: [DONE]\n\n".encode())
-                else:
-                    self.wfile.write(json.dumps(answer).encode())
+                said = text if body.get("stream") else json.dumps(answer)
+                self.wfile.write(said.encode())
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.port = self._server.server_port
@@ -189,29 +235,25 @@ class Recorder:
         self._thread.join()
 
 
-@pytest.fixture
-def recorders() -> Iterator[tuple[Recorder, Recorder]]:
-    pair = Recorder({"kv_transfer_params": {"do_remote_prefill": True, "x": 1}}), Recorder({})
-    yield pair
-    for each in pair:
-        each.close()
+def test_what_prefill_took_is_what_it_says_itself() -> None:
+    recorder = Recorder({})
+    try:
+        recorder.metrics = ["0.5", "3.5"]
+        handed = hand_over(recorder.child(), recorder.child(), [1, 2, 3])
+    finally:
+        recorder.close()
+    assert handed.prefill_s == 3.0
+    assert -3.0 < handed.decode_s < 0, "the answer came at once"
+    assert recorder.asked[0]["stream"] is True
 
 
-def test_decode_gets_what_prefill_answered(recorders: tuple[Recorder, Recorder]) -> None:
-    prefill, decode = recorders
-    handed = hand_over(prefill.child(), decode.child(), [1, 2, 3])
-    assert handed.answered and handed.decode.cached_tokens == 96
-    assert prefill.asked[0]["max_tokens"] == 1
-    assert prefill.asked[0]["kv_transfer_params"] == ASKED_OF_PREFILL
-    expected = {"do_remote_prefill": True, "x": 1, "remote_host": "127.0.0.1"}
-    assert decode.asked[0]["kv_transfer_params"] == expected
-
-
-def test_a_prefill_that_names_nothing_is_said_to(recorders: tuple[Recorder, Recorder]) -> None:
-    _, other = recorders
-    handed = hand_over(other.child(), other.child(), [1])
-    assert not handed.answered
-    assert "kv_transfer_params" not in other.asked[1]
+def test_an_answer_without_a_token_is_an_error() -> None:
+    recorder = Recorder({}, text="data: [DONE]")
+    try:
+        with pytest.raises(ChildFailed, match="without a token"):
+            first_token(recorder.child(), [1])
+    finally:
+        recorder.close()
 
 
 def test_a_server_that_refuses_is_an_error_that_names_it() -> None:
@@ -228,25 +270,29 @@ def test_a_router_that_is_not_installed_is_named(tmp_path: Path) -> None:
         Router(tmp_path, Child.__new__(Child), Child.__new__(Child))  # type: ignore[arg-type]
 
 
-def figures(loaded: int = 64, difference: float | None = 0) -> dict[str, Any]:
+def figures(loaded: int = 64, difference: float | None = 0, failed: int = 0) -> dict[str, Any]:
+    one = {pd.APART: 0.1, pd.MIXED: 0.2, "ratio": 0.5, "ratios": [0.5, None]}
     load = {
-        "requests": 2, "failed": 0, "tokens_per_s": 9.1, "first_token_p50_s": 0.1,
-        "first_token_p99_s": 0.2, "between_tokens_p50_s": 0.01, "between_tokens_p99_s": None,
-    }  # fmt: skip
+        "rounds": 2,
+        "failed": {pd.APART: 0, pd.MIXED: failed},
+        "measures": dict.fromkeys(pd.LOAD_FIGURES, one),
+    }
     names = ("prefill_s", "decode_first_token_s", "own_hit_first_token_s", "handover_s", "copy_s")
-    taken = dict.fromkeys(names, 0.5) | {"to_copy": 1.25, "loaded_tokens": loaded}
+    taken = dict.fromkeys(names, 0.5) | {"to_copy": 1.25}
+    taken |= {"loaded_tokens": loaded, "handed_out_tokens": 64}
     return {
         "answers": [{"logprobs_difference": difference}],
         "handover": {"tokens": 65, "bytes": 1 << 20, "most": pd.AIM, "rounds": [taken]},
-        "load": {"prefill and decode": load, "one vLLM": load},
+        "load": load,
     }
 
 
 def test_a_hand_over_counts_only_when_all_of_it_was_loaded() -> None:
     assert pd.faults(figures()) == []
-    assert pd.faults(figures(loaded=32)) == ["32 of 64 tokens were handed over"]
+    assert pd.faults(figures(loaded=32)) == ["32 of 64 tokens were handed over, says vLLM"]
     assert pd.faults(figures(difference=None))
     assert pd.faults(figures(difference=1e-6))
+    assert pd.faults(figures(failed=1)) == ["one vLLM: 1 requests failed"]
 
 
 def test_the_demo_says_whether_answers_agree() -> None:
