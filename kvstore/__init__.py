@@ -31,7 +31,10 @@ if TYPE_CHECKING:
     from kvstore.types import LeaseGrant as LeaseGrant
     from kvstore.types import PutOutcome as PutOutcome
     from kvstore.types import Refusal as Refusal
+    from kvstore.types import Retention as Retention
+    from kvstore.types import Reuse as Reuse
     from kvstore.types import Segment as Segment
+    from kvstore.types import SessionState as SessionState
     from kvstore.types import SlotGrant as SlotGrant
     from kvstore.types import StoreStats as StoreStats
 
@@ -50,8 +53,11 @@ _HOME = {
     "LeaseGrant": "kvstore.types",
     "PutOutcome": "kvstore.types",
     "Refusal": "kvstore.types",
+    "Retention": "kvstore.types",
+    "Reuse": "kvstore.types",
     "Segment": "kvstore.types",
     "ServerInfo": "kvstore.client.wire",
+    "SessionState": "kvstore.types",
     "SlotGrant": "kvstore.types",
     "StoreStats": "kvstore.types",
     "ensure_server": "kvstore.local.spawn",

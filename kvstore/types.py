@@ -96,6 +96,47 @@ class Hints(NamedTuple):
 NO_HINTS = Hints()
 
 
+class SessionState(enum.IntEnum):
+    """What a caller says that a session does next. Values are the wire's."""
+
+    WAITING = 1
+    """It waits for a tool and goes on by itself."""
+    IDLE = 2
+    """It waits for a person."""
+    ENDED = 3
+    PINNED = 4
+    """Its blocks count as of the highest priority until its next request."""
+
+
+class Retention(NamedTuple):
+    """A priority for a part of a prompt, for a while."""
+
+    first_token: int
+    stop_token: int
+    priority: int
+    """0 to 100."""
+    ttl_ms: float | None = None
+    """How long it holds, after which the default one does; None: for good."""
+
+
+class Reuse(NamedTuple):
+    """What a caller knows of the next use of a chain's blocks.
+
+    `session`: whose next request is likely to use them, b"" where that is not known.
+    `category`: requests of one kind tend to be followed up alike. `priority`: 0 to 100, of
+    what no `retention` is for. `request`: calls that name one request are one use.
+    """
+
+    priority: int = 50
+    retention: tuple[Retention, ...] = ()
+    session: bytes = b""
+    category: str = ""
+    request: bytes = b""
+
+
+NO_REUSE = Reuse()
+
+
 @dataclass(frozen=True, slots=True)
 class LayoutSpec:
     """Everything that makes two blocks' bytes interchangeable.
@@ -227,6 +268,7 @@ class ChainQuery(NamedTuple):
 
     layout_ids: Sequence[bytes]
     keys: Sequence[bytes]
+    reuse: Reuse = NO_REUSE
 
 
 class LeaseGrant(NamedTuple):
@@ -269,6 +311,7 @@ class Segment(NamedTuple):
     keys: Sequence[bytes]
     slots: Sequence[int]
     checksums: Sequence[int]
+    reuse: Reuse = NO_REUSE
 
 
 class CommitAnswer(NamedTuple):

@@ -30,6 +30,7 @@ from kvstore.client.wire import ServerInfo
 from kvstore.errors import BadRequest, KVStoreError, LeaseExpired, Unavailable
 from kvstore.types import (
     NO_HINTS,
+    NO_REUSE,
     ChainPresence,
     ChainQuery,
     CommitAnswer,
@@ -37,7 +38,9 @@ from kvstore.types import (
     LayoutSpec,
     LeaseGrant,
     PutOutcome,
+    Reuse,
     Segment,
+    SessionState,
     SlotGrant,
     StoreStats,
 )
@@ -125,6 +128,7 @@ class AsyncClient:
         *,
         parent: bytes = b"",
         wait_ms: int = 5000,
+        reuse: Reuse = NO_REUSE,
     ) -> PutOutcome:
         """Store one block of exactly `layout.block_bytes` bytes.
 
@@ -132,7 +136,11 @@ class AsyncClient:
         server may make space. Raises `BadKey`, `BadSize`, and `Conflict` when other
         bytes are stored under this key.
         """
-        return (await self.put_many(layout, (key,), (data,), parent=parent, wait_ms=wait_ms))[0]
+        return (
+            await self.put_many(
+                layout, (key,), (data,), parent=parent, wait_ms=wait_ms, reuse=reuse
+            )
+        )[0]
 
     async def put_many(
         self,
@@ -142,9 +150,12 @@ class AsyncClient:
         *,
         parent: bytes = b"",
         wait_ms: int = 5000,
+        reuse: Reuse = NO_REUSE,
     ) -> list[PutOutcome]:
         """Store consecutive positions of one chain; an outcome for each, in order."""
-        return await self._run(puts.put_many(self._core, layout, keys, datas, parent, wait_ms))
+        return await self._run(
+            puts.put_many(self._core, layout, keys, datas, parent, wait_ms, reuse)
+        )
 
     async def get(self, layout: Layout, key: bytes, *, into: Buffer | None = None) -> Got:
         """The block's bytes, or None for a miss.
@@ -191,6 +202,7 @@ class AsyncClient:
         keys: Sequence[bytes],
         *,
         wait_ms: int = 1000,
+        reuse: Reuse = NO_REUSE,
     ) -> AsyncLease:
         """Pin the longest held prefix of a chain in DRAM; see `AsyncLease`.
 
@@ -199,7 +211,7 @@ class AsyncClient:
         chosen = as_layouts(layouts)
 
         def flow() -> Flow[AsyncLease]:
-            chains = [chain_of(chosen, keys)]
+            chains = [chain_of(chosen, keys, reuse)]
             grants, link = yield from calls.acquire(
                 self._core, Budget(self._core.timeout_s), chains, wait_ms
             )
@@ -284,6 +296,13 @@ class AsyncClient:
     async def prefetch(self, layouts: Layout | Sequence[Layout], keys: Sequence[bytes]) -> int:
         """Ask for a chain to be brought up into DRAM; how many blocks are on the way."""
         return await self._run(calls.prefetch(self._core, [chain_of(layouts, keys)]))
+
+    async def hint(
+        self, session: bytes, state: SessionState, *, expected_ms: int | None = None
+    ) -> None:
+        """Say what a session of `Reuse` does once it is answered; `expected_ms`: in how
+        long its next request is likely to come."""
+        await self._run(calls.hint(self._core, session, state, expected_ms))
 
     async def stats(self) -> StoreStats:
         return await self._run(calls.stats(self._core))

@@ -28,6 +28,7 @@ from kvstore.types import (
     LayoutSpec,
     LeaseGrant,
     Segment,
+    SessionState,
     SlotGrant,
     StoreStats,
 )
@@ -54,6 +55,13 @@ def register_layout(core: Core, spec: LayoutSpec) -> Flow[bytes]:
     layout_id = cast(pb.RegisterLayoutResponse, response).layout_id
     core.layouts[layout_id] = spec
     return layout_id
+
+
+def hint(core: Core, session: bytes, state: SessionState, expected_ms: int | None) -> Flow[None]:
+    def request() -> Message:
+        return pb.HintRequest(session=session, state=int(state), expected_ms=expected_ms)  # type: ignore[arg-type]
+
+    yield from call(core, Budget(core.timeout_s), "Hint", request)
 
 
 def lookup_at_hand(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from kvstore.client.connecting import local_arena
 from kvstore.client.link import Core, Link
 from kvstore.errors import BadRequest, LeaseExpired
-from kvstore.types import ChainQuery, LayoutSpec, LeaseGrant
+from kvstore.types import NO_REUSE, ChainQuery, LayoutSpec, LeaseGrant, Reuse
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,5 +91,7 @@ def as_layouts(layouts: Layout | Sequence[Layout]) -> Sequence[Layout]:
     return (layouts,) if isinstance(layouts, Layout) else layouts
 
 
-def chain_of(layouts: Layout | Sequence[Layout], keys: Sequence[bytes]) -> ChainQuery:
-    return ChainQuery([layout.id for layout in as_layouts(layouts)], keys)
+def chain_of(
+    layouts: Layout | Sequence[Layout], keys: Sequence[bytes], reuse: Reuse = NO_REUSE
+) -> ChainQuery:
+    return ChainQuery([layout.id for layout in as_layouts(layouts)], keys, reuse)

@@ -20,9 +20,11 @@ from kvstore.client.steps import Drop, Flow, Work, WritePiece, WriteStream
 from kvstore.errors import BadRequest, Conflict, InternalError
 from kvstore.local import copy
 from kvstore.types import (
+    NO_REUSE,
     CommitAnswer,
     CommitOutcome,
     PutOutcome,
+    Reuse,
     Segment,
     SlotGrant,
     check_key,
@@ -42,6 +44,7 @@ def put_many(
     datas: Sequence[Buffer],
     parent: bytes,
     wait_ms: int,
+    reuse: Reuse = NO_REUSE,
 ) -> Flow[list[PutOutcome]]:
     """Consecutive positions of one chain, the first one after `parent`.
 
@@ -54,7 +57,7 @@ def put_many(
         check_key(key)
     if not keys:
         return []
-    put = _Put(core, layout, keys, sources, parent, wait_ms)
+    put = _Put(core, layout, keys, sources, parent, wait_ms, reuse)
     return (yield from put.run())
 
 
@@ -69,6 +72,7 @@ class _Put:
         sources: Sequence[memoryview],
         parent: bytes,
         wait_ms: int,
+        reuse: Reuse,
     ) -> None:
         self._core = core
         self._layout = layout
@@ -76,6 +80,7 @@ class _Put:
         self._sources = sources
         self._parent = parent
         self._wait_ms = wait_ms
+        self._reuse = reuse
         self._piece = blocks_a_piece(layout.block_bytes)
         self._outcomes = [PutOutcome.DENIED] * len(keys)
         self._conflicts = 0
@@ -249,7 +254,7 @@ class _Put:
     ) -> Segment:
         first, last = run[0], run[-1]
         parent = self._keys[first - 1] if first else self._parent
-        return Segment(parent, self._keys[first : last + 1], slots, checksums)
+        return Segment(parent, self._keys[first : last + 1], slots, checksums, self._reuse)
 
 
 def _checksums(sources: Sequence[memoryview]) -> Work:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from kvstore.client.steps import WritePiece
 from kvstore.types import (
+    NO_REUSE,
     ChainPresence,
     ChainQuery,
     CommitAnswer,
@@ -20,6 +21,7 @@ from kvstore.types import (
     LayoutSpec,
     LeaseGrant,
     Refusal,
+    Reuse,
     Segment,
     SlotGrant,
     StoreStats,
@@ -64,7 +66,36 @@ def layout_message(spec: LayoutSpec) -> pb.Layout:
 
 
 def chain_messages(chains: Sequence[ChainQuery]) -> list[pb.Chain]:
-    return [pb.Chain(layout_ids=chain.layout_ids, keys=pack_keys(chain.keys)) for chain in chains]
+    return [
+        pb.Chain(
+            layout_ids=chain.layout_ids,
+            keys=pack_keys(chain.keys),
+            reuse=reuse_message(chain.reuse),
+        )
+        for chain in chains
+    ]
+
+
+def reuse_message(reuse: Reuse) -> pb.Reuse | None:
+    """None where nothing is said."""
+    if reuse == NO_REUSE:
+        return None
+    retention = [
+        pb.Retention(
+            first_token=each.first_token,
+            stop_token=each.stop_token,
+            priority=each.priority,
+            ttl_ms=0 if each.ttl_ms is None else max(1, round(each.ttl_ms)),
+        )
+        for each in reuse.retention
+    ]
+    return pb.Reuse(
+        priority=reuse.priority,
+        retention=retention,
+        session=reuse.session,
+        category=reuse.category,
+        request=reuse.request,
+    )
 
 
 def presences(response: pb.LookupResponse) -> list[ChainPresence]:
@@ -101,6 +132,7 @@ def segment_messages(segments: Sequence[Segment], tag: int) -> list[pb.Segment]:
             keys=pack_keys(segment.keys),
             slots=pack_numbers([slot - tag if slot else 0 for slot in segment.slots]),
             checksums=pack_numbers(segment.checksums),
+            reuse=reuse_message(segment.reuse),
         )
         for segment in segments
     ]

@@ -115,7 +115,11 @@ class Block:
         """Its parent is known. One object is both's name for it, which saves its memory
         for every block of a chain."""
         self.parent = parent.stored_key
-        self.depth = _DEPTHS[parent.depth + 1]
+        self.lie_at(parent.depth + 1)
+
+    def lie_at(self, depth: int) -> None:
+        """So many blocks come before it."""
+        self.depth = _DEPTHS[min(depth, DEEPEST)]
 
     @property
     def readable(self) -> bool:

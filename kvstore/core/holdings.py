@@ -9,15 +9,15 @@ other is *dirty* while there is an NVMe tier to write it to.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 
 from kvstore.core.actions import Action, Forget
 from kvstore.core.catalog import Block, Catalog, Layout, Replica
 from kvstore.core.lifecycle import Event, State
-from kvstore.core.policies import EvictionPolicy
+from kvstore.core.policies import EvictionPolicy, Use
 from kvstore.core.pool import Pool
 from kvstore.core.space import Space, SpaceClass
-from kvstore.types import Tier
+from kvstore.types import SessionState, Tier
 
 
 class Holdings:
@@ -46,6 +46,18 @@ class Holdings:
         """Replicas that the NVMe tier is striking."""
         # Coldest first, per class of DRAM.
         self._dirty: dict[SpaceClass, OrderedDict[Replica, None]] = {}
+
+    def use(self, use: Use) -> None:
+        """What comes and is touched from now on is for this request."""
+        self.dram.use(use)
+        if self.nvme is not None:
+            self.nvme.use(use)
+
+    def hint(self, session: Hashable, state: SessionState, expected_ms: float | None) -> None:
+        """See the policies'."""
+        self.dram.hint(session, state, expected_ms)
+        if self.nvme is not None:
+            self.nvme.hint(session, state, expected_ms)
 
     def touch(self, block: Block) -> None:
         """The block was used."""

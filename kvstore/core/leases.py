@@ -33,6 +33,7 @@ from kvstore.core.sessions import Lease, Session
 from kvstore.core.space import SpaceClass
 from kvstore.core.tickets import AcquireTicket, ChainClaim
 from kvstore.core.transfers import TransferClass, Wish
+from kvstore.core.uses import use_of
 from kvstore.errors import ForeignLease, LeaseExpired, TooMany
 from kvstore.types import NO_HINTS, ChainQuery, Hints, LeaseGrant, Refusal, Tier
 
@@ -98,7 +99,13 @@ class Leases:
             raise TooMany(f"a session may hold {MAX_LEASED} blocks")
         layouts = [[self._catalog.layout(session.tenant, i) for i in c.layout_ids] for c in chains]
         claims = [
-            ChainClaim(shards, asked.keys, [[] for _ in shards], len(asked.keys))
+            ChainClaim(
+                shards,
+                asked.keys,
+                [[] for _ in shards],
+                len(asked.keys),
+                use_of(asked.reuse, session.tenant, now_ns),
+            )
             for asked, shards in zip(chains, layouts, strict=True)
         ]
         wish = Wish(TransferClass.DEMAND, now_ns, hints.priority, deadline_ns)
@@ -373,6 +380,7 @@ class Leases:
                 run.reverse()
                 if ticket.waited:
                     run = [replica for replica in run if is_ready(replica)]
+                self._holdings.use(claim.use)
                 self._holdings.touch_run(layout, run)
                 yield NAMED + SEEN * len(run)
         from_dram = min(claim.from_dram, held)

@@ -5,7 +5,7 @@ or a byte: the caller brings the time (nanoseconds, monotonic) and carries out t
 actions (`core.actions`). The server and the simulator run this same code.
 
     clients' calls    -> register_layout lookup acquire renew release reserve commit
-                         abort prefetch clear flush
+                         abort prefetch hint clear flush
     clients' lives    -> open_session close_session
     the tiers         -> transfer_done transfer_failed forgotten extent_failed tier_failed
     time              -> tick, doubt, give_up
@@ -55,6 +55,7 @@ from kvstore.core.tickets import (
     Ticket,
 )
 from kvstore.core.transfers import TransferClass
+from kvstore.core.uses import session_of
 from kvstore.core.write_back import DEPTH
 from kvstore.errors import BadRequest, NoSession, TooMany
 from kvstore.types import (
@@ -65,6 +66,7 @@ from kvstore.types import (
     Hints,
     LayoutSpec,
     Segment,
+    SessionState,
     Tier,
 )
 
@@ -239,6 +241,12 @@ class Planner:
 
     def abort(self, session: Session, slot_ids: Sequence[int]) -> None:
         self.reservations.abort(session, slot_ids)
+
+    def hint(
+        self, tenant: str, session: bytes, state: SessionState, expected_ms: float | None
+    ) -> None:
+        """What a session does next, as its caller says."""
+        self.holdings.hint(session_of(tenant, session), state, expected_ms)
 
     # Prefetch, clear, flush
 

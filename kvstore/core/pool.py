@@ -8,14 +8,14 @@ has its slot from the moment it is made to the moment it is GONE.
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from itertools import islice
 
 from kvstore.core.catalog import Block, DramReplica, NvmeReplica, Replica
 from kvstore.core.lifecycle import State
-from kvstore.core.policies import EvictionPolicy
+from kvstore.core.policies import EvictionPolicy, Use
 from kvstore.core.space import Space, SpaceClass
-from kvstore.types import Tier
+from kvstore.types import SessionState, Tier
 
 REPLICAS: dict[Tier, type[Replica]] = {Tier.DRAM: DramReplica, Tier.NVME: NvmeReplica}
 
@@ -45,6 +45,8 @@ class Pool:
         self._replicas = 0
         self._make_policy = make_policy
         self._policies: dict[SpaceClass, EvictionPolicy] = {}
+        self._use = Use()
+        self._told: dict[SpaceClass, Use] = {}
 
     def __len__(self) -> int:
         return self._replicas
@@ -78,6 +80,15 @@ class Pool:
             replica.block.nvme = replica
         return refused
 
+    def use(self, use: Use) -> None:
+        """What comes and is touched from now on is for this request."""
+        self._use = use
+
+    def hint(self, session: Hashable, state: SessionState, expected_ms: float | None) -> None:
+        """See the policies'."""
+        for policy in self._policies.values():
+            policy.hint(session, state, expected_ms)
+
     def insert_all(self, replicas: Iterable[Replica], space_class: SpaceClass) -> None:
         """`insert` for each, in this order."""
         self._policy(space_class).insert_all(replicas)
@@ -87,18 +98,22 @@ class Pool:
         self._policy(space_class).insert(replica)
 
     def _policy(self, space_class: SpaceClass) -> EvictionPolicy:
+        """Told which request it is for."""
         policy = self._policies.get(space_class)
         if policy is None:
             policy = self._policies[space_class] = self._make_policy()
+        if self._told.get(space_class) is not self._use:
+            self._told[space_class] = self._use
+            policy.use(self._use)
         return policy
 
     def touch(self, replica: Replica, space_class: SpaceClass) -> None:
-        self._policies[space_class].touch(replica)
+        self._policy(space_class).touch(replica)
 
     def touch_run(self, replicas: list[Replica], space_class: SpaceClass) -> None:
         """`touch` for many of one class, the last one last."""
         if replicas:
-            self._policies[space_class].touch_run(replicas)
+            self._policy(space_class).touch_run(replicas)
 
     def withdraw(self, replica: Replica, space_class: SpaceClass) -> None:
         """The replica is not READY any more; its slot is still used."""

@@ -29,6 +29,7 @@ from kvstore.core.residency import Residency
 from kvstore.core.sessions import Reservation, Session
 from kvstore.core.space import SpaceClass
 from kvstore.core.tickets import ReserveTicket
+from kvstore.core.uses import use_of
 from kvstore.errors import BadRequest, ReservationExpired, TooMany
 from kvstore.types import CommitAnswer, CommitOutcome, Segment, SlotGrant
 
@@ -150,6 +151,7 @@ class Reservations:
         self._check(session, layout, segments, named)
         outcomes: list[CommitOutcome] = []
         for segment, names in zip(segments, named, strict=True):
+            self._holdings.use(use_of(segment.reuse, session.tenant, now_ns))
             outcomes += self._commit_segment(session, layout, segment, names)
         self._touch_ancestors(layout, [layout.name(s.parent) for s in segments if s.parent])
         slots = _NO_SLOTS
@@ -189,9 +191,16 @@ class Reservations:
         parent = layout.name(segment.parent) if segment.parent else b""
         parents = [parent, *names]
         outcomes = [CommitOutcome.ABSENT] * len(names)
+        begins: int | None = None
         # The last of the chain first, the root's side most recent.
         for index in range(len(names) - 1, -1, -1):
             replica = self._close(session, segment.slots[index])
+            if replica is not None:
+                # Its policy is told before its parent is there.
+                if begins is None:
+                    before = self._catalog.get(parent)
+                    begins = 0 if before is None else before.depth + 1
+                replica.block.lie_at(begins + index)
             outcomes[index] = self._commit_one(
                 replica, names[index], parents[index], segment.checksums[index]
             )

@@ -25,6 +25,7 @@ from kvstore.core.learned import LinkCost, Speed
 from kvstore.core.lifecycle import Event, State
 from kvstore.core.nvme_room import NvmeRoom
 from kvstore.core.transfers import Link, Transfer, TransferClass, Wish
+from kvstore.core.uses import NOBODY
 from kvstore.core.write_back import WriteBack
 from kvstore.types import Refusal, Tier
 
@@ -124,6 +125,7 @@ class Residency:
         transfer_class = self._end_copy(copy, now_ns, well=True)
         copy.target.apply(Event.FILLED)
         if copy.target.state is State.READY:
+            self.holdings.use(NOBODY)
             self.holdings.came(copy.target)
             if transfer_class is TransferClass.PREFETCH:
                 self.holdings.came_unasked(copy.target)

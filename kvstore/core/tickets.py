@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from kvstore.core.catalog import Layout, Replica
+from kvstore.core.policies import Use
 from kvstore.core.sessions import Session
 from kvstore.core.transfers import Wish
 from kvstore.types import ChainQuery, LeaseGrant, Refusal, SlotGrant
@@ -23,13 +24,14 @@ class ChainClaim:
     `columns[s][p]` is the replica of position p in layout s; all columns are equally
     long. `from_dram` counts the leading positions that were in DRAM when asked for.
     `cramped`: the next position is held, but there was no room in DRAM to bring it up.
-    `most`: positions it may have; `refusal`: why not all.
+    `most`: positions it may have; `refusal`: why not all. `use`: what policies are told.
     """
 
     layouts: list[Layout]
     keys: Sequence[bytes]
     columns: list[list[Replica]]
     most: int
+    use: Use
     from_dram: int = 0
     cramped: bool = False
     refusal: Refusal | None = None

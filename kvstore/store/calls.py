@@ -39,6 +39,7 @@ from kvstore.types import (
     LayoutSpec,
     LeaseGrant,
     Segment,
+    SessionState,
     SlotGrant,
     StoreStats,
     Tier,
@@ -308,6 +309,12 @@ class Store:
         await self._waiting.wait(ticket, None)
         assert ticket.answer is not None
         return ticket.answer
+
+    def hint(
+        self, tenant: str, session: bytes, state: SessionState, expected_ms: float | None
+    ) -> None:
+        """What a session does next, as its caller says."""
+        self._planner.hint(tenant, session, state, expected_ms)
 
     async def clear(self, tenant: str) -> int:
         """Blocks forgotten. What is not in use stays forgotten across a crash."""

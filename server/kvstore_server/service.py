@@ -23,7 +23,19 @@ from kvstore.errors import (
 )
 from kvstore.metrics import Metrics
 from kvstore.store import Session, Store
-from kvstore.types import KEY_BYTES, ChainQuery, Hints, LayoutSpec, Segment, SlotGrant, check_key
+from kvstore.types import (
+    KEY_BYTES,
+    NO_REUSE,
+    ChainQuery,
+    Hints,
+    LayoutSpec,
+    Retention,
+    Reuse,
+    Segment,
+    SessionState,
+    SlotGrant,
+    check_key,
+)
 from kvstore.wire.columns import pack_numbers, unpack_keys, unpack_numbers
 from kvstore.wire.v1 import kvstore_pb2 as pb
 from kvstore_server import limits
@@ -32,6 +44,8 @@ from kvstore_server.calls import METHODS, SERVICE_NAME, Calls, UnaryMethod, mess
 from kvstore_server.framing import frame_read, parse_write
 from kvstore_server.principals import Principals
 
+_STATES = {int(state): state for state in SessionState}
+_NO_END = 1 << 62
 _MAX_PRIORITY = 100
 _NUMBER_BYTES = 8
 """Of a column of numbers (`columns`)."""
@@ -182,6 +196,15 @@ class KVStoreService:
         )
         return pb.PrefetchResponse(started=started)
 
+    def hint(self, request: pb.HintRequest, caller: Caller) -> pb.HintResponse:
+        tenant = caller.tenant()
+        if not request.session or request.state not in _STATES:
+            raise BadRequest("a hint names a session and what it does")
+        _check_text(request.session)
+        expected_ms = request.expected_ms if request.HasField("expected_ms") else None
+        self._store.hint(tenant, request.session, _STATES[request.state], expected_ms)
+        return pb.HintResponse()
+
     # Writing
 
     async def reserve(self, request: pb.ReserveRequest, caller: Caller) -> pb.ReserveResponse:
@@ -318,7 +341,7 @@ def _chains(chains: Sequence[pb.Chain]) -> list[ChainQuery]:
     for chain in chains:
         if not 1 <= len(chain.layout_ids) <= limits.MAX_LAYOUTS:
             raise BadRequest(f"a chain names 1 to {limits.MAX_LAYOUTS} layouts")
-        queries.append(ChainQuery(chain.layout_ids, unpack_keys(chain.keys)))
+        queries.append(ChainQuery(chain.layout_ids, unpack_keys(chain.keys), _reuse(chain)))
     return queries
 
 
@@ -331,6 +354,31 @@ def _hints(request: pb.AcquireRequest) -> Hints:
     if speed is not None and not 0 <= speed < math.inf:
         raise BadRequest("tokens_per_s is a positive number, or 0")
     return Hints(priority, speed)
+
+
+def _reuse(told: pb.Chain | pb.Segment) -> Reuse:
+    """What is said of the next use of blocks, once it is within bounds."""
+    if not told.HasField("reuse"):
+        return NO_REUSE
+    reuse = told.reuse
+    priority = reuse.priority if reuse.HasField("priority") else NO_REUSE.priority
+    if len(reuse.retention) > limits.MAX_RETENTIONS:
+        raise TooLarge(f"a chain has at most {limits.MAX_RETENTIONS} retentions")
+    retention = tuple(
+        Retention(each.first_token, each.stop_token or _NO_END, each.priority, each.ttl_ms or None)
+        for each in reuse.retention
+    )
+    for claimed in (priority, *(each.priority for each in retention)):
+        if claimed > _MAX_PRIORITY:
+            raise BadRequest(f"a priority is 0 to {_MAX_PRIORITY}, not {claimed}")
+    for text in (reuse.session, reuse.category.encode(), reuse.request):
+        _check_text(text)
+    return Reuse(priority, retention, reuse.session, reuse.category, reuse.request)
+
+
+def _check_text(text: bytes) -> None:
+    if len(text) > limits.MAX_HINT_BYTES:
+        raise TooLarge(f"a name in a hint has at most {limits.MAX_HINT_BYTES} bytes")
 
 
 def _segments(request: pb.CommitRequest) -> list[Segment]:
@@ -347,7 +395,7 @@ def _segments(request: pb.CommitRequest) -> list[Segment]:
         if not len(each.slots) == len(each.checksums) == len(keys) * _NUMBER_BYTES:
             raise BadRequest("a segment has a slot and a checksum for each of its keys")
         slots, checksums = unpack_numbers(each.slots), unpack_numbers(each.checksums)
-        segments.append(Segment(each.parent, keys, slots, checksums))
+        segments.append(Segment(each.parent, keys, slots, checksums, _reuse(each)))
     return segments
 
 

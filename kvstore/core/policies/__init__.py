@@ -12,7 +12,7 @@ from typing import Any
 
 from kvstore.config_keys import EVICTION_ENTRY_POINTS
 from kvstore.core.policies.arc import ARC
-from kvstore.core.policies.base import EvictionPolicy, SessionState, Use
+from kvstore.core.policies.base import EvictionPolicy, Use
 from kvstore.core.policies.clock import Clock
 from kvstore.core.policies.fifo import FIFO
 from kvstore.core.policies.gdsf import GDSF
@@ -27,6 +27,7 @@ from kvstore.core.policies.two_q import TwoQ
 from kvstore.core.policies.w_tinylfu import WTinyLFU
 from kvstore.core.policies.workload_aware import WorkloadAware
 from kvstore.core.policies.worth import Worth
+from kvstore.types import SessionState
 
 MakePolicy = Callable[[], EvictionPolicy]
 

@@ -18,38 +18,15 @@ never calls them. Time is what a policy is told in `use`, or else counted in cal
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Hashable, Iterable, Iterator
 from typing import ClassVar, NamedTuple, Protocol
 
 from kvstore.core.catalog import Replica
+from kvstore.types import Retention, SessionState
 
 PRIORITIES = range(101)
 DEFAULT_PRIORITY = 50
 FOR_GOOD = float("inf")
-
-
-class SessionState(enum.IntEnum):
-    """What a caller says that a session does next. Values are the wire's."""
-
-    WAITING = 1
-    """It waits for a tool and goes on by itself."""
-    IDLE = 2
-    """It waits for a person."""
-    ENDED = 3
-    PINNED = 4
-    """Its blocks count as of the highest priority until its next request."""
-
-
-class Retention(NamedTuple):
-    """A priority for a part of a prompt, for a while."""
-
-    first_token: int
-    stop_token: int
-    priority: int
-    """0 to 100."""
-    ttl_ms: float | None = None
-    """How long it holds, after which the default one does; None: for good."""
 
 
 class Use(NamedTuple):

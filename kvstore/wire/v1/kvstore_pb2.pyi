@@ -122,12 +122,40 @@ class RegisterLayoutResponse(_message.Message):
     def __init__(self, layout_id: _Optional[bytes] = ...) -> None: ...
 
 class Chain(_message.Message):
-    __slots__ = ("layout_ids", "keys")
+    __slots__ = ("layout_ids", "keys", "reuse")
     LAYOUT_IDS_FIELD_NUMBER: _ClassVar[int]
     KEYS_FIELD_NUMBER: _ClassVar[int]
+    REUSE_FIELD_NUMBER: _ClassVar[int]
     layout_ids: _containers.RepeatedScalarFieldContainer[bytes]
     keys: bytes
-    def __init__(self, layout_ids: _Optional[_Iterable[bytes]] = ..., keys: _Optional[bytes] = ...) -> None: ...
+    reuse: Reuse
+    def __init__(self, layout_ids: _Optional[_Iterable[bytes]] = ..., keys: _Optional[bytes] = ..., reuse: _Optional[_Union[Reuse, _Mapping]] = ...) -> None: ...
+
+class Reuse(_message.Message):
+    __slots__ = ("priority", "retention", "session", "category", "request")
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    RETENTION_FIELD_NUMBER: _ClassVar[int]
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    CATEGORY_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    priority: int
+    retention: _containers.RepeatedCompositeFieldContainer[Retention]
+    session: bytes
+    category: str
+    request: bytes
+    def __init__(self, priority: _Optional[int] = ..., retention: _Optional[_Iterable[_Union[Retention, _Mapping]]] = ..., session: _Optional[bytes] = ..., category: _Optional[str] = ..., request: _Optional[bytes] = ...) -> None: ...
+
+class Retention(_message.Message):
+    __slots__ = ("first_token", "stop_token", "priority", "ttl_ms")
+    FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    STOP_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    TTL_MS_FIELD_NUMBER: _ClassVar[int]
+    first_token: int
+    stop_token: int
+    priority: int
+    ttl_ms: int
+    def __init__(self, first_token: _Optional[int] = ..., stop_token: _Optional[int] = ..., priority: _Optional[int] = ..., ttl_ms: _Optional[int] = ...) -> None: ...
 
 class LookupRequest(_message.Message):
     __slots__ = ("chains",)
@@ -262,16 +290,18 @@ class CommitRequest(_message.Message):
     def __init__(self, layout_id: _Optional[bytes] = ..., segments: _Optional[_Iterable[_Union[Segment, _Mapping]]] = ..., reserve: _Optional[int] = ...) -> None: ...
 
 class Segment(_message.Message):
-    __slots__ = ("parent", "keys", "slots", "checksums")
+    __slots__ = ("parent", "keys", "slots", "checksums", "reuse")
     PARENT_FIELD_NUMBER: _ClassVar[int]
     KEYS_FIELD_NUMBER: _ClassVar[int]
     SLOTS_FIELD_NUMBER: _ClassVar[int]
     CHECKSUMS_FIELD_NUMBER: _ClassVar[int]
+    REUSE_FIELD_NUMBER: _ClassVar[int]
     parent: bytes
     keys: bytes
     slots: bytes
     checksums: bytes
-    def __init__(self, parent: _Optional[bytes] = ..., keys: _Optional[bytes] = ..., slots: _Optional[bytes] = ..., checksums: _Optional[bytes] = ...) -> None: ...
+    reuse: Reuse
+    def __init__(self, parent: _Optional[bytes] = ..., keys: _Optional[bytes] = ..., slots: _Optional[bytes] = ..., checksums: _Optional[bytes] = ..., reuse: _Optional[_Union[Reuse, _Mapping]] = ...) -> None: ...
 
 class CommitResponse(_message.Message):
     __slots__ = ("outcomes", "slots")
@@ -316,6 +346,32 @@ class PrefetchResponse(_message.Message):
     STARTED_FIELD_NUMBER: _ClassVar[int]
     started: int
     def __init__(self, started: _Optional[int] = ...) -> None: ...
+
+class HintRequest(_message.Message):
+    __slots__ = ("session", "state", "expected_ms")
+    class State(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        STATE_UNSPECIFIED: _ClassVar[HintRequest.State]
+        WAITING: _ClassVar[HintRequest.State]
+        IDLE: _ClassVar[HintRequest.State]
+        ENDED: _ClassVar[HintRequest.State]
+        PINNED: _ClassVar[HintRequest.State]
+    STATE_UNSPECIFIED: HintRequest.State
+    WAITING: HintRequest.State
+    IDLE: HintRequest.State
+    ENDED: HintRequest.State
+    PINNED: HintRequest.State
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_MS_FIELD_NUMBER: _ClassVar[int]
+    session: bytes
+    state: HintRequest.State
+    expected_ms: int
+    def __init__(self, session: _Optional[bytes] = ..., state: _Optional[_Union[HintRequest.State, str]] = ..., expected_ms: _Optional[int] = ...) -> None: ...
+
+class HintResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class ReadRequest(_message.Message):
     __slots__ = ("lease_id", "indices")

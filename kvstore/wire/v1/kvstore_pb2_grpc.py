@@ -89,6 +89,11 @@ class KVStoreStub(object):
                 request_serializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.PrefetchRequest.SerializeToString,
                 response_deserializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.PrefetchResponse.FromString,
                 _registered_method=True)
+        self.Hint = channel.unary_unary(
+                '/kvstore.wire.v1.KVStore/Hint',
+                request_serializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.HintRequest.SerializeToString,
+                response_deserializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.HintResponse.FromString,
+                _registered_method=True)
         self.Read = channel.unary_stream(
                 '/kvstore.wire.v1.KVStore/Read',
                 request_serializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.ReadRequest.SerializeToString,
@@ -229,6 +234,15 @@ class KVStoreServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Hint(self, request, context):
+        """[no session] What a session of Reuse does once it is answered. Of one that is not
+        known nothing is.
+        INVALID_ARGUMENT.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Read(self, request, context):
         """Reads the blocks of a lease of this session as bytes, for clients that do
         not share the server's memory. One block is one or more consecutive
@@ -331,6 +345,11 @@ def add_KVStoreServicer_to_server(servicer, server):
                     servicer.Prefetch,
                     request_deserializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.PrefetchRequest.FromString,
                     response_serializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.PrefetchResponse.SerializeToString,
+            ),
+            'Hint': grpc.unary_unary_rpc_method_handler(
+                    servicer.Hint,
+                    request_deserializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.HintRequest.FromString,
+                    response_serializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.HintResponse.SerializeToString,
             ),
             'Read': grpc.unary_stream_rpc_method_handler(
                     servicer.Read,
@@ -655,6 +674,33 @@ class KVStore(object):
             '/kvstore.wire.v1.KVStore/Prefetch',
             kvstore_dot_wire_dot_v1_dot_kvstore__pb2.PrefetchRequest.SerializeToString,
             kvstore_dot_wire_dot_v1_dot_kvstore__pb2.PrefetchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Hint(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvstore.wire.v1.KVStore/Hint',
+            kvstore_dot_wire_dot_v1_dot_kvstore__pb2.HintRequest.SerializeToString,
+            kvstore_dot_wire_dot_v1_dot_kvstore__pb2.HintResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -15,7 +15,6 @@ from kvstore.core.policies.base import (
     DEFAULT_PRIORITY,
     FOR_GOOD,
     EvictionPolicy,
-    SessionState,
     Use,
     token_of,
 )
@@ -35,6 +34,7 @@ from kvstore.core.policies.worth.rules import LEVELS, OCTAVES, RULES, Learned
 from kvstore.core.policies.worth.shelves import Shelves
 from kvstore.core.policies.worth.tenants import Tenants
 from kvstore.core.policies.worth.trials import Seen, Trial
+from kvstore.types import SessionState
 
 MOST_KINDS = 8
 """Categories told apart; the others are one."""

@@ -9,7 +9,7 @@ import pytest
 
 from kvstore.core.catalog import Replica
 from kvstore.core.policies import POLICIES, SessionState, Use
-from kvstore.core.policies.base import Retention
+from kvstore.types import Retention
 from tests.unit.core.policies.harness import Cache, replica
 
 NAMES = list(POLICIES)

@@ -9,12 +9,12 @@ import pytest
 
 from kvstore.core.catalog import Replica
 from kvstore.core.policies import SessionState, Use
-from kvstore.core.policies.base import Retention
 from kvstore.core.policies.worth import Worth
 from kvstore.core.policies.worth.ages import AGES, BUCKETS, bucket_of
 from kvstore.core.policies.worth.learning import densities
 from kvstore.core.policies.worth.past import Past
 from kvstore.core.policies.worth.policy import MOST_WATCHED, WATCHED_A_HELD
+from kvstore.types import Retention
 from tests.unit.core.policies.harness import Cache, replica
 
 
