@@ -45,3 +45,18 @@ def choose(
     if compute_ns and said.ns + said.error_ns >= positions * compute_ns:
         return Choice(0, said, Refusal.RECOMPUTE)
     return Choice(positions, said, refusal)
+
+
+def is_settled(
+    works_ns: Sequence[int],
+    ready: Callable[[int], Prediction],
+    left_ns: int | None,
+    compute_ns: float,
+) -> bool:
+    """Whether `choose` would say the same with more positions: it is too late for the last
+    of these, or each takes longer than to compute it."""
+    said_ns = ready(works_ns[-1]).ns
+    if left_ns is not None and said_ns > left_ns:
+        return True
+    more = len(works_ns) - 2
+    return compute_ns > 0 and more > 0 and said_ns - ready(works_ns[1]).ns >= more * compute_ns

@@ -23,7 +23,7 @@ from itertools import chain, islice, takewhile
 
 from kvstore.core.actions import Answer
 from kvstore.core.catalog import Catalog, Layout, Replica, is_ready
-from kvstore.core.choice import choose
+from kvstore.core.choice import choose, is_settled
 from kvstore.core.chores import CHANGED, NAMED, SEEN, Chore, Chores
 from kvstore.core.learned import Prediction, PrefillSpeeds
 from kvstore.core.lifecycle import State
@@ -42,7 +42,7 @@ MAX_LEASED = 1 << 22
 leased. Bounds memory."""
 
 LOOKED_AHEAD = 64
-"""Positions counted before looking whether there is time for them."""
+"""Positions counted before looking whether to go on."""
 GRACE_NS = 5_000_000
 """A prediction is not wrong for so little."""
 
@@ -166,9 +166,9 @@ class Leases:
             if work_ns is None:
                 break
             works_ns.append(works_ns[-1] + work_ns)
-            look = left_ns is not None and len(works_ns) % LOOKED_AHEAD == 2
-            if look and ready(works_ns[-1]).ns > (left_ns or 0):
-                break  # It is too late for this one, and so for all that follow.
+            look = len(works_ns) % LOOKED_AHEAD == 2
+            if look and is_settled(works_ns, ready, left_ns, ticket.compute_ns):
+                break
         if not works_ns[-1]:
             return
         if self._residency.stalled:

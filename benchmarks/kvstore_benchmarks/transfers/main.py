@@ -53,7 +53,7 @@ class Options:
 
     loads: tuple[float, ...] = (0.3, 0.6, 0.8, 0.9, 0.95, 1.05)
     real_loads: tuple[float, ...] = (0.6, 0.95)
-    seconds: float = 4.0
+    seconds: float = 6.0
     modelled_s: float = 40.0
     drive: str = "both"
     folder: Path | None = None

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 
 from kvstore.core import transfers
-from kvstore.core.choice import choose
+from kvstore.core.choice import choose, is_settled
 from kvstore.core.learned import STALE_NS, Prediction
 from kvstore.core.tickets import AcquireTicket
 from kvstore.core.transfers import TransferClass
@@ -91,6 +91,21 @@ def test_the_best_of_loading_and_computing_is_chosen_within_the_deadline() -> No
         ]
         assert times[choice.positions] == pytest.approx(min(times))
         assert (choice.refusal is None) == (choice.positions == positions)
+
+
+def test_what_is_settled_stays_so_whatever_follows() -> None:
+    rng = random.Random(4)
+    settled = 0
+    for _ in range(300):
+        positions, work_ns = rng.randint(2, 40), rng.choice([100, 300])
+        load = partial(_ready, rng.choice([0, 50, 5000]), rng.choice([0.5, 1.0, 10.0]))
+        asked = rng.choice([None, 40, 3000, 10**6]), rng.choice([0.0, 10.0, 90.0, 1000.0])
+        works = [k * work_ns for k in range(positions + 1)]
+        if is_settled(works, load, *asked):
+            settled += 1
+            more = [*works, *(works[-1] + k * work_ns for k in range(1, 50))]
+            assert choose(more, load, *asked)[::2] == choose(works, load, *asked)[::2]
+    assert settled > 50
 
 
 def test_who_does_not_compute_gets_all_that_can_be_there_in_time() -> None:
