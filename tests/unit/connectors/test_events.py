@@ -118,10 +118,15 @@ def prompt(blocks: int, seed: int = 0) -> list[int]:
     return [seed * 1000 + place for place in range(blocks * BLOCK_TOKENS)]
 
 
-def test_blocks_are_named_as_vllm_names_its_own() -> None:
+@pytest.mark.parametrize("salt", [None, "salt"])
+@pytest.mark.parametrize("ints", ["0", "1"])
+def test_blocks_are_named_as_vllm_names_its_own(
+    monkeypatch: pytest.MonkeyPatch, salt: str | None, ints: str
+) -> None:
     """But for the medium, and what vLLM leaves out of its own."""
+    monkeypatch.setenv("VLLM_KV_EVENTS_USE_INT_BLOCK_HASHES", ints)
     world = World()
-    request = world.request([*prompt(3), 9], cache_salt="salt", session_id="s")
+    request = world.request([*prompt(3), 9], cache_salt=salt, session_id="s")
     blocks = world.pool.get_new_blocks(3)
     world.pool.cache_full_blocks(request, blocks, 0, 3, BLOCK_TOKENS, 0)
     (own,) = world.pool.take_events()
@@ -318,7 +323,7 @@ def test_in_the_end_a_router_believes_what_the_directory_says(seed: int) -> None
     tiers = {key: world.directory.tiers.get(key, "") for key in remembered}
     cpu = {claim[2] for claim in world.router.claims if claim[0] == "CPU"}
     storage = {claim[2] for claim in world.router.claims if claim[0] == "STORAGE"}
-    in_dram = set(events._hashes(key for key in tiers if tiers[key] == "dram"))
-    on_disk = set(events._hashes(key for key in tiers if tiers[key] == "disk"))
+    in_dram = set(events._hashes([key for key in tiers if tiers[key] == "dram"]))
+    on_disk = set(events._hashes([key for key in tiers if tiers[key] == "disk"]))
     assert cpu == in_dram
     assert on_disk <= storage <= on_disk | in_dram
