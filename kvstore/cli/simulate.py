@@ -56,6 +56,11 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
         " or the deepest first, as in the server; default: what the policy is made for",
     )
     parser.add_argument(
+        "--no-hints",
+        action="store_true",
+        help="do not tell policies which session a request is of, and what that does next",
+    )
+    parser.add_argument(
         "--session-rate",
         type=_rate,
         default=0.02,
@@ -79,7 +84,8 @@ def run(args: argparse.Namespace) -> int:
         trace = read_traces(args.traces, session_rate=args.session_rate, seed=args.seed)
     by_chain = {"own": None, "published": False, "chain": True}[args.order]
     capacities = args.capacity_blocks or _shares(trace)
-    points = [Point(name, size, by_chain) for name in args.policy for size in capacities]
+    hints = not args.no_hints
+    points = [Point(name, size, by_chain, hints) for name in args.policy for size in capacities]
     with progress("replaying") as tell:
         rows = sweep(trace, points, args.processes or cores(), tell)
     if args.plots is not None:

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 import numpy as np
@@ -69,6 +69,7 @@ class Asked(msgspec.Struct, forbid_unknown_fields=True):
     session: str | int | None = None
     priority: Annotated[int, Meta(ge=0, le=100)] = 50
     category: str = ""
+    then: Literal["waiting", "idle", "ended"] | None = None
 
 
 class Turn(msgspec.Struct):
@@ -216,6 +217,7 @@ def _kvstore(path: Path, data: bytes) -> Trace:
                 session,
                 asked.priority,
                 asked.category,
+                None if asked.then is None else SessionState[asked.then.upper()],
             )
         )
     return Trace(header.block_tokens, len(numbers), requests)

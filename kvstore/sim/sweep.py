@@ -34,11 +34,13 @@ POLL_S = 0.2
 @dataclass(frozen=True, slots=True)
 class Point:
     """One replay. `by_chain`: the order of references within a request (`sim.replay`);
-    None for the policy's own."""
+    None for the policy's own. `hints`: the policy is told what the trace says of
+    sessions."""
 
     policy: str
     capacity_blocks: int
     by_chain: bool | None = None
+    hints: bool = True
 
 
 def policy_called(name: str) -> str:
@@ -113,7 +115,7 @@ def _replay(trace: Trace, point: Point, prefill: Prefill, progress: Progress) ->
     else:
         policy = POLICIES[name]()
         by_chain = policy.by_chain if point.by_chain is None else point.by_chain
-        replay = Replay(policy, trace, point.capacity_blocks, prefill)
+        replay = Replay(policy, trace, point.capacity_blocks, prefill, hints=point.hints)
         result = replay.run(by_chain=by_chain, progress=progress)
     return _row(point, result, by_chain, perf_counter() - started)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from kvstore.core.policies import SessionState
 from kvstore.sim.readers import read_traces
 from kvstore.sim.trace import Trace, TraceError
 
@@ -115,10 +116,18 @@ def test_the_documented_format_tells_sessions_and_priorities(tmp_path: Path) -> 
         tmp_path / "own.jsonl",
         HEADER,
         {"time_ms": 1.5, "tokens": 40, "blocks": ["a", "b"], "session": "x", "priority": 90},
-        {"time_ms": 2, "tokens": 48, "blocks": ["a", "c", 3], "session": "x", "category": "chat"},
+        {
+            "time_ms": 2,
+            "tokens": 48,
+            "blocks": ["a", "c", 3],
+            "session": "x",
+            "category": "chat",
+            "then": "waiting",
+        },
     )
     first, second = read(path).requests
     assert first.session == second.session and first.priority == 90 and second.category == "chat"
+    assert first.then is None and second.then is SessionState.WAITING
     assert read(path).block_tokens == 16 and read(path).blocks == 4
 
 

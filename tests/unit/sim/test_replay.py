@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kvstore.core.cost import Prefill
-from kvstore.core.policies import POLICIES
+from kvstore.core.policies import LRU, POLICIES, SessionState, Use
 from kvstore.sim.bounds import NEVER, Clairvoyant
 from kvstore.sim.replay import Replay, Result
 from kvstore.sim.trace import Request, Trace
@@ -90,6 +90,28 @@ def test_in_the_order_of_the_server_children_leave_before_parents() -> None:
             result = replay("lru", trace, size, by_chain=True)
             assert result.token_hits == 16 * result.block_hits
             assert result.token_hits > replay("lru", trace, size).token_hits
+
+
+def test_policies_are_told_of_sessions_unless_they_are_not_to_be() -> None:
+    class Listening(LRU):
+        def __init__(self) -> None:
+            super().__init__()
+            self.told: list[object] = []
+
+        def use(self, use: Use) -> None:
+            self.told.append(use.session)
+
+        def hint(
+            self, session: object, state: SessionState, expected_ms: float | None = None
+        ) -> None:
+            self.told.append((session, state))
+
+    ended = SessionState.ENDED
+    asked = [Request(0, 16, 1, ((0, 1),), session=7), Request(1, 16, 1, ((0, 1),), 7, then=ended)]
+    for hints, told in ((True, [7, 7, (7, ended)]), (False, [None, None])):
+        policy = Listening()
+        Replay(policy, Trace(16, 1, asked), 10, hints=hints).run(by_chain=True)
+        assert policy.told == told
 
 
 def test_a_prompt_larger_than_the_tier_leaves_its_root_there() -> None:
