@@ -61,7 +61,7 @@ class Listing:
         """List blocks that are behind DRAM, told of in parts, in a table that is large
         enough; before anything else is listed. Raises OSError when there is no memory for
         it: then as many are listed as there is room for."""
-        numbers = np.concatenate([numbers_of(b"".join(part)) for part in names])
+        numbers = np.concatenate([numbers_of(b"".join(part)).copy() for part in names])
         old = self._table
         slots = old.slots
         while len(numbers) > MAX_LOAD * slots:

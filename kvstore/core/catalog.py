@@ -247,19 +247,18 @@ class Catalog:
         stored_keys: Sequence[bytes],
         parents: Sequence[bytes],
         checksums: Sequence[int],
-    ) -> tuple[list[Block | None], list[Block | None]]:
+    ) -> tuple[list[Block | None], list[Block]]:
         """Catalogue new blocks, parents best before their children: the blocks, None where
-        the name is taken, and the parent of each where that was there before it. Depths
-        are left to the caller. Written out, as it is done for millions at a start."""
-        shards, orphans = self._shards, self._orphans
+        the name is taken, and those whose parent was not there yet. Written out, as it is
+        done for millions at a start."""
+        shards, orphans, depths = self._shards, self._orphans, _DEPTHS
         entered: list[Block | None] = []
-        above: list[Block | None] = []
+        early: list[Block] = []
         block: Block | None = None
         for stored_key, parent, checksum in zip(stored_keys, parents, checksums, strict=True):
             shard = shards[stored_key[0]]
             if stored_key in shard:
                 entered.append(None)
-                above.append(None)
                 continue
             found = None
             if parent:
@@ -268,19 +267,21 @@ class Catalog:
                     found = block
                 else:
                     found = shards[parent[0]].get(parent)
-                if found is None:
+            if found is None:
+                block = Block(stored_key, parent, layout)
+                if parent:
                     orphans[parent] = orphans.get(parent, 0) + 1
-                else:
-                    found.children += 1
-                    parent = found.stored_key
-            block = shard[stored_key] = Block(stored_key, parent, layout)
+                    early.append(block)
+            else:
+                found.children += 1
+                block = Block(stored_key, found.stored_key, layout, depths[found.depth + 1])
+            shard[stored_key] = block
             block.checksum = checksum
             if orphans:
                 block.children = orphans.pop(stored_key, 0)
             entered.append(block)
-            above.append(found)
         self._count(layout.tenant, len(entered) - entered.count(None))
-        return entered, above
+        return entered, early
 
     def _count(self, tenant: str, blocks: int) -> None:
         self._tenant_blocks[tenant] = self._tenant_blocks.get(tenant, 0) + blocks

@@ -7,7 +7,7 @@ For the same reason blocks come in columns, and what is done for each of them is
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import compress, groupby
+from itertools import groupby
 from operator import attrgetter
 from typing import Protocol
 
@@ -64,13 +64,13 @@ def restore(
             refused_extents.add(number)
     refused_blocks: list[tuple[StoredBlocks, int]] = []
     found: list[Block] = []
-    parents: list[Block | None] = []
+    early: list[Block] = []
     for part in blocks:
-        for row in _take_over(holdings.catalog, nvme, part, found, parents):
+        for row in _take_over(holdings.catalog, nvme, part, found, early):
             if nvme.space.extent_of(part.addresses[row]) not in refused_extents:
                 refused_blocks.append((part, row))
     nvme.space.finish_restore()
-    _put_in_order(holdings.catalog, nvme, found, parents)
+    _put_in_order(holdings.catalog, nvme, found, early)
     return sorted(refused_extents), refused_blocks
 
 
@@ -79,10 +79,10 @@ def _take_over(
     nvme: Pool,
     part: StoredBlocks,
     found: list[Block],
-    parents: list[Block | None],
+    early: list[Block],
 ) -> Sequence[int]:
-    """Append the blocks to `found`, and to `parents` the parent of each that was found
-    before it. The rows of those that cannot be there: their name or slot is taken twice,
+    """Append the blocks to `found`, and to `early` those whose parent was not there yet.
+    The rows of those that cannot be there: their name or slot is taken twice,
     they have another length than their layout's, or their slot is of another size."""
     try:
         layout = catalog.layout(part.tenant, part.layout_id)
@@ -90,7 +90,7 @@ def _take_over(
         return range(len(part.stored_keys))
     if part.length != layout.block_bytes or layout.nvme_class is None:
         return range(len(part.stored_keys))
-    entered, above = catalog.enter_many(layout, part.stored_keys, part.parents, part.checksums)
+    entered, too_early = catalog.enter_many(layout, part.stored_keys, part.parents, part.checksums)
     refused = nvme.restore(entered, part.addresses, layout.nvme_class)
     for row in refused:
         block = entered[row]
@@ -98,43 +98,37 @@ def _take_over(
             catalog.remove(block)
             entered[row] = None
     found += filter(None, entered)
-    parents += compress(above, entered)
+    early += too_early
     return refused
 
 
-def _put_in_order(
-    catalog: Catalog, nvme: Pool, found: list[Block], parents: list[Block | None]
-) -> None:
+def _put_in_order(catalog: Catalog, nvme: Pool, found: list[Block], early: list[Block]) -> None:
     """The order in which blocks should leave: children before parents, and otherwise
     by age as far as it is known. From here on they are found."""
-    parents_first: list[Block] = []
-    for block, parent in zip(found, parents, strict=True):
+    if any(catalog.get(block.parent) is not None for block in early):
+        found = _parents_first(catalog, found)
+    for block in found:
         assert block.nvme is not None
-        if parent is None and block.parent:
-            parent = catalog.get(block.parent)
-            if parent is not None:
-                _put_ahead(catalog, parent, parents_first)
-        if block.nvme.state is _FOUND:
-            continue
-        if parent is not None:
-            block.hang_on(parent)
         block.nvme.state = _FOUND
-        parents_first.append(block)
-    for layout, blocks in groupby(reversed(parents_first), attrgetter("layout")):
+    for layout, blocks in groupby(reversed(found), attrgetter("layout")):
         nvme.insert_all(map(attrgetter("nvme"), blocks), layout.nvme_class)
 
 
-def _put_ahead(catalog: Catalog, block: Block, parents_first: list[Block]) -> None:
-    """Put a block found later than its child in its place, and what it hangs on."""
-    path: list[Block] = []
-    following: Block | None = block
-    # Ends at a block that has its place already, which also ends a ring.
-    while following is not None and following.nvme and following.nvme.state is not _FOUND:
-        following.nvme.state = _FOUND
-        path.append(following)
-        following = catalog.get(following.parent)
-    for each in reversed(path):
-        if following is not None:
-            each.hang_on(following)
-        parents_first.append(each)
-        following = each
+def _parents_first(catalog: Catalog, found: list[Block]) -> list[Block]:
+    """In the same order, but for parents that were found after a child: they come before
+    the first of those."""
+    ordered: list[Block] = []
+    for block in found:
+        path: list[Block] = []
+        following: Block | None = block
+        # Ends at a block that has its place already, which also ends a ring.
+        while following is not None and following.nvme and following.nvme.state is not _FOUND:
+            following.nvme.state = _FOUND
+            path.append(following)
+            following = catalog.get(following.parent)
+        for each in reversed(path):
+            if following is not None:
+                each.hang_on(following)
+            ordered.append(each)
+            following = each
+    return ordered
