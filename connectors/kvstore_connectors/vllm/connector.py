@@ -94,7 +94,8 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
         link = StoreLink(connector_of(config), self._specs_for(""), "scheduler")
         queue = AcquireQueue(link, bands, config.acquire_timeout_ms)
         events = self._vllm_config.kv_events_config
-        if events is not None and events.enable_kv_cache_events:
+        loads = self._kv_transfer_config.is_kv_consumer
+        if loads and events is not None and events.enable_kv_cache_events:
             self._events = StoreEvents(link, bands, cache)
         link.start()
         queue.start()
@@ -106,8 +107,10 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
             workers=self._vllm_config.parallel_config.world_size,
             acquire_timeout_ms=config.acquire_timeout_ms,
             handover_timeout_ms=config.handover_timeout_ms,
-            loads=self._kv_transfer_config.is_kv_consumer,
+            loads=loads,
             stores=self._kv_transfer_config.is_kv_producer,
+            # Of a prompt that another vLLM computes, the rest may not come.
+            follows=config.load_failure == "recompute",
             specs_for=self._specs_for,
         )
 
