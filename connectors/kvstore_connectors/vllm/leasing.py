@@ -14,7 +14,8 @@ directory ends its way at once.
 
 A prompt that another vLLM is storing (`handover`) is offered whole, without a lease, as
 soon as the first of it has come: the workers follow. Where windows or states are needed
-too, it is leased like any other when all has come.
+too, or a load that fails would fail the request, it is leased like any other when all has
+come.
 """
 
 from __future__ import annotations
@@ -50,8 +51,10 @@ class Leasing:
         orders: StoreOrders,
         stats: ConnectorStats,
         patience_s: float,
+        follows: bool,
     ) -> None:
-        """`patience_s`: how long an answer may take."""
+        """`patience_s`: how long an answer may take. `follows`: whether a prompt may be
+        offered of which not all has come."""
         self._link = link
         self._queue = queue
         self._bands = bands
@@ -60,7 +63,7 @@ class Leasing:
         self._stats = stats
         self._patience_s = patience_s
         # What fails of a load can be told block by block only where there is one group.
-        self._can_follow = len(bands.groups) == 1 and not bands.partial
+        self._can_follow = follows and len(bands.groups) == 1 and not bands.partial
         self._first_size = bands.full[0].block_tokens if bands.full else 0
         self.outstanding = 0
         """Requests with a ticket or an unused lease."""

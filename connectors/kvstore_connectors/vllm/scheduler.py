@@ -62,9 +62,11 @@ class SchedulerSide:
         handover_timeout_ms: int,
         loads: bool,
         stores: bool,
+        follows: bool,
         specs_for: Callable[[str], Sequence[LayoutSpec]],
     ) -> None:
-        """`workers`: how many report on each store job. `specs_for(salt)`: the layouts."""
+        """`workers`: how many report on each store job. `follows`: whether to begin loads
+        of which not all has come, and may not. `specs_for(salt)`: the layouts."""
         self.stats = ConnectorStats()
         self._link = link
         self._queue = queue
@@ -78,7 +80,7 @@ class SchedulerSide:
         self._tracked: dict[str, Tracked] = {}
         self._orders = StoreOrders(workers, len(bands.groups))
         patience_s = acquire_timeout_ms / 1000 + ANSWER_GRACE_S
-        self._leasing = Leasing(link, queue, bands, self._orders, self.stats, patience_s)
+        self._leasing = Leasing(link, queue, bands, self._orders, self.stats, patience_s, follows)
         self._storing = Storing(bands, self._orders)
         # Leases of loads under way, also of requests that have been aborted. What follows
         # another vLLM has none here.

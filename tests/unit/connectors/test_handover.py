@@ -102,6 +102,20 @@ def test_an_abort_ends_the_wait_for_what_is_still_to_come(world: World) -> None:
     assert world.quiet()
 
 
+def test_a_prompt_that_must_not_fail_is_waited_for_as_a_whole(clock: Clock) -> None:
+    """Where a failed load fails the request, prefill being late may not."""
+    world = World(follows=False)
+    request = arrive(world, BY_PREFILL)
+    world.queue.seen = 3 * BLOCK_TOKENS
+    assert world.match(request) == (None, False)
+    assert not world.queue.tickets
+    clock.now_s += handover.LOOK_EVERY_S
+    world.queue.seen = 4 * BLOCK_TOKENS
+    assert world.match(request) == (None, False)
+    world.queue.answer(world.queue.tickets[0], 4)
+    assert world.match(request) == (4 * BLOCK_TOKENS, True)
+
+
 def test_windows_that_come_after_the_rest_are_waited_for(clock: Clock) -> None:
     world = World(bands=bands_with(Rule(), Rule(window=2 * BLOCK_TOKENS)))
     request = arrive(world, BY_PREFILL)

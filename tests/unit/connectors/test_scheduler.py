@@ -42,6 +42,7 @@ class World:
             "handover_timeout_ms": 1000,
             "loads": True,
             "stores": True,
+            "follows": True,
             "specs_for": lambda salt: [spec()],
         }
         self.side = SchedulerSide(**(arguments | options))
