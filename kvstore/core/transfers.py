@@ -177,9 +177,6 @@ class Link:
         """All that are queued or running."""
         return iter(list(self._transfers.values()))
 
-    def __contains__(self, target: Hashable) -> bool:
-        return target in self._transfers
-
     def depth(self, transfer_class: TransferClass) -> int:
         """Transfers of a class that are queued or running."""
         running = sum(b.going for b in self._running if b.transfer_class is transfer_class)
