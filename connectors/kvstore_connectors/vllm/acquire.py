@@ -300,8 +300,7 @@ class AcquireQueue:
         grants: list[LeaseGrant] = []
         try:
             for batch in _batches(chains):
-                hints = Hints(tokens_per_s=self.prefill.tokens_per_s)
-                grants += attached.client.acquire_many(batch, self._wait_ms, hints)
+                grants += attached.client.acquire_many(batch, self._wait_ms, self._hints())
         except KVStoreError as error:
             self._count_error()
             self._let_go(attached, grants)
@@ -315,6 +314,12 @@ class AcquireQueue:
         for ask in asks:
             ask.grants = [next(granted) for _ in ask.queries]
         return True
+
+    def _hints(self) -> Hints:
+        """The store weighs loading a chain against computing it, one by one. Where a
+        prompt needs several, none of them is worth what it is weighed against."""
+        one = len(self._bands.bands) == 1
+        return Hints(tokens_per_s=self.prefill.tokens_per_s if one else None)
 
     def _take_up(self, attached: Attached, ask: _Ask) -> _Ask | None:
         """Answer the ticket, unless another position is to be tried: then what to ask."""

@@ -198,3 +198,12 @@ def test_what_is_asked_for_names_every_layout_of_a_band() -> None:
         ChainQuery([b"one", b"two"], KEYS[11:]),
         ChainQuery([b"one", b"two"], KEYS[10:]),
     ]
+
+
+def test_chains_that_are_needed_together_are_not_weighed_one_by_one(world: World) -> None:
+    """A single state may take longer to load than its tokens to compute, and spares all
+    tokens before it."""
+    world.queue.prefill.tokens_per_s = 1e6
+    world.ask(wanted())
+    assert world.store.hints
+    assert all(hints.tokens_per_s is None for hints in world.store.hints)
