@@ -17,7 +17,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 
 from kvstore.core.catalog import Block, Catalog, DramReplica, Replica
@@ -45,6 +45,8 @@ class Result:
     prefill_ms: float = 0.0
     saved_ms: float = 0.0
     evictions: int = 0
+    by_priority: dict[int, list[int]] = field(default_factory=dict)
+    """Tokens, and those of them that were hits."""
 
     @property
     def block_hit_ratio(self) -> float:
@@ -68,6 +70,9 @@ class Result:
         self.block_hits += hits
         self.tokens += request.tokens
         self.token_hits += found
+        mine = self.by_priority.setdefault(request.priority, [0, 0])
+        mine[0] += request.tokens
+        mine[1] += found
         self.prefill_ms += prefill.ms(request.tokens)
         self.saved_ms += prefill.ms(found)
 
@@ -108,7 +113,7 @@ class Replay:
                 if told:
                     policy.use(self._use(request))
                 serve(request)
-                if hinted and request.then is not None:
+                if hinted and request.session is not None and request.then is not None:
                     policy.hint(request.session, request.then)
                 if progress is not None and number % REPORTED_EVERY == 0:
                     progress(number / len(requests))

@@ -121,6 +121,10 @@ def _replay(trace: Trace, point: Point, prefill: Prefill, progress: Progress) ->
 
 
 def _row(point: Point, result: Result, by_chain: bool, seconds: float) -> dict[str, Any]:
+    ratios = {
+        str(priority): round(hits / tokens, 6) if tokens else 0.0
+        for priority, (tokens, hits) in sorted(result.by_priority.items())
+    }
     return {
         "policy": point.policy,
         "capacity_blocks": point.capacity_blocks,
@@ -128,6 +132,7 @@ def _row(point: Point, result: Result, by_chain: bool, seconds: float) -> dict[s
         "token_hit_ratio": round(result.token_hit_ratio, 6),
         "compute_saved_ratio": round(result.compute_saved_ratio, 6),
         "compute_saved_ms": round(result.saved_ms),
+        "token_hit_ratio_by_priority": ratios,
         "order": "chain" if by_chain else "published",
         "block_references": result.blocks,
         "evictions": result.evictions,

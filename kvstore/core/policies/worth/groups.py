@@ -137,6 +137,8 @@ class Grouping:
 
     def tell(self, session: Hashable, fate: int) -> None:
         """What is known of a session from now on. Of one that is not known nothing is."""
+        if session is None:
+            return
         groups = self._sessions.get(session, [])
         latest = session == self.moment.session
         for group in [*groups, *self.open] if latest else groups:

@@ -53,36 +53,41 @@ class Counts:
 class Observer(Grouping):
     def __init__(self) -> None:
         super().__init__()
-        self._watched: OrderedDict[bytes, Group] = OrderedDict()
+        # By the side of the default that their priority is on, so that a flood of what
+        # matters little does not end the watch on what matters.
+        self._watched: list[OrderedDict[bytes, Group]] = [OrderedDict() for _ in range(3)]
         self._counts: dict[Traits, Counts] = {}
         self.seen = 0
         """Uses, ever."""
 
     def __len__(self) -> int:
-        return len(self._watched)
+        return sum(map(len, self._watched))
 
     def see(self, name: bytes, last: bool, level: int, until_ms: float) -> tuple[int, bool]:
         """A use; how many there have been, and whether by more than one session."""
         self.seen += 1
-        old = self._watched.pop(name, None)
+        old = next((found for w in self._watched if (found := w.pop(name, None))), None)
         count, shared = 1, False
         if old is not None:
             count = old.count + 1
             shared = old.traits.shared or old.session != self.moment.session
             self._end(old, used=True)
-        group = self._watched[name] = self.group(count, last, shared, level, until_ms)
+        group = self.group(count, last, shared, level, until_ms)
+        self._watched[_side(level)][name] = group
         group.live += 1
         return count, shared
 
     def keep(self, most: int) -> None:
-        """Watch so many, those used last."""
-        while len(self._watched) > most:
-            self._end(self._watched.popitem(last=False)[1], used=False)
+        """Watch so many on each side, those used last."""
+        for watched in self._watched:
+            while len(watched) > most:
+                self._end(watched.popitem(last=False)[1], used=False)
 
     def thin(self, kept: Callable[[bytes], bool]) -> None:
         """Forget those that are not `kept(name)`."""
-        for name in [name for name in self._watched if not kept(name)]:
-            self._watched.pop(name).live -= 1
+        for watched in self._watched:
+            for name in [name for name in watched if not kept(name)]:
+                watched.pop(name).live -= 1
 
     def changed(self, group: Group, before: Traits) -> None:
         # As if they were watched no more, and others, as old, came to be watched.
@@ -110,7 +115,7 @@ class Observer(Grouping):
         for traits, counts in self._counts.items():
             counts.fade()
             seen.setdefault(traits, Counts()).add(counts)
-        live: dict[Group, None] = dict.fromkeys(self._watched.values())
+        live: dict[Group, None] = dict.fromkeys(g for w in self._watched for g in w.values())
         for group in live:
             counts = seen.setdefault(known_by(group.traits), Counts())
             counts.reached[bucket_of(self.moment.now - group.since)] += group.live
@@ -138,8 +143,11 @@ class Hazards:
 
 def known_by(traits: Traits) -> Traits:
     """What is told apart: of priority, only which side of the default it is on."""
-    level = traits.level
-    return traits if -1 <= level <= 1 else traits._replace(level=1 if level > 0 else -1)
+    return traits._replace(level=_side(traits.level))
+
+
+def _side(level: int) -> int:
+    return (level > 0) - (level < 0)
 
 
 def _alike(traits: Traits) -> Traits:

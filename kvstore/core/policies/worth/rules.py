@@ -2,7 +2,7 @@
 so that a priority is added.
 
 `learned` is what the hazards say; the others need no learning, and rule where that is
-better: `recent` is LRU, `often` a segmented LRU.
+better: `recent` is LRU; under `again` what was used once leaves before what was used again.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ OCTAVES = 1.0
 SHORTEST = 2.0
 """The least time that a block is thought to be held for, in lives."""
 
+AGAIN = 12
+"""Octaves of age that a second use weighs, where that rules."""
+
 STEPS = 16
 """Grades an octave."""
 _LEAST = -40
@@ -38,8 +41,9 @@ def recent(traits: Traits) -> list[int]:
     return _shifted(_RECENT, _priority(traits))
 
 
-def often(traits: Traits) -> list[int]:
-    return _shifted(_RECENT, _priority(traits) + 4 * STEPS * (traits.uses - 4))
+def again(traits: Traits) -> list[int]:
+    uses = 0 if traits.uses < 2 else AGAIN + traits.uses
+    return _shifted(_RECENT, _priority(traits) + STEPS * uses)
 
 
 class Learned:
@@ -80,5 +84,5 @@ def _shifted(grades: list[int], by: int) -> list[int]:
 RULES: dict[str, Callable[[], Grade]] = {
     "learned": Learned,
     "recent": lambda: recent,
-    "often": lambda: often,
+    "again": lambda: again,
 }
