@@ -27,7 +27,10 @@ def run(options: Options, *, as_object: bool) -> int:
     try:
         driver = CudaDriver(0, engine_stream)
     except DeviceError as error:
-        console.print(f"kvstore: nothing measured: {error}", highlight=False)
+        # As it is: the reason may name what to install, with brackets.
+        console.print(
+            f"kvstore: nothing measured: {error}", highlight=False, markup=False, soft_wrap=True
+        )
         return os.EX_UNAVAILABLE
     with progress() as step:
         figures = machine() | gpu_name()

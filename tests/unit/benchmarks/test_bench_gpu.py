@@ -67,8 +67,8 @@ def test_without_a_gpu_the_reason_is_given(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def none(*_: object) -> None:
-        raise NoDevice("there is no NVIDIA driver")
+        raise NoDevice("there is no CuPy: pip install 'kvstore[gpu]'")
 
     monkeypatch.setattr(main, "CudaDriver", none)
     assert main.run(SMALL, as_object=False) == os.EX_UNAVAILABLE
-    assert "there is no NVIDIA driver" in capsys.readouterr().err
+    assert "there is no CuPy: pip install 'kvstore[gpu]'" in capsys.readouterr().err
