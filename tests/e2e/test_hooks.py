@@ -186,3 +186,38 @@ def test_a_load_that_fails_ends_the_request_where_a_user_wants_that(
     assert (answer["finish"], answer["tokens"]) == ("error", [])
     (other,) = process.generate(prompt(1030 + inside_multi, LONG))
     assert len(other["tokens"]) == 4
+
+
+def test_an_engine_without_a_cache_of_its_own_has_the_stores(
+    server: Server, process: Engine, model_path: Any
+) -> None:
+    options = engine_options(model_path("llama"), {"endpoint": str(server.socket)})
+    process.restart(options | {"enable_prefix_caching": False})
+    text = prompt(1040, LONG)
+    store(process, server, text)
+    answers = [process.generate(text)[0] for _ in range(2)]
+    assert [each["cached"] for each in answers] == [WHOLE * BLOCK] * 2
+    assert difference(*answers) == 0
+
+
+def test_an_engine_with_other_blocks_keeps_to_itself(
+    server: Server, process: Engine, model_path: Any
+) -> None:
+    """Twice the size, which does not divide the prompt: the hashes must not be mixed up."""
+    options = engine_options(model_path("llama"), {"endpoint": str(server.socket)})
+    process.restart(options)
+    text = prompt(1041, WHOLE * BLOCK)
+    store(process, server, text)
+    (right,) = process.generate(text)
+    process.restart(options | {"block_size": 2 * BLOCK})
+    before = server.stats().tenant_blocks
+    (cold,) = process.generate(text)
+    assert cold["cached"] == 0
+    deadline = time.monotonic() + 10
+    while server.stats().tenant_blocks < before + WHOLE // 2:
+        assert time.monotonic() < deadline, "the blocks were never stored"
+        time.sleep(0.02)
+    process.reset()
+    (warm,) = process.generate(text)
+    assert warm["cached"] == WHOLE // 2 * 2 * BLOCK
+    assert max(difference(cold, right), difference(warm, right)) < 2e-3
