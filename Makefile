@@ -13,7 +13,7 @@ PIP := -m pip --disable-pip-version-check --quiet
 PROTOS := $(wildcard proto/kvstore/wire/v1/*.proto)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-pd test soak lint proto wire-tools lock check-vllm-api bench-local bench-peers bench-vllm bench-serve clean
+.PHONY: help demo demo-pd test test-engines test-shared-engines test-units test-wholes soak lint proto wire-tools lock check-vllm-api bench-local bench-peers bench-vllm bench-serve clean
 
 help:
 	@echo "make demo         set up, then show a real vLLM served from DRAM and NVMe"
@@ -36,15 +36,26 @@ demo: $(READY)-run
 demo-pd: $(READY)-run $(ROUTER)/.ready
 	$(BIN)/kvstore demo --pd --router $(ROUTER) $(ARGS)
 
-test: $(READY)-dev wire-tools lint
+test: $(READY)-dev $(ROUTER)/.ready wire-tools lint
 ifdef ARGS
 	$(BIN)/python -m pytest $(ARGS)
 else
-	$(BIN)/python -m pytest -m e2e
+	$(MAKE) --no-print-directory -j 2 test-engines test-shared-engines
+	$(BIN)/python -m pytest -m e2e $(E2E_RANKS)
 	$(MAKE) --no-print-directory -j 2 test-units test-wholes
 endif
 
-# Side by side, and not beside engines, which want all cores.
+# Two lanes for two cores. Modules that share a pair of engines stay in one; tests of
+# engines that need two cores themselves run beside nothing.
+E2E_SHARED := $(patsubst %,tests/e2e/test_%.py,one_server hooks storms)
+E2E_RANKS := tests/e2e/test_variants.py
+
+test-engines:
+	$(BIN)/python -m pytest -m e2e $(patsubst %,--ignore %,$(E2E_SHARED) $(E2E_RANKS))
+
+test-shared-engines:
+	$(BIN)/python -m pytest -m e2e $(E2E_SHARED)
+
 test-units:
 	$(BIN)/python -m pytest -m "not e2e and not soak" tests/unit
 

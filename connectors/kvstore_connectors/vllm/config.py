@@ -10,6 +10,8 @@
                         waits when no more of its blocks come.
     load_failure        What becomes of a request whose load fails: "recompute", or
                         "fail", which ends it with an error.
+    untested_gpu        Whether to serve a KV cache on a GPU, which has not been tried
+                        on one yet.
 
 Whether blocks are stored, loaded or both follows `kv_role`.
 """
@@ -36,6 +38,7 @@ class ConnectorConfig:
     acquire_timeout_ms: int = 1000
     handover_timeout_ms: int = 2000
     load_failure: str = "recompute"
+    untested_gpu: bool = False
 
     @classmethod
     def parse(cls, extra: Mapping[str, Any]) -> ConnectorConfig:
@@ -52,6 +55,7 @@ class ConnectorConfig:
             acquire_timeout_ms=_milliseconds(extra, "acquire_timeout_ms", 1000),
             handover_timeout_ms=_milliseconds(extra, "handover_timeout_ms", 2000),
             load_failure=_choice(extra, "load_failure", _LOAD_FAILURES),
+            untested_gpu=_flag(extra, "untested_gpu"),
         )
         if config.endpoint is not None and config.server_args:
             raise ConfigError(
@@ -90,6 +94,15 @@ def _choice(extra: Mapping[str, Any], key: str, choices: tuple[str, ...]) -> str
             f" not {value!r}"
         )
     return str(value)
+
+
+def _flag(extra: Mapping[str, Any], key: str) -> bool:
+    value = extra.get(key, False)
+    if not isinstance(value, bool):
+        raise ConfigError(
+            f"kv_connector_extra_config: {key!r} must be true or false, not {value!r}"
+        )
+    return value
 
 
 def _milliseconds(extra: Mapping[str, Any], key: str, default: int) -> int:

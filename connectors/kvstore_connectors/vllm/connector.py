@@ -68,7 +68,7 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
         super().__init__(vllm_config, role, kv_cache_config)
         transfer = self._kv_transfer_config
         config = ConnectorConfig.parse(transfer.kv_connector_extra_config or {})
-        _check(vllm_config)
+        _check(vllm_config, config)
         # A load may fail whenever the server does; failing the request over it would
         # make a cache the weakest part. That is vLLM's default, and whether a user
         # wrote it cannot be seen, so who wants it says it in our own words. vLLM reads
@@ -291,7 +291,7 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
         return None if self._worker is None else self._worker.take_report()
 
 
-def _check(vllm_config: VllmConfig) -> None:
+def _check(vllm_config: VllmConfig, config: ConnectorConfig) -> None:
     algorithm = vllm_config.cache_config.prefix_caching_hash_algo
     if algorithm not in _SAFE_HASHES:
         raise ConfigError(
@@ -303,4 +303,10 @@ def _check(vllm_config: VllmConfig) -> None:
         raise ConfigError(
             f"KVStoreConnector cannot serve a KV cache on {device!r}, only one in host memory"
             " (vLLM's CPU build) or on an NVIDIA GPU."
+        )
+    if device == "cuda" and not config.untested_gpu:
+        raise ConfigError(
+            "KVStoreConnector has not been tried on a GPU yet. To be the first, run"
+            " 'kvstore bench gpu', which compares what arrives, and put"
+            ' "untested_gpu": true into kv_connector_extra_config.'
         )

@@ -33,6 +33,7 @@ def test_an_endpoint_is_a_socket_path(endpoint: str) -> None:
         ({"acquire_timeout_ms": 0}, "1 to"),
         ({"acquire_timeout_ms": True}, "whole number"),
         ({"load_failure": "retry"}, "'recompute' or 'fail'"),
+        ({"untested_gpu": "yes"}, "true or false"),
         ({"server_args": "--x"}, "list of strings"),
         ({"server_args": ["--x"], "endpoint": "/x"}, "starts none"),
     ],

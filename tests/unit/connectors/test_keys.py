@@ -14,6 +14,7 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.request import Request
 
 from kvstore.errors import ConfigError
+from kvstore_connectors.vllm.config import ConnectorConfig
 from kvstore_connectors.vllm.connector import _check
 from tests.unit.connectors.fakes import BLOCK_TOKENS
 from tests.unit.connectors.test_scheduler import World
@@ -78,6 +79,17 @@ def test_hashes_that_can_be_made_to_collide_are_refused(algorithm: str) -> None:
         device_config=SimpleNamespace(device_type="cpu"),
     )
     with pytest.raises(ConfigError, match="sha256"):
-        _check(config)
+        _check(config, ConnectorConfig())
     config.cache_config.prefix_caching_hash_algo = "sha256"
-    _check(config)
+    _check(config, ConnectorConfig())
+
+
+def test_a_gpu_is_served_only_where_somebody_said_so() -> None:
+    """Nobody has seen it work."""
+    config: Any = SimpleNamespace(
+        cache_config=SimpleNamespace(prefix_caching_hash_algo="sha256"),
+        device_config=SimpleNamespace(device_type="cuda"),
+    )
+    with pytest.raises(ConfigError, match="untested_gpu"):
+        _check(config, ConnectorConfig())
+    _check(config, ConnectorConfig(untested_gpu=True))
