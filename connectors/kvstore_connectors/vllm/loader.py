@@ -233,7 +233,7 @@ class Loader:
         layout_ids = [attached.layouts[arrivals.group * shards + self._shard].id]
         seen = attached.client.peek(layout_ids, arrivals.keys[done:])
         if seen is not None and seen.held:
-            chain = ChainQuery(layout_ids, arrivals.keys[done : done + seen.held])
+            chain = ChainQuery(layout_ids, arrivals.keys[done : done + seen.held], arrivals.reuse)
             came = self._load_chain(attached, load, chain, arrivals.block_ids[done:])
             if came is None:
                 return True

@@ -9,6 +9,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
+from kvstore.types import NO_REUSE, Reuse
+
 
 @dataclass(slots=True)
 class LoadPart:
@@ -30,6 +32,7 @@ class Arrivals:
     block_ids: list[int]
     keys: list[bytes]
     patience_s: float
+    reuse: Reuse = NO_REUSE
 
 
 @dataclass(slots=True)
@@ -61,6 +64,7 @@ class StoreJob:
     block_ids: list[int]
     keys: list[bytes]
     parents: list[bytes]
+    reuse: Reuse = NO_REUSE
 
 
 @dataclass

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from kvstore.types import NO_REUSE, Reuse
 from kvstore_connectors.vllm.metadata import StoreJob, WorkerReport
 
 if TYPE_CHECKING:
@@ -108,6 +109,7 @@ class StoreOrders:
         keys: list[bytes],
         parents: list[bytes],
         block_ids: list[int],
+        reuse: Reuse = NO_REUSE,
     ) -> StoreJob | None:
         """A job for those of the blocks, one at least, that are not known to be in the
         store. The lists become its own."""
@@ -122,7 +124,7 @@ class StoreOrders:
             block_ids = [block_ids[index] for index in new]
             keys = [keys[index] for index in new]
             parents = [parents[index] for index in new]
-        job = StoreJob(self._next_job, request_id, group, block_ids, keys, parents)
+        job = StoreJob(self._next_job, request_id, group, block_ids, keys, parents, reuse)
         self._next_job += 1
         # As if they were there: another request must not store them too.
         known.add(job.keys)

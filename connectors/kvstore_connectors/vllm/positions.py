@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from kvstore.types import ChainQuery
+from kvstore.types import NO_REUSE, ChainQuery, Reuse
 from kvstore_connectors.vllm.groups import Band, Bands
 
 Look = Callable[[Band, Sequence[bytes]], int | None]
@@ -21,12 +21,14 @@ Look = Callable[[Band, Sequence[bytes]], int | None]
 class Wanted:
     """What of a prompt might be loaded: positions above `floor`, up to `limit`, tokens.
 
-    `keys[block_tokens]`: keys of all blocks of that size up to `limit`.
+    `keys[block_tokens]`: keys of all blocks of that size up to `limit`. `reuse`: what the
+    request says of their next use.
     """
 
     keys: Mapping[int, list[bytes]]
     limit: int
     floor: int
+    reuse: Reuse = NO_REUSE
 
 
 @dataclass(slots=True)
@@ -87,5 +89,5 @@ def queries(
         keys = wanted.keys[band.block_tokens]
         for start in range(first, last, step):
             part = keys[start : min(start + step, last)]
-            made.append(Query(band, start, ChainQuery(layout_ids, part)))
+            made.append(Query(band, start, ChainQuery(layout_ids, part, wanted.reuse)))
     return made

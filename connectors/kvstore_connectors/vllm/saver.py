@@ -399,6 +399,7 @@ def _segments(part: _Part) -> list[Segment]:
                     job.keys[first:at],
                     [slot.id for slot in part.slots[begin:end]],
                     part.checksums[begin:end],
+                    job.reuse,
                 )
             )
             begin = end

@@ -24,6 +24,7 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 from kvstore_connectors.vllm.acquire import AcquireQueue, Held, Taken
 from kvstore_connectors.vllm.groups import Bands
 from kvstore_connectors.vllm.handover import Coming, answer_for_decode
+from kvstore_connectors.vllm.hints import reuse_of
 from kvstore_connectors.vllm.leasing import ANSWER_GRACE_S, Leasing
 from kvstore_connectors.vllm.link import StoreLink
 from kvstore_connectors.vllm.metadata import (
@@ -115,6 +116,7 @@ class SchedulerSide:
             done=not loadable,
             coming=coming,
             offering=self._stores,
+            reuse=reuse_of(request),
         )
 
     def _keyed_tokens(self, request: Request) -> int:
@@ -171,6 +173,7 @@ class SchedulerSide:
             block_ids=list(tables[self._bands.groups[0]][first:last]),
             keys=keys_of(request, self._bands.hash_tokens, size, first, last),
             patience_s=self._handover_s,
+            reuse=tracked.reuse,
         )
         self.stats.add(asked_blocks=last - first, found_blocks=last - first)
         epoch = b"" if attached is None else attached.epoch

@@ -140,6 +140,8 @@ class Storing:
         parents: list[bytes],
         block_ids: list[int],
     ) -> None:
-        job = self._orders.order(tracked.request.request_id, member, keys, parents, block_ids)
+        job = self._orders.order(
+            tracked.request.request_id, member, keys, parents, block_ids, tracked.reuse
+        )
         if job is not None:
             self._jobs.append(job)

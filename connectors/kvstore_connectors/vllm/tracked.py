@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from kvstore.types import NO_REUSE, Reuse
 from kvstore_connectors.vllm.acquire import Held, Ticket
 from kvstore_connectors.vllm.handover import Coming
 
@@ -19,7 +20,8 @@ class Tracked:
     what vLLM had itself when a load was offered. `junction`: where full attention goes
     on in the store, but windows or states do not. `coming`: what another vLLM is storing
     of it, as long as that is waited for. `offered`: for each band, up to which block it
-    has been stored; `offering`: whether there is more.
+    has been stored; `offering`: whether there is more. `reuse`: what it says of the next
+    use of its blocks.
     """
 
     request: Request
@@ -35,6 +37,7 @@ class Tracked:
     junction: int = 0
     coming: Coming | None = None
     offering: bool = True
+    reuse: Reuse = NO_REUSE
 
 
 def keys_of(

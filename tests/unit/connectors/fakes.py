@@ -85,6 +85,8 @@ class FakeRequest:
     num_computed_tokens: int = 0
     shared_prefix_boundary: int = 0
     kv_transfer_params: Any = None
+    priority: int = 0
+    session_id: str | None = None
 
     def __post_init__(self) -> None:
         self.num_prompt_tokens = len(self.tokens)

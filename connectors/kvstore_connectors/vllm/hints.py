@@ -1,0 +1,82 @@
+"""What a request says of the next use of its blocks.
+
+Two of vLLM's own fields tell it: `session_id`, and `priority`, of which 0 is the usual and
+less is more urgent. More can be said in `kv_transfer_params`:
+
+    kvstore_priority    0 to 100 instead of vLLM's; 50 is the usual
+    kvstore_category    requests of one kind tend to be followed up alike
+    kvstore_retention   a list of {"first_token", "stop_token", "priority", "ttl_ms"}, for
+                        parts of the prompt; any of them may be left out
+
+Those pass through proxies and may hold anything. What is not understood counts as not said:
+a hint must never cost a request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from hashlib import blake2b
+from typing import TYPE_CHECKING, TypeGuard
+
+from kvstore.types import NO_REUSE, Retention, Reuse
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
+_PREFIX = "kvstore_"
+_MOST = 100
+_MAX_NAME_BYTES = 64
+_MAX_RETENTIONS = 16
+_MAX_NUMBER = 1 << 53
+"""The most that JSON carries exactly, and far more than there are tokens."""
+
+
+def reuse_of(request: Request) -> Reuse:
+    """Within the server's bounds, whatever the request says."""
+    priority, category = min(_MOST, max(0, NO_REUSE.priority - request.priority)), ""
+    retention: tuple[Retention, ...] = ()
+    params = request.kv_transfer_params
+    if isinstance(params, Mapping):
+        told = params.get(_PREFIX + "priority")
+        if _is_number(told, _MOST):
+            priority = told
+        told = params.get(_PREFIX + "category")
+        if isinstance(told, str) and len(told.encode(errors="replace")) <= _MAX_NAME_BYTES:
+            category = told.encode(errors="replace").decode()
+        told = params.get(_PREFIX + "retention")
+        if isinstance(told, list):
+            read = (_retention(each, priority) for each in told[:_MAX_RETENTIONS])
+            retention = tuple(each for each in read if each is not None)
+    session = request.session_id
+    return Reuse(
+        priority,
+        retention,
+        _name(session) if isinstance(session, str) else b"",
+        category,
+        _name(request.request_id),
+    )
+
+
+def _retention(told: object, priority: int) -> Retention | None:
+    if not isinstance(told, Mapping):
+        return None
+    first, stop = told.get("first_token", 0), told.get("stop_token", _MAX_NUMBER)
+    worth, ttl_ms = told.get("priority", priority), told.get("ttl_ms")
+    if not (_is_number(first, _MAX_NUMBER) and _is_number(stop, _MAX_NUMBER) and first < stop):
+        return None
+    if not _is_number(worth, _MOST):
+        return None
+    if ttl_ms is not None and not (_is_number(ttl_ms, _MAX_NUMBER) and ttl_ms):
+        return None
+    return Retention(first, stop, worth, ttl_ms)
+
+
+def _is_number(told: object, most: int) -> TypeGuard[int]:
+    # bool is an int to isinstance.
+    return type(told) is int and 0 <= told <= most
+
+
+def _name(text: str) -> bytes:
+    """At most 64 bytes, and another one for every text."""
+    name = text.encode(errors="replace")
+    return name if len(name) <= _MAX_NAME_BYTES else blake2b(name).digest()
