@@ -41,20 +41,20 @@ ifdef ARGS
 	$(BIN)/python -m pytest $(ARGS)
 else
 	$(MAKE) --no-print-directory -j 2 test-engines test-shared-engines
-	$(BIN)/python -m pytest -m e2e $(E2E_RANKS)
+	$(BIN)/python -m pytest -m "e2e and not soak" $(E2E_RANKS)
 	$(MAKE) --no-print-directory -j 2 test-units test-wholes
 endif
 
 # Two lanes for two cores. Modules that share a pair of engines stay in one; tests of
 # engines that need two cores themselves run beside nothing.
-E2E_SHARED := $(patsubst %,tests/e2e/test_%.py,one_server hooks storms)
+E2E_SHARED := $(patsubst %,tests/e2e/test_%.py,one_server hooks storms serving_pd)
 E2E_RANKS := tests/e2e/test_variants.py
 
 test-engines:
-	$(BIN)/python -m pytest -m e2e $(patsubst %,--ignore %,$(E2E_SHARED) $(E2E_RANKS))
+	$(BIN)/python -m pytest -m "e2e and not soak" $(patsubst %,--ignore %,$(E2E_SHARED) $(E2E_RANKS))
 
 test-shared-engines:
-	$(BIN)/python -m pytest -m e2e $(E2E_SHARED)
+	$(BIN)/python -m pytest -m "e2e and not soak" $(E2E_SHARED)
 
 test-units:
 	$(BIN)/python -m pytest -m "not e2e and not soak" tests/unit

@@ -76,7 +76,11 @@ class Server:
         assert self.process is not None
         descriptors = Path(f"/proc/{self.process.pid}/fd")
         for link in descriptors.iterdir():
-            if "kvstore-extent" in os.readlink(link):
+            try:
+                target = os.readlink(link)
+            except FileNotFoundError:  # It closes what it needs no more, at any time.
+                continue
+            if "kvstore-extent" in target:
                 with link.open("r+b") as extent:
                     extent.write(os.urandom(os.fstat(extent.fileno()).st_size))
 

@@ -92,17 +92,26 @@ def let_go(server: Server) -> None:
 
 
 def preempt_and_abort(engines: Pair, server: Server, seed: int, count: int) -> None:
+    """Whether vLLM has to preempt is a matter of timing: until it had to."""
+    for attempt in range(5):
+        if storm_with_aborts(engines, server, seed + 10_000 * attempt, count):
+            return
+    raise AssertionError("nothing was preempted")
+
+
+def storm_with_aborts(engines: Pair, server: Server, seed: int, count: int) -> bool:
+    """Whether a request was preempted."""
     before = engines.stored.metrics()
     storm = Storm(engines, seed, count)
     storm.begin(aborts=0.05, resets=0.02)
     assert 0 < storm.end() < count
     assert storm.check_store() > count
     after = engines.stored.metrics()
-    assert after["num_preemptions"] > before["num_preemptions"]
     assert after["kvstore_loaded_blocks"] > before.get("kvstore_loaded_blocks", 0)
     assert after.get("kvstore_damaged_blocks", 0) == before.get("kvstore_damaged_blocks", 0)
     assert after.get("kvstore_thread_errors", 0) == 0
     let_go(server)
+    return bool(after["num_preemptions"] > before["num_preemptions"])
 
 
 def kill_and_restart(engines: Pair, server: Server, seed: int, count: int, lives: int) -> None:
