@@ -63,16 +63,19 @@ def test_without_an_endpoint_one_server_is_started_and_ends_when_idle(
 @pytest.mark.parametrize(
     "sizes",
     [
-        {"tensor_parallel_size": 2},
+        pytest.param({"tensor_parallel_size": 2}, id="halves of the heads"),
         # Without a warm-up, which eager mode leaves out, vLLM's CPU build has no buffers
         # between stages and fails in its first step.
-        {
-            "pipeline_parallel_size": 2,
-            "enforce_eager": False,
-            "compilation_config": {"mode": 2, "backend": "eager"},
-        },
+        pytest.param(
+            {
+                "pipeline_parallel_size": 2,
+                "enforce_eager": False,
+                "compilation_config": {"mode": 2, "backend": "eager"},
+            },
+            id="some of the layers",
+            marks=pytest.mark.soak,
+        ),
     ],
-    ids=["halves of the heads", "some of the layers"],
 )
 def test_two_ranks_load_their_own_parts(
     start_engine: StartEngine, server: Server, sizes: dict[str, Any]
