@@ -16,10 +16,10 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, Any
 
 from kvstore.errors import KVStoreError
+from kvstore_benchmarks.closing import Closing
 
 STOP_TIMEOUT_S = 20.0
 _LOG_TAIL_LINES = 12
@@ -29,7 +29,7 @@ class ChildFailed(KVStoreError):
     """The child ended, or did not answer in time."""
 
 
-class Pipe:
+class Pipe(Closing):
     """The parent's end. A context manager; leaving it ends the child and its children."""
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
@@ -48,17 +48,6 @@ class Pipe:
         self._arrived = threading.Semaphore(0)
         self._reader = threading.Thread(target=self._read, name="child-answers", daemon=True)
         self._reader.start()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     @property
     def pid(self) -> int:

@@ -9,11 +9,11 @@ import time
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from kvstore.errors import KVStoreError
 from kvstore_benchmarks.clients.polite import Tally
+from kvstore_benchmarks.closing import Closing
 from kvstore_benchmarks.pipe import Pipe
 
 START_TIMEOUT_S = 60.0
@@ -42,7 +42,7 @@ class Shift:
     """What the rude client said of itself."""
 
 
-class Crowd:
+class Crowd(Closing):
     """A context manager; leaving it ends every client."""
 
     def __init__(self, endpoint: str, server_pid: int, seed: int) -> None:
@@ -53,15 +53,7 @@ class Crowd:
         self._workers: list[Pipe] = []
         self._apart = False
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         self._stack.close()
 
     def grow(self, count: int) -> None:

@@ -6,9 +6,9 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
+from kvstore_benchmarks.closing import Closing
 from kvstore_benchmarks.end_to_end.model import BLOCK_TOKENS
 from kvstore_benchmarks.pipe import ChildFailed, Pipe
 
@@ -38,7 +38,7 @@ class Answer:
     logprobs: tuple[dict[str, float], ...]
 
 
-class EngineChild:
+class EngineChild(Closing):
     """vLLM in a process of its own. A context manager; leaving it ends the engine.
 
     The process starts at once; `wait_ready` returns when it can be asked, so that
@@ -52,15 +52,7 @@ class EngineChild:
         command += ["--context", str(context), *(("--store", store) if store else ())]
         self._pipe = Pipe(command, ENVIRONMENT)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         self._pipe.close({"do": "stop"})
 
     @property

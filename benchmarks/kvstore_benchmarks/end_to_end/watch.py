@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from types import TracebackType
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 from kvstore.client.sync import Client
 from kvstore.errors import KVStoreError
 from kvstore.types import StoreStats
+from kvstore_benchmarks.closing import Closing
 
 SETTLE_TIMEOUT_S = 60.0
 _POLL_S = 0.01
@@ -37,22 +37,14 @@ class Hits(NamedTuple):
         return "none"
 
 
-class Watch:
+class Watch(Closing):
     """A client that only reads the server's counters. A context manager."""
 
     def __init__(self, endpoint: str) -> None:
         self._client = Client(endpoint, timeout_s=SETTLE_TIMEOUT_S)
         self._seen = self._client.stats()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         self._client.close()
 
     def mark(self) -> None:

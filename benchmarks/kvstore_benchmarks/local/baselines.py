@@ -11,11 +11,10 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 
+from kvstore_benchmarks.closing import Closing
 from kvstore_benchmarks.figures import timed
 
 DIRECT_THREADS = 4
@@ -43,7 +42,7 @@ def aligned_blocks(count: int, nbytes: int) -> Blocks:
     return [memory[at : at + nbytes] for at in range(0, count * nbytes, nbytes)]
 
 
-class DirectFile:
+class DirectFile(Closing):
     """Blocks written to and read from one file past the page cache.
 
     Raises `OSError` where the file system knows no O_DIRECT. A context manager.
@@ -55,15 +54,7 @@ class DirectFile:
         self._descriptor = os.open(self._path, flags, 0o600)
         self._pool = ThreadPoolExecutor(DIRECT_THREADS)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         self._pool.shutdown()
         os.close(self._descriptor)
         self._path.unlink()

@@ -6,9 +6,8 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
+from kvstore_benchmarks.closing import Closing
 from kvstore_benchmarks.figures import gbps
 from kvstore_benchmarks.local.samples import (
     CHAIN_LENGTHS,
@@ -28,7 +27,7 @@ LONG_BURST = 4
 """Of chains that take a peer tens of milliseconds."""
 
 
-class Peers:
+class Peers(Closing):
     """The running ones. A context manager; leaving it ends them.
 
     `samples` has an entry for every peer that was asked for.
@@ -40,15 +39,7 @@ class Peers:
         self._running: dict[str, Peer] = {}
         self._stack = ExitStack()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         self._stack.close()
 
     @property

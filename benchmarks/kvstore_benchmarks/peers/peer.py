@@ -10,11 +10,11 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import kvstore_benchmarks
 from kvstore.errors import KVStoreError
+from kvstore_benchmarks.closing import Closing
 from kvstore_benchmarks.pipe import ChildFailed, Pipe
 
 FOLDER = Path(".venv-peers")
@@ -74,7 +74,7 @@ class Asked(NamedTuple):
     wrong: int
 
 
-class Peer:
+class Peer(Closing):
     """A running peer. A context manager. Every method raises `Absent`."""
 
     def __init__(self, kind: Kind, command: list[str], environment: Mapping[str, str]) -> None:
@@ -88,15 +88,7 @@ class Peer:
         self.version: str = hello["version"]
         self.way: str = hello["way"]
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         self._pipe.close({"do": "stop"})
 
     def prepare(self, nbytes: int, blocks: int) -> None:

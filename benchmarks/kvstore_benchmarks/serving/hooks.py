@@ -11,9 +11,9 @@ import mmap
 import os
 import tempfile
 from collections.abc import Sequence
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol
 
+from kvstore_benchmarks.closing import Closing
 from kvstore_benchmarks.figures import finite, median
 from kvstore_benchmarks.serving.workloads import CLIENTS
 
@@ -60,7 +60,7 @@ class Load(Protocol):
     def run(self, port: int, arguments: Sequence[str]) -> Met: ...
 
 
-class HookTimes:
+class HookTimes(Closing):
     """A file that a vLLM writes its times to. A context manager; leaving it removes it."""
 
     def __init__(self) -> None:
@@ -70,15 +70,7 @@ class HookTimes:
         self._times = map_times(self.path)
         self._seen = [0] * (2 * len(HOOKS))
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         os.unlink(self.path)
 
     def take(self) -> dict[str, tuple[int, int]]:

@@ -19,9 +19,9 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
+from kvstore_benchmarks.closing import Closing
 from kvstore_benchmarks.end_to_end.model import BLOCK_TOKENS
 from kvstore_benchmarks.pipe import ChildFailed, log_tail, open_log
 from kvstore_benchmarks.serving.hooks import FILE, HookTimes
@@ -59,7 +59,7 @@ class Shape:
     arguments: tuple[str, ...] = ()
 
 
-class Child:
+class Child(Closing):
     """A process that serves HTTP. A context manager; leaving it ends the process and
     what it started. Starts at once; `wait_ready` returns when it answers."""
 
@@ -77,17 +77,6 @@ class Child:
             env=os.environ | environment,
             start_new_session=True,
         )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     @property
     def url(self) -> str:

@@ -6,9 +6,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
+from kvstore_benchmarks.closing import Closing
 from kvstore_benchmarks.figures import percentile, ratio
 from kvstore_benchmarks.pipe import Pipe
 from kvstore_benchmarks.serving.instance import HOST
@@ -51,7 +51,7 @@ class Met:
         return ratio(sum(self.first_token_s), len(self.first_token_s))
 
 
-class Harness:
+class Harness(Closing):
     """`vllm bench serve`, ready to run. A context manager; it starts at once."""
 
     def __init__(self, model: Path) -> None:
@@ -60,15 +60,7 @@ class Harness:
         self._model = model
         self._ready = False
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         self._pipe.close()
 
     def wait_ready(self) -> Self:
