@@ -189,6 +189,8 @@ def engine_options(
         "disable_log_stats": False,
     }
     if store is not None:
+        # What is loaded must not depend on how fast the machine is just now.
+        store = {"recompute": "never", "acquire_timeout_ms": 5000} | store
         options["kv_transfer_config"] = {
             "kv_connector": "KVStoreConnector",
             "kv_role": "kv_both",

@@ -111,11 +111,13 @@ class AcquireQueue:
     """Bounded by its caller: a ticket a request, and a lease a ticket."""
 
     def __init__(
-        self, link: StoreLink, bands: Bands, wait_ms: int, threads: int = _THREADS
+        self, link: StoreLink, bands: Bands, wait_ms: int, weighs: bool, threads: int = _THREADS
     ) -> None:
+        """`weighs`: what the engine computes sooner than it would come is not asked for."""
         self._link = link
         self._bands = bands
         self._wait_ms = wait_ms
+        self._weighs = weighs
         self.prefill = PrefillMeter()
         """To be told of the engine's steps: what computing beats is not waited for."""
         lock = threading.Lock()
@@ -318,8 +320,8 @@ class AcquireQueue:
     def _hints(self) -> Hints:
         """The store weighs loading a chain against computing it, one by one. Where a
         prompt needs several, none of them is worth what it is weighed against."""
-        one = len(self._bands.bands) == 1
-        return Hints(tokens_per_s=self.prefill.tokens_per_s if one else None)
+        weighed = self._weighs and len(self._bands.bands) == 1
+        return Hints(tokens_per_s=self.prefill.tokens_per_s if weighed else None)
 
     def _take_up(self, attached: Attached, ask: _Ask) -> _Ask | None:
         """Answer the ticket, unless another position is to be tried: then what to ask."""

@@ -6,6 +6,9 @@
                         strings. Of no effect on one that is running already.
     acquire_timeout_ms  How long a request may wait for its blocks to come up from
                         slower tiers before it is computed instead.
+    recompute           "when_sooner": blocks of slower tiers that the engine computes
+                        sooner than they would come up are computed; "never": they are
+                        loaded, which leaves the engine to others.
     handover_timeout_ms How long a request that another vLLM computes the prompt of
                         waits when no more of its blocks come.
     load_failure        What becomes of a request whose load fails: "recompute", or
@@ -26,6 +29,7 @@ from typing import Any
 from kvstore.errors import ConfigError
 
 _MAX_TIMEOUT_MS = 60_000
+_RECOMPUTE = ("when_sooner", "never")
 _LOAD_FAILURES = ("recompute", "fail")
 
 
@@ -36,6 +40,7 @@ class ConnectorConfig:
     endpoint: str | None = None
     server_args: tuple[str, ...] = ()
     acquire_timeout_ms: int = 1000
+    recompute: str = "when_sooner"
     handover_timeout_ms: int = 2000
     load_failure: str = "recompute"
     untested_gpu: bool = False
@@ -53,6 +58,7 @@ class ConnectorConfig:
             endpoint=_socket_path(extra.get("endpoint")),
             server_args=_arguments(extra.get("server_args", ())),
             acquire_timeout_ms=_milliseconds(extra, "acquire_timeout_ms", 1000),
+            recompute=_choice(extra, "recompute", _RECOMPUTE),
             handover_timeout_ms=_milliseconds(extra, "handover_timeout_ms", 2000),
             load_failure=_choice(extra, "load_failure", _LOAD_FAILURES),
             untested_gpu=_flag(extra, "untested_gpu"),

@@ -92,7 +92,8 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
         cache = self._kv_cache_config
         bands = bands_of(cache)
         link = StoreLink(connector_of(config), self._specs_for(""), "scheduler")
-        queue = AcquireQueue(link, bands, config.acquire_timeout_ms)
+        weighs = config.recompute == "when_sooner"
+        queue = AcquireQueue(link, bands, config.acquire_timeout_ms, weighs)
         events = self._vllm_config.kv_events_config
         loads = self._kv_transfer_config.is_kv_consumer
         if loads and events is not None and events.enable_kv_cache_events:

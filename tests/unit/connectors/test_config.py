@@ -32,6 +32,7 @@ def test_an_endpoint_is_a_socket_path(endpoint: str) -> None:
         ({"endpoint": 7}, "string"),
         ({"acquire_timeout_ms": 0}, "1 to"),
         ({"acquire_timeout_ms": True}, "whole number"),
+        ({"recompute": True}, "'when_sooner' or 'never'"),
         ({"load_failure": "retry"}, "'recompute' or 'fail'"),
         ({"untested_gpu": "yes"}, "true or false"),
         ({"server_args": "--x"}, "list of strings"),

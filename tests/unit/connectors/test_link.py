@@ -50,7 +50,7 @@ def link(store: FakeStore) -> Iterator[StoreLink]:
 
 @pytest.fixture
 def queue(link: StoreLink) -> Iterator[AcquireQueue]:
-    queue = AcquireQueue(link, FULL, 10)
+    queue = AcquireQueue(link, FULL, 10, True)
     link.start()
     assert link.wait_attached(5)
     queue.start()

@@ -32,7 +32,7 @@ def wanted(blocks: int = len(KEYS), floor: int = 0) -> Wanted:
 
 
 class World:
-    def __init__(self, bands: Bands, world: int = 1) -> None:
+    def __init__(self, bands: Bands, world: int = 1, weighs: bool = True) -> None:
         self.bands = bands
         self.store = FakeStore()
         self.store.blocks = {key: key * 2 for key in KEYS}
@@ -42,7 +42,7 @@ class World:
         self.link = StoreLink(self.store.connect, self.specs, "test")
         self.link.start()
         assert self.link.wait_attached(5)
-        self.queue = AcquireQueue(self.link, bands, 10)
+        self.queue = AcquireQueue(self.link, bands, 10, weighs)
         self.queue.start()
 
     def lacks(self, group: int, *blocks: int, rank: int = 0) -> None:
@@ -207,3 +207,14 @@ def test_chains_that_are_needed_together_are_not_weighed_one_by_one(world: World
     world.ask(wanted())
     assert world.store.hints
     assert all(hints.tokens_per_s is None for hints in world.store.hints)
+
+
+@pytest.mark.parametrize(("weighs", "told"), [(True, 1e6), (False, None)])
+def test_an_engine_that_is_to_be_spared_loads_what_it_would_compute_sooner(
+    weighs: bool, told: float | None
+) -> None:
+    world = World(FULL, weighs=weighs)
+    world.queue.prefill.tokens_per_s = 1e6
+    world.ask(wanted())
+    assert {hints.tokens_per_s for hints in world.store.hints} == {told}
+    world.close()
