@@ -38,8 +38,10 @@ from kvstore.config_keys import (
     Tenants,
     meta_of,
 )
-from kvstore.errors import ConfigError
+from kvstore.errors import BadRequest, ConfigError
 from kvstore.machine import Machine
+from kvstore.nearest import nearest
+from kvstore.parts import find_device
 from kvstore.units import format_size, parse_size
 
 MIB = 1 << 20
@@ -219,12 +221,6 @@ def _read_file(file: Path) -> dict[str, Any]:
     return values
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint for a message about an unknown name; empty when nothing is near."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {near[0]}?" if near else ""
-
-
 def _convert(key: Key, raw: Any, source: str, strict: bool) -> Any:
     if isinstance(raw, str) and key.name in ("tenants.uids", "tenants.shares"):
         raw = _split_pairs(key, raw, source)
@@ -264,6 +260,11 @@ def _check(config: Config) -> None:
                 parse_loopback(text)
             except ValueError as error:
                 raise config.refuse(name, str(error)) from error
+    if config.server.device:
+        try:
+            find_device(config.server.device)
+        except BadRequest as error:
+            raise config.refuse("server.device", str(error)) from error
     for name, size in (
         ("dram.capacity", config.dram.capacity),
         ("dram.extent", config.dram.extent),
@@ -323,6 +324,8 @@ def store_config(config: Config, machine: Machine | None = None) -> StoreConfig:
     nvme = _capacity(
         config.nvme.capacity, lambda: machine.free_disk_bytes(Path(config.nvme.path)) // 4
     )
+    if config.server.device and not nvme:
+        raise config.refuse("server.device", "without an NVMe tier there is nothing to model")
     if config.dram.extent == "auto":
         extent = _auto_extent(dram, at_most=64 * MIB)
     else:

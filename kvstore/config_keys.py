@@ -103,6 +103,13 @@ class Server(Section, frozen=True):
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], Meta(description="Least level logged.")
     ] = "info"
+    device: Annotated[
+        str,
+        Meta(
+            description="Hardware to be no faster than, as `modelled:h100+gen4-nvme`: see "
+            "[operations.md](operations.md#modelled-devices). Empty: as fast as what is there."
+        ),
+    ] = ""
 
 
 class Dram(Section, frozen=True):

@@ -107,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _engine(args: argparse.Namespace) -> Engine:
     from kvstore.plan.machine import Engine
-    from kvstore.plan.parts import find, find_model, load_parts
+    from kvstore.parts import find, find_model, load_parts
 
     parts = load_parts(args.parts)
     return Engine(

@@ -55,6 +55,7 @@ def _status(
         "pid": state.get("pid"),
         "admin": state.get("admin"),
         "listen": state.get("listen"),
+        "device": state.get("device"),
         "uptime_seconds": stats.uptime_seconds,
         "sessions": stats.sessions,
         "leases": stats.leases,
@@ -103,6 +104,8 @@ def _show(status: dict[str, Any]) -> None:
     facts.add_row("process", str(status["pid"] or "?"))
     facts.add_row("up", str(uptime))
     facts.add_row("admin", status["admin"] or "none")
+    if status["device"]:
+        facts.add_row("device", status["device"])
     facts.add_row(
         "in use",
         f"{status['sessions']} sessions, {status['leases']} leases, "

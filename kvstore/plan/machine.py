@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvstore.core.cost import Prefill
-from kvstore.plan.parts import Gpu, Model, Ssd
+from kvstore.parts import Gpu, Model, Ssd
 
 
 @dataclass(frozen=True, slots=True)

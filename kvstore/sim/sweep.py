@@ -10,10 +10,10 @@ from multiprocessing.sharedctypes import Synchronized
 from time import perf_counter
 from typing import Any
 
-from kvstore.config import nearest
 from kvstore.core.cost import REFERENCE, Prefill
 from kvstore.core.policies import POLICIES
 from kvstore.errors import BadRequest
+from kvstore.nearest import nearest
 from kvstore.sim.bounds import Clairvoyant
 from kvstore.sim.replay import Progress, Replay, Result
 from kvstore.sim.trace import Trace

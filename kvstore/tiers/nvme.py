@@ -126,13 +126,14 @@ class NvmeTier:
         *,
         direct: bool = True,
         disk: Disk | None = None,
+        behind: Callable[[Disk], Disk] | None = None,
         open_index: Callable[[Path, int], Index] = Index.open,
     ) -> NvmeTier:
         """Open or make the tier in directory `path`.
 
         `max_blocks`: the most that the index must have room for. `direct=False` goes
         through the page cache even where O_DIRECT works. `disk` holds the segments
-        instead of the directory.
+        instead of the directory; `behind` puts it behind another.
         Raises `DataInUse`, `DataVersion`, `DataUnusable`.
         """
         path = Path(path).absolute()
@@ -152,6 +153,8 @@ class NvmeTier:
                         direct = False
                         _log.warning("no O_DIRECT in %s: reads and writes are cached", path)
                     disk = Directory(home.segments, direct=direct)
+                if behind is not None:
+                    disk = behind(disk)
                 tier = cls(
                     home,
                     disk,

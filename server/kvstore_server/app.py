@@ -21,6 +21,7 @@ import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
+from functools import partial
 from hashlib import blake2b
 from importlib import metadata
 from pathlib import Path
@@ -31,9 +32,12 @@ from kvstore.clock import Clock, MonotonicClock
 from kvstore.config import Config, StoreConfig, parse_loopback, store_config
 from kvstore.errors import AddressInUse
 from kvstore.metrics import Metrics
+from kvstore.parts import MODELLED, find_device
 from kvstore.store import MAX_RUNNING, Store
 from kvstore.tiers.dram import DramTier
+from kvstore.tiers.modelled import Modelled, ModelledDisk
 from kvstore.tiers.nvme import NvmeTier
+from kvstore.tiers.nvme_disk import Disk
 from kvstore_server import limits
 from kvstore_server.admin import AdminServer, Health
 from kvstore_server.attach import AttachServer
@@ -108,6 +112,7 @@ class App:
                     "admin_port": self.admin_port,
                     "dram_bytes": sizes.dram_capacity_bytes,
                     "nvme_bytes": sizes.nvme_capacity_bytes,
+                    "device": config.server.device or None,
                 }
             },
         )
@@ -138,6 +143,7 @@ class App:
                 sizes.nvme_capacity_bytes,
                 sizes.nvme_extent_bytes,
                 sizes.max_blocks,
+                behind=self._modelled(),
             )
             self.metrics.watch_wear(nvme.wear, self._clock)
         try:
@@ -150,12 +156,24 @@ class App:
                 tenant_key=lambda tenant: blake2b(tenant.encode(), key=secret).digest(),
                 executor=ThreadPoolExecutor(MAX_RUNNING + _OTHER_THREADS, "kvstore-io"),
                 observer=self.metrics,
-                costs=None if nvme is None else Path(self.config.nvme.path) / "costs.json",
+                costs=None if nvme is None else self._costs(),
             )
         except BaseException:
             if nvme is not None:
                 nvme.close()
             raise
+
+    def _modelled(self) -> Callable[[Disk], Disk] | None:
+        if not self.config.server.device:
+            return None
+        device = find_device(self.config.server.device)
+        _log.warning("NVMe is modelled: it is no faster than %s", device)
+        return partial(ModelledDisk, model=Modelled(device, self._clock))
+
+    def _costs(self) -> Path:
+        """What is learned of a modelled device is not of the one that is there."""
+        name = self.config.server.device.removeprefix(MODELLED)
+        return Path(self.config.nvme.path) / (f"costs-{name}.json" if name else "costs.json")
 
     async def _listen(self) -> None:
         server = self.config.server
@@ -205,6 +223,7 @@ class App:
             "listen": _with_port(server.listen, self.tcp_port),
             "epoch": self.store.epoch.hex(),
             "started": time.time(),
+            "device": server.device or None,
         }
         path = self.config.state_path
         partial = path.with_name(path.name + ".tmp")

@@ -35,6 +35,8 @@ BASE = (
     "kvstore.config_keys",
     "kvstore.clock",
     "kvstore.machine",
+    "kvstore.nearest",
+    "kvstore.parts",
 )
 
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
@@ -43,12 +45,16 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "kvstore.naming": ("kvstore.types",),
     "kvstore.clock": (),
     "kvstore.units": ("kvstore.errors",),
+    "kvstore.nearest": (),
+    "kvstore.parts": ("kvstore.errors", "kvstore.nearest"),
     "kvstore.machine": ("kvstore.errors",),
     "kvstore.config_keys": ("kvstore.errors", "kvstore.types", "kvstore.units"),
     "kvstore.config": (
         "kvstore.config_keys",
         "kvstore.errors",
         "kvstore.machine",
+        "kvstore.nearest",
+        "kvstore.parts",
         "kvstore.types",
         "kvstore.units",
     ),

@@ -73,6 +73,7 @@ def test_every_key_can_be_given_in_every_layer(tmp_path: Path, key: Key) -> None
         "server.socket": "/run/x.sock", "server.socket_mode": "0660",
         "server.listen": "127.0.0.1:1", "server.admin": "[::1]:2",
         "server.max_blocks": "2000000", "server.log_level": "debug",
+        "server.device": "modelled:gen4-nvme",
         "dram.capacity": "1GiB", "dram.extent": "2MiB",
         "nvme.path": "/data", "nvme.capacity": "7GiB", "policy.eviction": "lru",
         "tenants.default": "a", "tenants.uids": "7=bob", "tenants.tcp": "c",
@@ -132,6 +133,7 @@ def test_variables_that_an_orchestrator_makes_up_are_not_typos() -> None:
         ("server.listen", "127.0.0.1:99999"),
         ("server.admin", "example.org:80"),
         ("server.log_level", "loud"),
+        ("server.device", "modelled:h100+gen3-nvme"),
         ("dram.capacity", "8 gigs"),
         ("dram.capacity", "-1"),
         ("dram.extent", "big"),
@@ -205,6 +207,7 @@ def test_any_capacity_gets_extents_that_fit_it_and_blocks_that_fit_them(capacity
         ({"dram.extent": "3MiB"}, "dram.extent"),
         ({"dram.extent": "4KiB"}, "dram.extent"),
         ({"nvme.capacity": "1MiB"}, "nvme.capacity"),
+        ({"nvme.capacity": "0", "server.device": "modelled:gen4-nvme"}, "server.device"),
     ],
 )
 def test_sizes_that_cannot_work_are_refused(flags: dict[str, str], named: str) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from kvstore.core.transfers import Batch
+from kvstore.tiers.modelled import Drive, Request
 from kvstore.tiers.nvme_disk import Directory, DiskFile
 from kvstore.types import Tier
 
@@ -37,39 +38,28 @@ class Modelled:
         self._ns_a_byte = 1e9 / bytes_per_s
         self._latency_ns = latency_s * 1e9
         self._write_cost = write_cost
-        self._now_ns = 0.0
-        # Nanoseconds left: of latency, and then of the whole drive's time.
-        self._running: list[tuple[Batch, list[float]]] = []
+        self._drive = Drive(depth=1024)
+        self._running: list[tuple[Batch, Request]] = []
 
     def now_ns(self) -> int:
-        return int(self._now_ns)
+        return int(self._drive.now_ns)
 
     def begin(self, batch: Batch) -> None:
         nbytes = sum(transfer.nbytes for transfer in batch.transfers)
         cost = self._write_cost if batch.transfers[0].into is Tier.NVME else 1.0
-        left = [self._latency_ns * len(batch.transfers), nbytes * self._ns_a_byte * cost]
-        self._running.append((batch, left))
+        latency_ns = self._latency_ns * len(batch.transfers)
+        request = self._drive.begin(latency_ns, nbytes * self._ns_a_byte * cost)
+        self._running.append((batch, request))
 
     def wait(self, until_ns: int) -> list[Ended]:
-        while True:
-            moving = sum(not left[0] for _, left in self._running) or 1
-            step = min(
-                (left[0] or left[1] * moving for _, left in self._running), default=float("inf")
-            )
-            if self._now_ns + step > until_ns:
-                self._pass(until_ns - self._now_ns, moving)
-                return []
-            self._pass(step, moving)
-            ended = [batch for batch, left in self._running if not any(left)]
+        while (next_ns := self._drive.next_ns()) <= until_ns:
+            self._drive.advance(next_ns)
+            ended = [batch for batch, request in self._running if request.over]
             if ended:
-                self._running = [each for each in self._running if any(each[1])]
+                self._running = [each for each in self._running if not each[1].over]
                 return [Ended(batch, self.now_ns()) for batch in ended]
-
-    def _pass(self, ns: float, moving: int) -> None:
-        self._now_ns += ns
-        for _, left in self._running:
-            kind, share = (0, ns) if left[0] else (1, ns / moving)
-            left[kind] = left[kind] - share if left[kind] - share > 1e-3 else 0.0
+        self._drive.advance(until_ns)
+        return []
 
 
 class Real:

@@ -225,20 +225,23 @@ def test_the_commands_for_people_work_on_a_running_server(tmp_path: Path) -> Non
         command = [sys.executable, "-m", "kvstore.cli", *args]
         return subprocess.run(command, capture_output=True, text=True, timeout=30)
 
-    with daemon(tmp_path) as server:
+    device = "modelled:h100+gen4-nvme"
+    with daemon(tmp_path, "--device", device) as server:
         server.wait_ready()
         endpoint = ("--endpoint", str(server.socket_path))
         shown = json.loads(kvstore("status", "--json", *endpoint).stdout)
         assert shown["pid"] == server.process.pid
         assert shown["admin"] == server.state["admin"]
         assert [tier["tier"] for tier in shown["tiers"]] == ["dram", "nvme"]
-        assert "nvme" in kvstore("status", *endpoint).stdout
+        assert shown["device"] == device
+        assert device in kvstore("status", *endpoint).stdout
         assert kvstore("flush", *endpoint).stdout == "0 blocks written\n"
         assert kvstore("flush", "--drop", *endpoint).stdout == "0 blocks written\n"
         assert kvstore("clear", *endpoint).returncode == os.EX_USAGE
         assert kvstore("clear", "--yes", *endpoint).stdout == "0 blocks forgotten\n"
         server.process.send_signal(signal.SIGTERM)
-        server.end()
+        _, logged = server.end()
+        assert "it is no faster than NVIDIA H100" in logged
         gone = kvstore("status", *endpoint)
         assert gone.returncode == os.EX_UNAVAILABLE
         assert gone.stderr == f"kvstore: no server answers at {server.socket_path}\n"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from kvstore.errors import BadRequest
+from kvstore.parts import Model, find, find_device, find_model, load_parts
 from kvstore.plan.machine import Engine
-from kvstore.plan.parts import Model, find, find_model, load_parts
 
 PARTS = load_parts()
 
@@ -98,6 +99,30 @@ def test_a_config_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
 def test_unknown_parts_name_the_nearest() -> None:
     with pytest.raises(BadRequest, match="did you mean h100"):
         find("GPU", "h101", PARTS.gpu)
+
+
+def test_every_ssd_can_be_modelled_with_every_gpu() -> None:
+    for gpu in ("", *(f"{name}+" for name in PARTS.gpu)):
+        for name, ssd in PARTS.ssd.items():
+            assert find_device(f"modelled:{gpu}{name}-nvme").ssd is ssd
+    device = find_device("modelled:h100+gen4-nvme")
+    assert str(device) == "NVIDIA H100 80GB SXM and Micron 7450 PRO 3.84TB"
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        ("h100+gen4-nvme", "does not begin with 'modelled:'"),
+        ("modelled:", "no SSD ''"),
+        ("modelled:h100", "no SSD 'h100'"),
+        ("modelled:h100+gen4", "did you mean gen4-nvme"),
+        ("modelled:h101+gen4-nvme", "did you mean h100"),
+        ("modelled:h100+a100+gen4-nvme", "more than one GPU"),
+    ],
+)
+def test_an_unknown_device_names_the_nearest(text: str, hint: str) -> None:
+    with pytest.raises(BadRequest, match=re.escape(hint)):
+        find_device(text)
 
 
 def test_more_parts_come_from_a_file_and_wrong_ones_name_it(tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ import pytest
 from kvstore.cli.main import main
 from kvstore.core.cost import REFERENCE
 from kvstore.errors import BadRequest
+from kvstore.parts import load_parts
 from kvstore.plan.demand import Demand, Held, from_numbers, from_trace
 from kvstore.plan.machine import Engine
-from kvstore.plan.parts import load_parts
 from kvstore.plan.report import Wishes, as_json, make
 from kvstore.plan.sizes import Point, Prices, Sizing, knee
 from kvstore.sim.trace import Request, Trace

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from kvstore.clock import MonotonicClock
 from kvstore.errors import CorruptBlock, TierFull
+from kvstore.parts import find_device
 from kvstore.tiers.base import BlockHeader, StorageTier
 from kvstore.tiers.memory import HeapStorage
+from kvstore.tiers.modelled import Modelled, ModelledDisk
 from kvstore.tiers.null import NullStorage
 from kvstore.tiers.nvme import NvmeTier, usable_bytes_of
 from kvstore.types import ALIGNMENT
@@ -32,6 +36,15 @@ Maker = Callable[[Path], StorageTier]
 MAKERS: dict[str, Maker] = {
     "heap": lambda path: HeapStorage(4 * EXTENT_BYTES, EXTENT_BYTES),
     "nvme": lambda path: NvmeTier.open(path, CAPACITY_BYTES, EXTENT_BYTES, MAX_BLOCKS),
+    "nvme modelled": lambda path: NvmeTier.open(
+        path,
+        CAPACITY_BYTES,
+        EXTENT_BYTES,
+        MAX_BLOCKS,
+        behind=partial(
+            ModelledDisk, model=Modelled(find_device("modelled:gen4-nvme"), MonotonicClock())
+        ),
+    ),
     "nvme buffered": lambda path: NvmeTier.open(
         path, CAPACITY_BYTES, EXTENT_BYTES, MAX_BLOCKS, direct=False
     ),

@@ -1,7 +1,8 @@
 """What a machine is made of, and the models that run on it.
 
 `parts.toml` has the names; a file of the same form adds others, and a model may be read
-from the `config.json` that it comes with.
+from the `config.json` that it comes with. `kvstore plan` reckons with the parts, and a
+server can be told to be no faster than some of them (`tiers.modelled`).
 """
 
 from __future__ import annotations
@@ -10,13 +11,13 @@ import json
 import tomllib
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 from msgspec import Meta
 
-from kvstore.config import nearest
 from kvstore.errors import BadRequest
+from kvstore.nearest import nearest
 
 Positive = Annotated[float, Meta(gt=0, le=1e9)]
 Count = Annotated[int, Meta(ge=1, le=1_000_000)]
@@ -34,7 +35,8 @@ class Gpu(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Ssd(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`drive_writes_a_day`: what the maker warrants, for `warranty_years`."""
+    """`drive_writes_a_day`: what the maker warrants, for `warranty_years`. `read_us`,
+    `write_us`: the latency of a request that is alone; `depth`: requests at a time."""
 
     name: str
     capacity_gb: Positive
@@ -42,6 +44,9 @@ class Ssd(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     write_gbps: Positive
     drive_writes_a_day: Positive
     warranty_years: Positive = 5.0
+    read_us: Positive = 80.0
+    write_us: Positive = 15.0
+    depth: Count = 80
     source: str = ""
 
     @property
@@ -107,6 +112,35 @@ def find_model(name: str, parts: Parts, parameters_billions: float | None = None
         return _from_config(path, parameters_billions)
     model: Model = find("model", name, parts.model)
     return model
+
+
+MODELLED = "modelled:"
+SSD_SUFFIX = "-nvme"
+"""Of an SSD's name in a device's, where it stands beside a GPU's."""
+
+
+class Device(NamedTuple):
+    """Hardware that a server is to be no faster than."""
+
+    ssd: Ssd
+    gpu: Gpu | None
+
+    def __str__(self) -> str:
+        return " and ".join(part.name for part in (self.gpu, self.ssd) if part is not None)
+
+
+def find_device(text: str) -> Device:
+    """`modelled:SSD-nvme` or `modelled:GPU+SSD-nvme`. Raises `BadRequest` with the nearest
+    right name."""
+    if not text.startswith(MODELLED):
+        raise BadRequest(f"{text!r} does not begin with {MODELLED!r}")
+    parts = _own_parts()
+    ssds = {name + SSD_SUFFIX: ssd for name, ssd in parts.ssd.items()}
+    *before, last = text.removeprefix(MODELLED).split("+")
+    ssd: Ssd = find("SSD", last, ssds)
+    if len(before) > 1:
+        raise BadRequest(f"{text!r} names more than one GPU and one SSD")
+    return Device(ssd, find("GPU", before[0], parts.gpu) if before else None)
 
 
 @cache
