@@ -32,6 +32,8 @@ LEANED_ON = {
     "distributed/kv_transfer/kv_connector/factory.py": ("KVConnectorFactory",),
     "distributed/kv_events.py": ("BlockStored", "BlockRemoved"),
     "config/kv_transfer.py": ("KVTransferConfig",),
+    "lora/request.py": ("LoRARequest",),
+    "lora/worker_manager.py": ("WorkerLoRAManager",),
     "v1/core/block_pool.py": ("BlockPool",),
     "v1/core/sched/output.py": ("SchedulerOutput", "KVConnectorBlockState"),
     "v1/kv_cache_interface.py": (

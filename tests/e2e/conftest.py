@@ -143,6 +143,10 @@ class Engine:
         answers: list[Answer] = self.result()
         return answers
 
+    def load_adapter(self, adapter: dict[str, Any]) -> None:
+        self.tell(op="load_adapter", adapter=adapter)
+        assert self.result() is True
+
     def sleep_and_wake(self, level: int) -> None:
         self.tell(op="sleep", level=level)
         assert self.result() is True

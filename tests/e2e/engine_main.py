@@ -57,11 +57,28 @@ def generate(
     max_tokens: int,
     salt: str | None = None,
     handover: dict[str, Any] | None = None,
+    adapter: dict[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     salted = {} if salt is None else {"cache_salt": salt}
     requests = [{"prompt_token_ids": prompt} | salted for prompt in prompts]
-    outputs = llm.generate(requests, _parameters(max_tokens, handover), use_tqdm=False)
+    outputs = llm.generate(
+        requests,
+        _parameters(max_tokens, handover),
+        use_tqdm=False,
+        lora_request=None if adapter is None else _adapter(adapter),
+    )
     return [_answer(output) for output in outputs]
+
+
+def _adapter(facts: dict[str, Any]) -> Any:
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest(**facts)
+
+
+def load_adapter(llm: Any, adapter: dict[str, Any]) -> bool:
+    """As vLLM's OpenAI server does with each when it is told of it."""
+    return bool(llm.llm_engine.add_lora(_adapter(adapter)))
 
 
 def _parameters(max_tokens: int, handover: dict[str, Any] | None = None) -> Any:
@@ -165,6 +182,7 @@ def _source(labels: dict[str, str]) -> list[str]:
 
 _OPERATIONS: dict[str, Callable[..., Any]] = {
     "generate": generate,
+    "load_adapter": load_adapter,
     "storm": storm,
     "reset": reset,
     "sleep": sleep_and_wake,

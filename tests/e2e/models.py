@@ -51,6 +51,32 @@ def build(family: str, path: Path) -> None:
     (path / "tokenizer_config.json").write_text(json.dumps(_TOKENIZER_CONFIG))
 
 
+def write_adapter(path: Path, seed: int) -> None:
+    """Write a LoRA adapter for the Llama to the directory `path`. All have the same size."""
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    rng = np.random.default_rng(seed)
+    hidden, rank = _COMMON["hidden_size"], 8
+    weights = {}
+    for layer in range(_COMMON["num_hidden_layers"]):
+        for module, outputs in {"q_proj": hidden, "k_proj": 64, "v_proj": 64}.items():
+            name = f"base_model.model.model.layers.{layer}.self_attn.{module}"
+            for part, shape in {"A": (rank, hidden), "B": (outputs, rank)}.items():
+                drawn = rng.normal(0, 0.1, shape).astype(np.float32)
+                weights[f"{name}.lora_{part}.weight"] = drawn
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": 2 * rank,
+        "target_modules": ["q_proj", "k_proj", "v_proj"],
+        "bias": "none",
+    }
+    path.mkdir(exist_ok=True)
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    save_file(weights, path / "adapter_model.safetensors")
+
+
 def _llama() -> Any:
     """Full attention alone."""
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -20,6 +20,7 @@ from vllm.logger import init_logger
 from kvstore.errors import ConfigError
 from kvstore_connectors.vllm import layout
 from kvstore_connectors.vllm.acquire import AcquireQueue
+from kvstore_connectors.vllm.adapter_files import LoadedAdapters
 from kvstore_connectors.vllm.config import ConnectorConfig
 from kvstore_connectors.vllm.events import StoreEvents
 from kvstore_connectors.vllm.groups import bands_of
@@ -117,15 +118,18 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
 
     def _make_worker(self, config: ConnectorConfig) -> WorkerSide:
         rank = self._vllm_config.parallel_config.rank
+        lora = self._vllm_config.lora_config
         shard, writes = layout.shard_of(rank, self._vllm_config, self._kv_cache_config)
         link = StoreLink(connector_of(config), self._specs_for(""), f"worker-{rank}")
         link.start()
         return WorkerSide(
             link=link,
             geometries=layout.geometries(self._kv_cache_config),
+            rank=rank,
             shard=shard,
             writes=writes,
             specs_for=self._specs_for,
+            adapters=None if lora is None else LoadedAdapters(str(lora.lora_dtype)),
         )
 
     # -- both halves ------------------------------------------------------------

@@ -165,7 +165,7 @@ class Leasing:
         if not size:
             return False
         first = computed // size
-        (key,) = keys_of(tracked.request, self._bands.hash_tokens, size, first, first + 1)
+        (key,) = keys_of(tracked, self._bands.hash_tokens, size, first, first + 1)
         if self._queue.holds(key) is not False:
             return False
         counted, asked = self._stats.data, tracked.loadable // self._bands.alignment
@@ -227,9 +227,9 @@ class Leasing:
         return False
 
     def _wanted(self, tracked: Tracked, computed: int) -> Wanted:
-        request, limit, hash_tokens = tracked.request, tracked.loadable, self._bands.hash_tokens
+        limit, hash_tokens = tracked.loadable, self._bands.hash_tokens
         keys = {
-            size: keys_of(request, hash_tokens, size, 0, limit // size)
+            size: keys_of(tracked, hash_tokens, size, 0, limit // size)
             for size in self._block_sizes
         }
         return Wanted(keys, limit, computed, tracked.reuse)

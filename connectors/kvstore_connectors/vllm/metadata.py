@@ -10,6 +10,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from kvstore.types import NO_REUSE, Reuse
+from kvstore_connectors.vllm.adapters import Adapter
 
 
 @dataclass(slots=True)
@@ -74,7 +75,8 @@ class StepMetadata(KVConnectorMetadata):
     `cancelled`: store jobs whose blocks are about to be reused. `unwanted`: requests that
     have ended, whose loads need not wait for what is still to come. `idle`: the step
     computes nothing, so waiting costs nobody. `salt`: part of the layouts; changes
-    when the engine forgets its cache.
+    when the engine forgets its cache. `adapters`: by request, of those with loads or
+    stores here, with which adapter their keys say that they are computed.
     """
 
     loads: list[LoadJob] = field(default_factory=list)
@@ -83,6 +85,7 @@ class StepMetadata(KVConnectorMetadata):
     unwanted: list[str] = field(default_factory=list)
     idle: bool = False
     salt: str = ""
+    adapters: dict[str, Adapter] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -95,9 +98,11 @@ class JobReport:
 
 @dataclass
 class WorkerReport(KVConnectorWorkerMetadata):
-    """Store jobs that no longer read their blocks, by job id."""
+    """`jobs`: stores that no longer read their blocks, by job id. `adapters`: identities of
+    the LoRA adapters that were loaded, by vLLM's number and worker."""
 
     jobs: dict[int, JobReport] = field(default_factory=dict)
+    adapters: dict[int, dict[int, bytes]] = field(default_factory=dict)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> WorkerReport:
         assert isinstance(other, WorkerReport)
@@ -108,4 +113,7 @@ class WorkerReport(KVConnectorWorkerMetadata):
                 merged[job_id] = theirs
             else:
                 merged[job_id] = JobReport(ours.workers + theirs.workers, ours.lost or theirs.lost)
-        return WorkerReport(merged)
+        adapters = dict(self.adapters)
+        for number, identities in other.adapters.items():
+            adapters[number] = adapters.get(number, {}) | identities
+        return WorkerReport(merged, adapters)

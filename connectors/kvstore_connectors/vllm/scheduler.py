@@ -1,8 +1,10 @@
 """The scheduler's half: vLLM's hooks, and the loads that come of them.
 
 A request's way to leases is in `leasing`, what is stored of it in `storing`, both of a
-`Tracked`. Here is what vLLM calls, and who holds what meanwhile: a lease lasts until the
-workers have reported the load, also of requests that have been aborted.
+`Tracked`. One with a LoRA adapter becomes one when it is known what it is computed with
+(`adapters`); until then it bypasses the store. Here is what vLLM calls, and who holds what
+meanwhile: a lease lasts until the workers have reported the load, also of requests that
+have been aborted.
 
 Blocks of which store jobs still read stay pinned until the workers have reported
 (`orders`). What is known of the store's content is forgotten whenever another life of
@@ -17,11 +19,13 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from kvstore_connectors.vllm.acquire import AcquireQueue, Held, Taken
+from kvstore_connectors.vllm.adapters import Adapter, AdapterBook
 from kvstore_connectors.vllm.groups import Bands
 from kvstore_connectors.vllm.handover import Coming, answer_for_decode
 from kvstore_connectors.vllm.hints import reuse_of
@@ -47,6 +51,21 @@ if TYPE_CHECKING:
     from kvstore.types import LayoutSpec
 
 IDLE_WAIT_S = 0.002
+
+STEPS_WAITED_FOR = 3
+"""For workers to tell which weights an adapter has. What they have loaded before is told in
+the next step, which is computed while the one after it is scheduled."""
+
+
+@dataclass(slots=True, eq=False)
+class _Adapted:
+    """A LoRA request of which it is not known which weights it has. `tokens`: of its
+    prompt, whose blocks have keys. `bypasses`: it is computed already."""
+
+    request: Request
+    tokens: int
+    since_step: int
+    bypasses: bool = False
 
 
 class SchedulerSide:
@@ -79,6 +98,10 @@ class SchedulerSide:
         self._specs_for = specs_for
         self._salt = ""
         self._tracked: dict[str, Tracked] = {}
+        # Requests of which it is not known what they are computed with.
+        self._adapted: dict[str, _Adapted] = {}
+        self._adapters = AdapterBook(workers)
+        self._steps = 0
         self._orders = StoreOrders(workers, len(bands.groups))
         patience_s = acquire_timeout_ms / 1000 + ANSWER_GRACE_S
         self._leasing = Leasing(link, queue, bands, self._orders, self.stats, patience_s, follows)
@@ -98,10 +121,15 @@ class SchedulerSide:
 
     def on_new_request(self, request: Request) -> None:
         tokens = self._keyed_tokens(request)
-        if tokens < self._smallest_block or request.lora_request is not None or request.resumable:
-            # An adapter's name does not say which weights it has, and a session
-            # that goes on has no fixed prompt.
+        if tokens < self._smallest_block or request.resumable:
+            # A session that goes on has no fixed prompt.
             return
+        if request.lora_request is None:
+            self._track(request, tokens, None)
+        else:
+            self._adapted[request.request_id] = _Adapted(request, tokens, self._steps)
+
+    def _track(self, request: Request, tokens: int, adapter: Adapter | None) -> None:
         loads = self._loads and not request.skip_reading_prefix_cache
         loadable = self._loadable(request, tokens) if loads else 0
         coming = None
@@ -117,7 +145,17 @@ class SchedulerSide:
             coming=coming,
             offering=self._stores,
             reuse=reuse_of(request),
+            adapter=adapter,
         )
+
+    def _find_adapter(self, waiting: _Adapted) -> bool:
+        """Whether it is known what the request is computed with: then it is like any other."""
+        request = waiting.request
+        adapter = self._adapters.find(request.lora_request)
+        if adapter is not None:
+            del self._adapted[request.request_id]
+            self._track(request, waiting.tokens, adapter)
+        return adapter is not None
 
     def _keyed_tokens(self, request: Request) -> int:
         """Those of the prompt whose blocks have keys."""
@@ -132,6 +170,12 @@ class SchedulerSide:
     def get_num_new_matched_tokens(
         self, request: Request, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
+        if self._adapted:
+            waiting = self._adapted.get(request.request_id)
+            if waiting is not None and not self._find_adapter(waiting):
+                if self._loads and self._steps < waiting.since_step + STEPS_WAITED_FOR:
+                    return None, False
+                waiting.bypasses = True
         tracked = self._tracked.get(request.request_id)
         if tracked is None:
             return 0, False
@@ -159,6 +203,8 @@ class SchedulerSide:
             job = self._load(tracked, held, position, get_block_ids())
             from_dram = max(0, held.dram_tokens - tracked.local_tokens)
         self._meta.loads.append(job)
+        if tracked.adapter is not None:
+            self._meta.adapters[request.request_id] = tracked.adapter
         self._dram_tokens[request.request_id] = from_dram
         self._loading[request.request_id] = held
         tracked.loading = True
@@ -171,7 +217,7 @@ class SchedulerSide:
         arrivals = Arrivals(
             group=0,
             block_ids=list(tables[self._bands.groups[0]][first:last]),
-            keys=keys_of(request, self._bands.hash_tokens, size, first, last),
+            keys=keys_of(tracked, self._bands.hash_tokens, size, first, last),
             patience_s=self._handover_s,
             reuse=tracked.reuse,
         )
@@ -231,6 +277,7 @@ class SchedulerSide:
         """What to hand over to a vLLM that decodes, where a proxy asks for that."""
         self._dram_tokens.pop(request.request_id, None)
         tracked = self._tracked.pop(request.request_id, None)
+        self._adapted.pop(request.request_id, None)
         if tracked is not None:
             # A load under way goes on: vLLM holds its blocks until it is reported.
             self._leasing.end(tracked)
@@ -256,6 +303,11 @@ class SchedulerSide:
                 tracked = self._tracked.get(request_id)
                 if tracked is not None and self._stores:
                     self._storing.offer_again(tracked)
+        self._steps += 1
+        for request_id, waiting in list(self._adapted.items()):
+            # Too late for a load, but what is computed of it can be stored.
+            if waiting.bypasses and self._find_adapter(waiting):
+                self._leasing.end(self._tracked[request_id])
         if self._stores and self._link.up:
             self._meta.stores = self._storing.jobs(output, self._tracked)
         self._queue.wake()
@@ -265,10 +317,14 @@ class SchedulerSide:
         meta, self._meta = self._meta, StepMetadata()
         meta.idle = idle
         meta.salt = self._salt
+        for store in meta.stores:
+            adapter = self._tracked[store.request_id].adapter
+            if adapter is not None:
+                meta.adapters[store.request_id] = adapter
         return meta
 
     def _awaits_answer(self) -> bool:
-        return any(
+        return bool(self._adapted) or any(
             tracked.ticket is not None or (tracked.coming is not None and not tracked.done)
             for tracked in self._tracked.values()
         )
@@ -286,6 +342,7 @@ class SchedulerSide:
         report = output.kv_connector_worker_meta
         if isinstance(report, WorkerReport):
             self._orders.reported(report)
+            self._adapters.heard(report.adapters)
 
     @property
     def stores_pending(self) -> bool:
@@ -300,6 +357,7 @@ class SchedulerSide:
         """Forget all that was stored so far, as after a change of weights."""
         self._salt = secrets.token_hex(8)
         self._orders.forget()
+        self._adapted.clear()
         for tracked in self._tracked.values():
             if not tracked.loading:
                 self._leasing.end(tracked)
@@ -322,5 +380,5 @@ class SchedulerSide:
 
     def is_quiet(self) -> bool:
         """Whether nothing is tracked, leased, loading or being stored."""
-        held = self._tracked or self._loading or self._orders or self._leasing.outstanding
-        return not held
+        requests = self._tracked or self._adapted or self._loading
+        return not (requests or self._orders or self._leasing.outstanding)

@@ -130,7 +130,7 @@ class Storing:
             self._order(tracked, members[0], keys, [b""], [block_id])
 
     def _keys(self, tracked: Tracked, band: Band, start: int, stop: int) -> list[bytes]:
-        return keys_of(tracked.request, self._bands.hash_tokens, band.block_tokens, start, stop)
+        return keys_of(tracked, self._bands.hash_tokens, band.block_tokens, start, stop)
 
     def _order(
         self,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from kvstore.types import NO_REUSE, Reuse
 from kvstore_connectors.vllm.acquire import Held, Ticket
+from kvstore_connectors.vllm.adapters import Adapter
 from kvstore_connectors.vllm.handover import Coming
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ class Tracked:
     on in the store, but windows or states do not. `coming`: what another vLLM is storing
     of it, as long as that is waited for. `offered`: for each band, up to which block it
     has been stored; `offering`: whether there is more. `reuse`: what it says of the next
-    use of its blocks.
+    use of its blocks. `adapter`: what it is computed with beside the model.
     """
 
     request: Request
@@ -38,14 +39,25 @@ class Tracked:
     coming: Coming | None = None
     offering: bool = True
     reuse: Reuse = NO_REUSE
+    adapter: Adapter | None = None
+    _adapted: list[bytes] = field(default_factory=list)
+
+    def hashes(self) -> list[bytes]:
+        """Of what is computed of it so far, by its weights and all before; not a copy."""
+        hashes: list[bytes] = self.request.block_hashes
+        if self.adapter is None:
+            return hashes
+        if len(self._adapted) < len(hashes):
+            self._adapted += self.adapter.keys(hashes[len(self._adapted) :])
+        return self._adapted
 
 
 def keys_of(
-    request: Request, hash_tokens: int, block_tokens: int, start: int, stop: int
+    tracked: Tracked, hash_tokens: int, block_tokens: int, start: int, stop: int
 ) -> list[bytes]:
     """Keys of the blocks [start, stop): the hash at each one's last token."""
     step = block_tokens // hash_tokens
-    hashes: list[bytes] = request.block_hashes
+    hashes = tracked.hashes()
     if step == 1:
         return hashes[start:stop]
     return hashes[(start + 1) * step - 1 : stop * step : step]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from vllm.logger import init_logger
 
 from kvstore.errors import ConfigError, DeviceError
+from kvstore_connectors.vllm.adapter_files import LoadedAdapters
 from kvstore_connectors.vllm.blocks import blocks_of, device_of
 from kvstore_connectors.vllm.loader import Loader
 from kvstore_connectors.vllm.metadata import JobReport, StepMetadata, WorkerReport
@@ -38,18 +39,22 @@ the load takes 543 ms without a wait, 28 ms with 1 ms, 25 ms with 2 ms and 22 ms
 
 class WorkerSide:
     """One rank. `geometries`: of each stored group. `writes`: whether this rank stores, or
-    another with equal KV does."""
+    another with equal KV does. `adapters`: None where the engine has no LoRA."""
 
     def __init__(
         self,
         *,
         link: StoreLink,
         geometries: Sequence[Geometry],
+        rank: int,
         shard: int,
         writes: bool,
         specs_for: Callable[[str], Sequence[LayoutSpec]],
+        adapters: LoadedAdapters | None,
     ) -> None:
         self._link = link
+        self._rank = rank
+        self._adapters = adapters
         self._geometries = geometries
         self._shard = shard
         self._writes = writes
@@ -102,19 +107,26 @@ class WorkerSide:
         if self._loader is not None:
             self._loader.give_up(meta.unwanted)
         for job in meta.loads:
-            if self._loader is not None:
+            if self._loader is not None and self._has_adapter(meta, job.request_id):
                 self._loader.submit(job)
             else:
                 self._refused.add(job.request_id)
 
     def start_stores(self, meta: StepMetadata) -> None:
         """After the forward pass that completes the blocks."""
-        saver = self._saver if self._writes else None
+        saver = self._saver
         for job in meta.stores:
-            if saver is not None:
+            if saver is None or not self._has_adapter(meta, job.request_id):
+                self._not_mine[job.job_id] = JobReport(workers=1, lost=True)
+            elif self._writes:
                 saver.submit(job)
             else:
-                self._not_mine[job.job_id] = JobReport(workers=1, lost=self._saver is None)
+                self._not_mine[job.job_id] = JobReport(workers=1, lost=False)
+
+    def _has_adapter(self, meta: StepMetadata, request_id: str) -> bool:
+        """Whether a request is computed with what its keys say."""
+        adapter = meta.adapters.get(request_id)
+        return adapter is None or (self._adapters is not None and self._adapters.has(adapter))
 
     def take_loaded(self, meta: StepMetadata) -> tuple[set[str], set[str]]:
         """(requests whose load has ended, those of them of which nothing is loaded)."""
@@ -139,7 +151,10 @@ class WorkerSide:
         jobs, self._not_mine = self._not_mine, {}
         if self._saver is not None:
             jobs.update(self._saver.take_reports())
-        return WorkerReport(jobs) if jobs else None
+        loaded = {} if self._adapters is None else self._adapters.take_news()
+        if not jobs and not loaded:
+            return None
+        return WorkerReport(jobs, {number: {self._rank: each} for number, each in loaded.items()})
 
     def take_stats(self) -> ConnectorStats | None:
         total: ConnectorStats | None = None
@@ -150,6 +165,8 @@ class WorkerSide:
         return total
 
     def close(self) -> None:
+        if self._adapters is not None:
+            self._adapters.close()
         if self._saver is not None:
             self._saver.close()
         if self._loader is not None:

@@ -208,7 +208,7 @@ def test_prefill_promises_nothing_that_it_does_not_store(why: str) -> None:
     size = 1 if why == "short" else 4 * BLOCK_TOKENS + 1
     request = FakeRequest(list(range(size)), kv_transfer_params=FOR_DECODE)
     if why == "bypassed":
-        request.lora_request = object()
+        request.resumable = True
     world.side.on_new_request(request)  # type: ignore[arg-type]
     answer = answered(world, request)
     assert answer is not None and answer[handover.TOKENS] == 0

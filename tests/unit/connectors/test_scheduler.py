@@ -301,7 +301,7 @@ def test_waiting_requests_pin_a_bounded_number_of_leases(
     assert len(world.queue.tickets) == 3
 
 
-@pytest.mark.parametrize("attribute", ["lora_request", "resumable", "skip_reading_prefix_cache"])
+@pytest.mark.parametrize("attribute", ["resumable", "skip_reading_prefix_cache"])
 def test_requests_whose_keys_do_not_say_it_all_bypass_the_store(
     world: World, attribute: str
 ) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from kvstore.device.base import Piece
 from kvstore_connectors.vllm import worker as module
+from kvstore_connectors.vllm.adapters import Adapter
 from kvstore_connectors.vllm.blocks import Geometry
 from kvstore_connectors.vllm.link import StoreLink
 from kvstore_connectors.vllm.metadata import LoadJob, LoadPart, StepMetadata, StoreJob
@@ -22,7 +25,9 @@ LOAD = LoadJob("r", [LoadPart(0, [2, 3], [[1, 2]], [[0, 0]])], FAR_NS, b"epoch")
 
 
 class Rank:
-    def __init__(self, *, writes: bool = True, good_memory: bool = True) -> None:
+    def __init__(
+        self, *, writes: bool = True, good_memory: bool = True, adapters: Any = None
+    ) -> None:
         self.store = FakeStore()
         self.link = StoreLink(self.store.connect, [spec()], "test")
         self.link.start()
@@ -30,9 +35,11 @@ class Rank:
         self.side = WorkerSide(
             link=self.link,
             geometries=[GEOMETRY],
+            rank=0,
             shard=0,
             writes=writes,
             specs_for=lambda salt: [spec(block_bytes=64 + len(salt))],
+            adapters=adapters,
         )
         memory = torch.zeros(512 if good_memory else 8, dtype=torch.uint8)
         self.side.register_kv_caches({"layer": memory})
@@ -55,6 +62,26 @@ def test_a_rank_that_does_not_write_reports_for_the_one_that_does() -> None:
     assert report is not None
     assert not report.jobs[1].lost
     assert "reserve" not in rank.store.calls
+    rank.side.close()
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_a_rank_moves_blocks_of_the_adapter_it_has_and_of_no_other(has: bool) -> None:
+    adapter = Adapter(1, "/p", b"i" * 32)
+    mine = SimpleNamespace(
+        has=lambda asked: has and asked == adapter,
+        take_news=lambda: {1: b"new"},
+        close=lambda: None,
+    )
+    rank = Rank(adapters=mine)
+    meta = StepMetadata(loads=[LOAD], stores=[STORE], adapters={"r": adapter})
+    rank.side.start_loads(meta)
+    rank.side.start_stores(meta)
+    loaded = rank.side.take_loaded(meta)
+    report = rank.side.take_report()
+    assert report is not None and report.adapters == {1: {0: b"new"}}
+    refused = loaded == ({"r"}, {"r"}), 1 in report.jobs and report.jobs[1].lost
+    assert refused == (not has, not has)
     rank.side.close()
 
 
