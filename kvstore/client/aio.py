@@ -238,6 +238,18 @@ class AsyncClient:
         """End leases. Those that have ended already are not an error."""
         await self._run(calls.release(self._core, lease_ids, self._core.timeout_s))
 
+    async def report_damage(self, addresses: Sequence[int]) -> None:
+        """Low level: blocks copied from a lease's addresses were not what it said. The
+        server looks at them, and drops from memory what is damaged; nobody waits for that.
+        Whoever gets by `get` or `AsyncLease.read` need not do this."""
+
+        def flow() -> Flow[None]:
+            link = self._core.link
+            if link is not None:
+                yield from calls.report_damage_soon(self._core, link, addresses)
+
+        await self._run(flow())
+
     async def reserve(self, layout: Layout, count: int, wait_ms: int) -> SlotGrant:
         """Low level: slots for new blocks, to be written and committed. There may be
         fewer than `count`; `wait_ms` is for where there is none."""

@@ -32,6 +32,7 @@ from kvstore.types import (
     SlotGrant,
     StoreStats,
 )
+from kvstore.wire.columns import pack_numbers
 from kvstore.wire.v1 import kvstore_pb2 as pb
 
 if TYPE_CHECKING:
@@ -186,6 +187,15 @@ def release_soon(core: Core, link: Link, lease_ids: Sequence[int]) -> Flow[None]
     if current and link.alive():
         request = pb.ReleaseRequest(lease_ids=current)
         yield Drop((yield Begin(link.call("Release", request, core.timeout_s))))
+
+
+def report_damage_soon(core: Core, link: Link, addresses: Sequence[int]) -> Flow[None]:
+    """Say that blocks arrived damaged, so that the server looks at them. Nobody waits for
+    that: those it does not hear of are reported by whoever reads them next."""
+    current = addresses[: link.info.max_blocks]
+    if current and link.alive():
+        request = pb.ReportDamageRequest(addresses=pack_numbers(current))
+        yield Drop((yield Begin(link.call("ReportDamage", request, core.timeout_s))))
 
 
 def reserve(

@@ -3,7 +3,8 @@
 On the server's host the bytes go straight from the server's memory into the caller's
 buffers; elsewhere they come over Read streams. Either way what is returned has the
 lease's checksum and was copied while the lease lasted, otherwise it is a miss and
-counted. A get acquires the next piece while it copies this one.
+counted, and the server is told what was damaged. A get acquires the next piece while it
+copies this one.
 """
 
 from __future__ import annotations
@@ -118,12 +119,15 @@ class _Get:
         """The blocks of one grant."""
         if link.arena is None:
             return (yield from self._read_remote(link, grant, targets))
-        got: list[Got] = yield Work(lambda: self._read_local(link, grant, targets))
+        got: list[Got]
+        got, damaged = yield Work(lambda: self._read_local(link, grant, targets))
+        yield from calls.report_damage_soon(self._core, link, damaged)
         return got
 
     def _read_local(
         self, link: Link, grant: LeaseGrant, targets: Sequence[memoryview | None]
-    ) -> list[Got]:
+    ) -> tuple[list[Got], list[int]]:
+        """Also the addresses of those that arrived damaged."""
         core, nbytes = self._core, self._layout.block_bytes
         wanted = [target for target in targets if target is not None]
         got: Sequence[bytes | memoryview]
@@ -140,17 +144,19 @@ class _Get:
             link.let_go()
         if core.clock.now_ns() >= grant.expires_ns:
             core.counters.count_expired(len(got))
-            return [None] * len(got)
+            return [None] * len(got), []
         if arrived == grant.checksums:
-            return list(got)
+            return list(got), []
         right = [a == b for a, b in zip(arrived, grant.checksums, strict=True)]
         core.counters.count_corrupt(right.count(False))
-        return [block if ok else None for block, ok in zip(got, right, strict=True)]
+        damaged = [address for address, ok in zip(grant.addresses, right, strict=True) if not ok]
+        return [block if ok else None for block, ok in zip(got, right, strict=True)], damaged
 
     def _read_remote(
         self, link: Link, grant: LeaseGrant, targets: Sequence[memoryview | None]
     ) -> Flow[list[Got]]:
         got: list[Got] = []
+        damaged = []
         for index, target in enumerate(targets):
             budget = Budget(self._core.timeout_s)
             nbytes, checksum = self._layout.block_bytes, grant.checksums[index]
@@ -161,7 +167,11 @@ class _Get:
             except LeaseExpired:
                 self._core.counters.count_expired()
                 block = None
+            else:
+                if block is None:
+                    damaged.append(grant.addresses[index])
             got.append(block)
+        yield from calls.report_damage_soon(self._core, link, damaged)
         return got
 
     def scattered(
@@ -234,6 +244,7 @@ def read_lease(core: Core, lease: LeaseBase, index: int) -> Flow[bytes | None]:
 
         got = yield Work(copy_out)
     if got is None:
+        yield from calls.report_damage_soon(core, link, [lease.addresses[index]])
         return None
     return bytes(got)
 

@@ -234,6 +234,18 @@ class Client:
         """End leases. Those that have ended already are not an error."""
         self._run(calls.release(self._core, lease_ids, self._core.timeout_s))
 
+    def report_damage(self, addresses: Sequence[int]) -> None:
+        """Low level: blocks copied from a lease's addresses were not what it said. The
+        server looks at them, and drops from memory what is damaged; nobody waits for that.
+        Whoever gets by `get` or `Lease.read` need not do this."""
+
+        def flow() -> Flow[None]:
+            link = self._core.link
+            if link is not None:
+                yield from calls.report_damage_soon(self._core, link, addresses)
+
+        self._run(flow())
+
     def reserve(self, layout: Layout, count: int, wait_ms: int) -> SlotGrant:
         """Low level: slots for new blocks, to be written and committed. There may be
         fewer than `count`; `wait_ms` is for where there is none."""

@@ -8,6 +8,7 @@ actions (`core.actions`). The server and the simulator run this same code.
                          abort prefetch hint clear flush
     clients' lives    -> open_session close_session
     the tiers         -> transfer_done transfer_failed forgotten extent_failed tier_failed
+    damage in memory  -> suspects examined
     time              -> tick, doubt, give_up
     time to spare     -> chores.go_on, for as long as there are any
 
@@ -46,6 +47,7 @@ from kvstore.core.reservations import Reservations
 from kvstore.core.residency import Residency
 from kvstore.core.sessions import Lease, Session
 from kvstore.core.space import Space, SpaceClass
+from kvstore.core.suspects import Suspects
 from kvstore.core.tickets import (
     AcquireTicket,
     ClearTicket,
@@ -100,6 +102,7 @@ class Planner:
         self.prefetches = Prefetches(self.residency, self.chores)
         self.clears = Clears(self.residency, self.chores)
         self.flushes = Flushes(self.residency, self.chores, max_writing=DEPTH)
+        self._suspects = Suspects(self.holdings)
         self._sessions: dict[bytes, Session] = {}
 
     def take_actions(self, now_ns: int) -> list[Action]:
@@ -289,6 +292,14 @@ class Planner:
 
     def forgotten(self, replica: Replica) -> None:
         self.residency.forgotten(replica)
+
+    def suspects(self, tenant: str, addresses: Iterable[int]) -> list[Replica]:
+        """A client says that what it copied from there was damaged: what is to be looked
+        at, each to be followed by `examined`."""
+        return self._suspects.take(tenant, addresses)
+
+    def examined(self, replica: Replica, *, damaged: bool) -> None:
+        self._suspects.settle(replica, damaged=damaged)
 
     def extent_failed(self, tier: Tier, extent: int) -> None:
         """An `OpenExtent` could not be carried out."""

@@ -10,6 +10,7 @@ waits for a tier.
     loop        the planner's actions, carried out; tasks, threads, chores
     waiting     calls that wait for an answer
     movement    copies between tiers, and what the NVMe tier keeps, forgets and syncs
+    suspicions  blocks in memory that clients say are damaged
     extents     memory and files that come and go
     directory   what local clients search (`kvstore.listing`), kept in step
     costs       what was learned of this machine, kept

@@ -26,6 +26,7 @@ from kvstore.store.figures import store_stats, transfer_stats
 from kvstore.store.loop import Loop, StoreObserver
 from kvstore.store.movement import MAX_RUNNING, Movement
 from kvstore.store.recovery import recover
+from kvstore.store.suspicions import Suspicions
 from kvstore.store.upkeep import Upkeep
 from kvstore.store.waiting import Waiting
 from kvstore.tiers.base import MemoryTier, StorageTier
@@ -106,6 +107,7 @@ class Store:
         self._directory = Directory(self._loop, self._listing)
         self._extents = Extents(self._loop, dram, nvme)
         self._movement = Movement(self._loop, dram, nvme, self._extents)
+        self._suspicions = Suspicions(self._loop, dram)
         self._upkeep = Upkeep(self._loop, self._movement, self._listing)
         self._costs = None if costs is None else Costs(self._loop, costs)
         self._loop.handle(RememberLayout, self._remember)
@@ -226,6 +228,11 @@ class Store:
 
     def renew(self, session: Session, lease_ids: Sequence[int]) -> int:
         return self._planner.renew(session, lease_ids, self._clock.now_ns())
+
+    async def report_damage(self, tenant: str, addresses: Sequence[int]) -> None:
+        """A client says that what it copied from there was damaged. What the store then
+        finds damaged itself leaves memory."""
+        await self._suspicions.look(tenant, addresses)
 
     def release(self, session: Session, lease_ids: Sequence[int]) -> None:
         self._planner.release(session, lease_ids)

@@ -16,6 +16,7 @@ from kvstore.core.actions import Copy, Forget, Move
 from kvstore.core.catalog import Layout, Replica
 from kvstore.core.transfers import TransferClass
 from kvstore.errors import CorruptBlock, TierError, TierFailed, TierFull
+from kvstore.store.complaints import Complaints
 from kvstore.store.extents import Extents
 from kvstore.store.loop import Loop
 from kvstore.tiers.base import BlockHeader, MemoryTier, StorageTier
@@ -26,7 +27,6 @@ log = logging.getLogger(__name__)
 MAX_RUNNING = 4
 """Batches of copies between tiers at a time; the executor should have as many threads
 and a few more for the tier's other work."""
-WARNING_EVERY_NS = 1_000_000_000
 
 
 class Movement:
@@ -42,8 +42,7 @@ class Movement:
         self._nvme = nvme
         self._extents = extents
         self._to_forget: list[Replica] = []
-        self._failed_copies = 0
-        self._next_warning_ns = 0
+        self._complaints = Complaints(log, loop.clock)
         loop.handle(Move, self._begin)
         loop.handle(Forget, self._forget)
 
@@ -94,7 +93,7 @@ class Movement:
 
     def _failed(self, copy: Copy, failure: Exception, now_ns: int, *, there: bool) -> None:
         """`there`: the extent of its target is."""
-        loop, source = self._loop, copy.source.tier
+        loop, source, target = self._loop, copy.source.tier, copy.target.tier
         corrupt = isinstance(failure, CorruptBlock)
         if corrupt:
             loop.observer.corrupt(source.label)
@@ -102,7 +101,8 @@ class Movement:
             loop.tier_failed(failure, "read" if source is Tier.NVME else "write")
         elif not isinstance(failure, TierFull):
             loop.observer.io_error("copy", type(failure).__name__)
-        self._note_failure(copy, failure, now_ns)
+        labels = (source.label, target.label)
+        self._complaints.warn("a copy from %s to %s failed: %s", *labels, failure)
         # Of an extent that never came the planner knows: there are others.
         full = there and isinstance(failure, TierFull)
         loop.planner.transfer_failed(copy, now_ns, source_corrupt=corrupt, full=full)
@@ -133,15 +133,6 @@ class Movement:
         self._loop.observer.transfer_done(
             source.label, target.label, transfer_class.label, nbytes, seconds
         )
-
-    def _note_failure(self, copy: Copy, failure: Exception, now_ns: int) -> None:
-        self._failed_copies += 1
-        if now_ns >= self._next_warning_ns:
-            # A client that commits wrong checksums could fill the disk with these.
-            self._next_warning_ns = now_ns + WARNING_EVERY_NS
-            text = "a copy from %s to %s failed (%d so far): %s"
-            source, target = copy.source.tier.label, copy.target.tier.label
-            log.warning(text, source, target, self._failed_copies, failure)
 
     # What the NVMe tier is told
 

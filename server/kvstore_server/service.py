@@ -185,6 +185,13 @@ class KVStoreService:
         expires_ns = self._store.renew(caller.session(), request.lease_ids)
         return pb.RenewResponse(expires_ns=expires_ns)
 
+    async def report_damage(
+        self, request: pb.ReportDamageRequest, caller: Caller
+    ) -> pb.ReportDamageResponse:
+        _check_blocks(len(request.addresses) // _NUMBER_BYTES)
+        await self._store.report_damage(caller.tenant(), unpack_numbers(request.addresses))
+        return pb.ReportDamageResponse()
+
     def release(self, request: pb.ReleaseRequest, caller: Caller) -> pb.ReleaseResponse:
         _check_count(len(request.lease_ids))
         self._store.release(caller.session(), request.lease_ids)

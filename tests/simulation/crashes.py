@@ -9,6 +9,9 @@ own promise, and is tried with real processes elsewhere.)
 What a get may answer, after any of it: nothing, or the bytes last stored under that
 name, by that tenant, in that layout. After a restart also bytes stored before those,
 as nobody promised that their removal was durable; but nothing from before a clear.
+
+Memory fails too: now and then a bit of a leased block flips. Who reads it tells by the
+checksum and says so, and at times lies; once that is answered nobody is given it again.
 """
 
 from __future__ import annotations
@@ -39,7 +42,7 @@ from kvstore.tiers.memory import HeapMemory
 from kvstore.tiers.nvme import NvmeTier
 from kvstore.tiers.nvme_index import Index
 from kvstore.tiers.nvme_segment import Geometry
-from kvstore.types import ChainQuery, CommitOutcome, LayoutSpec, LeaseGrant, Segment
+from kvstore.types import ChainQuery, CommitOutcome, LayoutSpec, LeaseGrant, Segment, Tier
 from tests.simulation.virtual import NoExecutor, VirtualLoop
 
 OPERATIONS = 2000
@@ -77,6 +80,9 @@ WILD: dict[str, dict[str, float]] = {
 }
 
 
+COUNTED = ("seeds", "operations", "hits", "restarts", "damage_found", "memory_damage_found")
+
+
 class Wrong(AssertionError):
     """The store answered what it must not."""
 
@@ -94,13 +100,13 @@ class Seen:
     """A `StoreObserver` that counts."""
 
     def __init__(self) -> None:
-        self.corrupt_blocks = 0
+        self.corrupt_blocks = dict.fromkeys((tier.label for tier in Tier), 0)
         self.faults: list[str] = []
 
     def transfer_done(self, src: str, dst: str, kind: str, nbytes: int, seconds: float) -> None: ...
     def evicted(self, tier: str, reason: str, blocks: int) -> None: ...
     def corrupt(self, tier: str) -> None:
-        self.corrupt_blocks += 1
+        self.corrupt_blocks[tier] += 1
 
     def io_error(self, op: str, errno_name: str) -> None:
         if op in ("copy", "task"):
@@ -129,6 +135,7 @@ class Life:
         self.hits = 0
         self.restarts = 0
         self.damage_found = 0
+        self.memory_damage_found = 0
         self.trace = xxhash.xxh3_64()
         self._home = home
         self._disk = MemoryDisk()
@@ -141,6 +148,10 @@ class Life:
         self._versions = 0
         self._in_flight: set[int] = set()
         """Versions whose commit has not been answered."""
+        self._flipped: set[tuple[int, int]] = set()
+        """Blocks in memory of which a bit flipped: address and checksum."""
+        self._dropped: set[tuple[int, int]] = set()
+        """Those that the store has since looked at."""
         self._store: Store
         self._tier: NvmeTier
         self._loop: VirtualLoop
@@ -180,7 +191,8 @@ class Life:
             loop.run(self._serve(ends))
             if seen.faults:
                 raise Wrong(f"a fault of the store itself: {seen.faults}")
-            self.damage_found += seen.corrupt_blocks
+            self.damage_found += seen.corrupt_blocks[Tier.NVME.label]
+            self.memory_damage_found += seen.corrupt_blocks[Tier.DRAM.label]
         except Crash:
             loop.crashed = True  # While the store was closed, which it does by itself.
         finally:
@@ -252,7 +264,9 @@ class Life:
         self._images.clear()
 
     def _restarted(self) -> None:
-        """After a restart what was replaced may be back."""
+        """After a restart what was replaced may be back, and memory is new."""
+        self._flipped.clear()
+        self._dropped.clear()
         for name, held in self._held.items():
             if held.current is not None:
                 self._held[name] = Held(None, held.others | {held.current})
@@ -337,16 +351,61 @@ class Life:
         store = self._store
         self.done += len(keys)
         wait_ms = self.rng.choice([0, 50, 5000])
+        dropped = frozenset(self._dropped)
         grant = (await store.acquire(session, [ChainQuery([layout_id], keys)], wait_ms))[0]
         for index in range(grant.held):
-            self._check((session.tenant, layout, keys[index]), session, grant, index)
+            name = (session.tenant, layout, keys[index])
+            if self._is_right(session, grant, index, dropped):
+                self._check(name, session, grant, index)
         if grant.held:
             if self.rng.random() < 0.2:
                 await asyncio.sleep(self.rng.expovariate(1 / 0.01))
                 for index in range(grant.held):
                     name = (session.tenant, layout, keys[index])
-                    self._check(name, session, grant, index, again=True)
+                    if self._is_right(session, grant, index, frozenset()):
+                        self._check(name, session, grant, index, again=True)
+            await self._let_memory_fail(session, layout, grant)
             store.release(session, [grant.lease_id])
+
+    def _is_right(
+        self, session: Session, grant: LeaseGrant, index: int, dropped: frozenset[tuple[int, int]]
+    ) -> bool:
+        """As clients tell. `dropped`: what nobody may be given any more."""
+        data = self._store.lease_view(session, grant.lease_id, index)
+        if xxhash.xxh3_64_intdigest(data) == grant.checksums[index]:
+            return True
+        block = grant.addresses[index], grant.checksums[index]
+        if block not in self._flipped:
+            raise Wrong("bytes without their checksum, and memory is well")
+        if block in dropped:
+            raise Wrong("damaged, looked at, and given to somebody again")
+        return False
+
+    async def _let_memory_fail(self, session: Session, layout: int, grant: LeaseGrant) -> None:
+        """At times a bit flips, at times somebody says which blocks are damaged."""
+        rng, store = self.rng, self._store
+        blocks = list(zip(grant.addresses, grant.checksums, strict=True))
+        if rng.random() < 0.05:
+            address, _ = block = rng.choice(blocks)
+            if block not in self._flipped:
+                self._flipped.add(block)
+                bit = rng.randrange(8 * self._specs[layout].block_bytes)
+                store.dram.view(address, (bit >> 3) + 1)[bit >> 3] ^= 1 << (bit & 7)
+        damaged = []
+        if self._flipped:
+            right = [self._is_right(session, grant, i, frozenset()) for i in range(grant.held)]
+            damaged = [block for block, well in zip(blocks, right, strict=True) if not well]
+        named = blocks if rng.random() < 0.02 else damaged
+        if not named or rng.random() < 0.3:
+            return
+        suspicions, now_ns = store._suspicions, self._loop.now_ns()
+        heard = (
+            session.tenant not in suspicions._looking
+            and suspicions._paused_ns.get(session.tenant, 0) <= now_ns
+        )
+        await store.report_damage(session.tenant, [address for address, _ in named])
+        if heard:
+            self._dropped.update(damaged)
 
     def _check(
         self, name: Name, session: Session, grant: LeaseGrant, index: int, *, again: bool = False
@@ -442,7 +501,7 @@ def main() -> int:
     logging.disable(logging.CRITICAL)
     first, end = int(sys.argv[1]), int(sys.argv[2])
     operations = int(sys.argv[3]) if len(sys.argv) > 3 else OPERATIONS
-    total = dict.fromkeys(("seeds", "operations", "hits", "restarts", "damage_found"), 0)
+    total = dict.fromkeys(COUNTED, 0)
     shared = Path("/dev/shm")
     with TemporaryDirectory(dir=shared if shared.is_dir() else None) as folder:
         for seed in range(first, end):
@@ -452,6 +511,7 @@ def main() -> int:
             total["hits"] += life.hits
             total["restarts"] += life.restarts
             total["damage_found"] += life.damage_found
+            total["memory_damage_found"] += life.memory_damage_found
     sys.stdout.write(json.dumps(total) + "\n")
     return 0
 

@@ -52,6 +52,7 @@ def convince(total: dict[str, int], seeds: int) -> None:
     assert total["hits"] > total["operations"] // 20
     assert total["restarts"] > 2 * seeds
     assert total["damage_found"] > seeds // 2
+    assert total["memory_damage_found"] > seeds // 2
 
 
 @pytest.mark.slow

@@ -170,6 +170,18 @@ BUGS = {
         "if False:",
         "tests/unit/test_store.py",
     ),
+    "a client's word that a block is damaged is believed": Bug(
+        "kvstore/store/suspicions.py",
+        "damaged = xxhash.xxh3_64_intdigest(view) != block.checksum",
+        "damaged = True",
+        "tests/unit/test_store_suspicions.py",
+    ),
+    "what is damaged in memory is given out again": Bug(
+        "kvstore/core/suspects.py",
+        "        if damaged and is_ready(replica):\n            self._holdings.damaged(replica)\n",
+        "",
+        CRASHES,
+    ),
 }
 
 

@@ -8,7 +8,8 @@ is the one the lease named, and the clock, read after that, is before the lease'
 end: whatever might have happened to the slot meanwhile shows in one of the two.
 Of a model with one KV cache group, what follows the first block that fails is reported
 as failed, and vLLM computes it. Of others it is the whole request: what was loaded of
-one group is of no use without the rest.
+one group is of no use without the rest. The server is told which slots were damaged, so
+that nobody is given them again.
 
 A prompt that another vLLM computes is loaded while it is being stored (`Arrivals`): the
 thread looks into the server's directory for what has come, leases and copies it, and does
@@ -23,6 +24,7 @@ import threading
 import time
 from collections import deque
 from dataclasses import dataclass, field
+from operator import eq
 from typing import TYPE_CHECKING
 
 from vllm.logger import init_logger
@@ -63,13 +65,15 @@ class LoadResults:
 @dataclass(slots=True, eq=False)
 class _Load:
     """`good`: blocks of the job's front, part after part, that are loaded and right.
-    `attached`: what it was begun with. `until_s`: when to stop waiting for more."""
+    `damaged`: addresses of slots whose bytes were wrong. `attached`: what it was begun
+    with. `until_s`: when to stop waiting for more."""
 
     job: LoadJob
     ready: Event
     submitted_s: float
     good: int = 0
     nbytes: int = 0
+    damaged: list[int] = field(default_factory=list)
     attached: Attached | None = None
     until_s: float = 0.0
     unwanted: bool = False
@@ -196,8 +200,19 @@ class Loader:
                 if load in self._arriving:
                     self._arriving.remove(load)
                 self._report(load)
+                if load.damaged:
+                    self._tell_of_damage(load)
             elif load not in self._arriving:
                 self._arriving.append(load)
+
+    def _tell_of_damage(self, load: _Load) -> None:
+        """Whoever waited for the load does not wait for this."""
+        try:
+            with self._link.borrow() as attached:
+                if attached is not None and attached.epoch == load.job.epoch:
+                    attached.client.report_damage(load.damaged)
+        except KVStoreError as error:
+            logger.debug("The KV store was not told of damaged blocks: %s", error)
 
     def _load(self, load: _Load) -> bool:
         """Whether that was all, for better or worse."""
@@ -278,15 +293,20 @@ class Loader:
 
         def arrived(checksums: list[int]) -> None:
             nonlocal good, right
-            same = _same_front(checksums, blocks.checksums[good : good + len(checksums)])
             if not right or time.clock_gettime_ns(time.CLOCK_MONOTONIC) >= blocks.expires_ns:
                 right = False
                 return
-            good += same
-            if same < len(checksums):
-                right = False
-                with self._condition:
-                    self.stats.add(damaged_blocks=1)
+            named = slice(good, good + len(checksums))
+            same = list(map(eq, checksums, blocks.checksums[named]))
+            if all(same):
+                good += len(same)
+                return
+            right = False
+            good += same.index(False)
+            damaged = [a for a, ok in zip(blocks.addresses[named], same, strict=True) if not ok]
+            load.damaged += damaged
+            with self._condition:
+                self.stats.add(damaged_blocks=len(damaged))
 
         self._stream.wait_event(load.ready)
         with Flight() as flight:
@@ -327,9 +347,3 @@ class Loader:
                 failed_loads=failed,
             )
         self._on_done()
-
-
-def _same_front(ones: Sequence[int], others: Sequence[int]) -> int:
-    """How many are equal before the first that is not."""
-    differ = (index for index, one in enumerate(ones) if one != others[index])
-    return next(differ, len(ones))

@@ -243,6 +243,16 @@ class RenewResponse(_message.Message):
     expires_ns: int
     def __init__(self, expires_ns: _Optional[int] = ...) -> None: ...
 
+class ReportDamageRequest(_message.Message):
+    __slots__ = ("addresses",)
+    ADDRESSES_FIELD_NUMBER: _ClassVar[int]
+    addresses: bytes
+    def __init__(self, addresses: _Optional[bytes] = ...) -> None: ...
+
+class ReportDamageResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class ReleaseRequest(_message.Message):
     __slots__ = ("lease_ids",)
     LEASE_IDS_FIELD_NUMBER: _ClassVar[int]

@@ -64,6 +64,11 @@ class KVStoreStub(object):
                 request_serializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.RenewRequest.SerializeToString,
                 response_deserializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.RenewResponse.FromString,
                 _registered_method=True)
+        self.ReportDamage = channel.unary_unary(
+                '/kvstore.wire.v1.KVStore/ReportDamage',
+                request_serializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.ReportDamageRequest.SerializeToString,
+                response_deserializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.ReportDamageResponse.FromString,
+                _registered_method=True)
         self.Release = channel.unary_unary(
                 '/kvstore.wire.v1.KVStore/Release',
                 request_serializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.ReleaseRequest.SerializeToString,
@@ -175,6 +180,18 @@ class KVStoreServicer(object):
     def Renew(self, request, context):
         """Extends leases by the server's lease time, counted from now.
         FAILED_PRECONDITION (LEASE_EXPIRED), PERMISSION_DENIED (FOREIGN_LEASE).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReportDamage(self, request, context):
+        """[no session] Says that blocks of a lease, once copied, did not have its checksums.
+        The server believes nobody: it compares what is in its memory, and drops from there,
+        counts and logs what is damaged. What lies in other tiers stays. Answers when that
+        is done. What nobody can find any more is passed over, and so is everything for a
+        while after blocks were reported that are as they should be.
+        INVALID_ARGUMENT (TOO_LARGE).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -320,6 +337,11 @@ def add_KVStoreServicer_to_server(servicer, server):
                     servicer.Renew,
                     request_deserializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.RenewRequest.FromString,
                     response_serializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.RenewResponse.SerializeToString,
+            ),
+            'ReportDamage': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReportDamage,
+                    request_deserializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.ReportDamageRequest.FromString,
+                    response_serializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.ReportDamageResponse.SerializeToString,
             ),
             'Release': grpc.unary_unary_rpc_method_handler(
                     servicer.Release,
@@ -539,6 +561,33 @@ class KVStore(object):
             '/kvstore.wire.v1.KVStore/Renew',
             kvstore_dot_wire_dot_v1_dot_kvstore__pb2.RenewRequest.SerializeToString,
             kvstore_dot_wire_dot_v1_dot_kvstore__pb2.RenewResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReportDamage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvstore.wire.v1.KVStore/ReportDamage',
+            kvstore_dot_wire_dot_v1_dot_kvstore__pb2.ReportDamageRequest.SerializeToString,
+            kvstore_dot_wire_dot_v1_dot_kvstore__pb2.ReportDamageResponse.FromString,
             options,
             channel_credentials,
             insecure,

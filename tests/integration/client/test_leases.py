@@ -194,17 +194,3 @@ def test_slots_are_nobody_elses_while_they_are_being_written(
     writer.write_slots([grant.first_slot], grant.addresses, layout.block_bytes, write)
     assert kept == [1]
     until_nothing_is_held(client)
-
-
-def test_a_block_damaged_in_memory_is_a_miss_and_counted(
-    client: Any, layout: kvstore.Layout, server: Server
-) -> None:
-    """Whoever damages it: here a client that committed a checksum of other bytes."""
-    with kvstore.Client(server.socket) as writer:
-        grant = writer.reserve(layout, 1, 0)
-        writer.commit(layout, [Segment(b"", [key(1)], [grant.first_slot], [12345])])
-        assert client.get(layout, key(1)) is None
-        assert client.get(layout, key(1), into=bytearray(layout.block_bytes)) is None
-        with client.acquire(layout, [key(1)]) as lease:
-            assert lease.read(0) is None
-        assert client.counters.corrupt == 3

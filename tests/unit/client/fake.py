@@ -74,6 +74,8 @@ class FakeServer:
         self.leases: dict[int, tuple[bytes, list[bytes]]] = {}  # id -> (session, keys)
         self.slots: dict[int, tuple[bytes, int]] = {}  # open: id -> (session, address)
         self.steps: list[str] = []
+        self.reported: list[int] = []
+        """Addresses said to be damaged."""
         self.reserved = 0
         self.written = 0
         self.opened = 0
@@ -215,6 +217,10 @@ class FakeServer:
         for number in request.lease_ids:
             self.leases.pop(number, None)
         return pb.ReleaseResponse()
+
+    def ReportDamage(self, request: pb.ReportDamageRequest) -> pb.ReportDamageResponse:
+        self.reported += unpack_numbers(request.addresses)
+        return pb.ReportDamageResponse()
 
     def Renew(self, request: pb.RenewRequest) -> pb.RenewResponse:
         return pb.RenewResponse(expires_ns=self.clock.now_ns() + LEASE_NS)

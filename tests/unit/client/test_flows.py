@@ -321,10 +321,12 @@ def test_a_block_the_directory_lists_but_the_server_lost_is_a_miss(server: FakeS
     check_nothing_held(server)
 
 
-def test_a_damaged_block_is_a_miss_and_counted(driver: Driver) -> None:
+def test_a_damaged_block_is_a_miss_counted_and_reported(driver: Driver) -> None:
     put(driver, 1, 2)
     driver.server.damage(key(1))
+    address, _ = driver.server.blocks[key(1)]
     assert get(driver, 1, 2) == [None, data(2)]
+    assert driver.server.reported == [address], "the server is told, and of nothing else"
     into = [bytearray(N), bytearray(N)]
     got = driver.run(gets.get_many(driver.core, LAYOUT, [key(1), key(2)], into))
     assert got[0] is None
@@ -364,6 +366,7 @@ def test_a_remote_block_that_comes_short_is_a_miss(server: FakeServer) -> None:
     driver.block_bytes = N - 1
     assert get(driver, 1) == [None]
     assert driver.core.counters.corrupt == 1
+    assert driver.server.reported == [server.blocks[key(1)][0]]
 
 
 # What one call takes

@@ -271,6 +271,8 @@ class FakeStore:
         self.hints: list[Hints] = []
         self.slots: dict[int, bytearray] = {}
         self.leases: set[int] = set()
+        self.reported: list[int] = []
+        """Addresses said to be damaged."""
         self.reserved: dict[int, int] = {}
         """Open slots: id and address."""
         self.calls: list[str] = []
@@ -361,6 +363,10 @@ class FakeStore:
     def release(self, lease_ids: Sequence[int]) -> None:
         self._pass("release")
         self.leases.difference_update(lease_ids)
+
+    def report_damage(self, addresses: Sequence[int]) -> None:
+        self._pass("damage")
+        self.reported += addresses
 
     def reserve(self, layout: Layout, count: int, wait_ms: int) -> SlotGrant:
         self._pass("reserve")

@@ -143,11 +143,15 @@ def test_a_load_fills_every_layers_piece_of_every_block(rank: Rank) -> None:
 
 def test_damaged_bytes_fail_the_load_from_there_on(rank: Rank) -> None:
     job = rank.load_job([data(seed) for seed in range(40)], list(range(40)))
-    rank.store.slots[job.parts[0].addresses[0][20]][5] ^= 1
+    damaged = [job.parts[0].addresses[0][block] for block in (20, 30)]
+    for address in damaged:
+        rank.store.slots[address][5] ^= 1
     assert rank.load(job) == list(range(20, 40))
+    eventually(lambda: rank.store.reported)
+    assert rank.store.reported == damaged
     stats = rank.loader.take_stats()
     assert stats is not None
-    assert stats.data["damaged_blocks"] == 1
+    assert stats.data["damaged_blocks"] == 2
     assert stats.data["loaded_blocks"] == 20
 
 
