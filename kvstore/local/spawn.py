@@ -5,18 +5,19 @@ answers; everybody else waits for the lock and then finds it running. The lock
 decides only who starts a server. That no two servers ever share data is the
 server's own business.
 
-The started server is detached: it outlives its starter, writes to
-`<socket>.log`, and ends itself when nobody has used it for a while.
+The started server is detached: it outlives its starter, also one whose end takes all
+processes below it along, as vLLM's does. It writes to `<socket>.log`, and ends itself when
+nobody has used it for a while.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
+import select
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +31,13 @@ DEFAULT_IDLE_EXIT_S = 60.0
 _POLL_S = 0.02
 _ATTACH_TRY_S = 1.0
 _LOG_TAIL_BYTES = 2000
+
+# Whoever started it has ended when it runs, so it is nobody's child. In a session of its own
+# an interrupt typed at a terminal does not reach it.
+_ORPHAN = (
+    "import subprocess, sys;"
+    "print(subprocess.Popen(sys.argv[1:], stdin=-3, stdout=2, start_new_session=True).pid)"
+)
 
 
 def ensure_server(
@@ -65,7 +73,11 @@ def ensure_server(
         if _listening(path):
             _await_attach(path, deadline, None)
             return False
-        _await_attach(path, deadline, _start(path, args, idle_exit_s))
+        started = _start(path, args, idle_exit_s)
+        try:
+            _await_attach(path, deadline, started)
+        finally:
+            os.close(started)
         return True
     finally:
         os.close(lock)
@@ -99,32 +111,31 @@ def _lock(descriptor: int, path: str, deadline: float) -> None:
             time.sleep(_POLL_S)
 
 
-def _start(path: str, args: Sequence[str], idle_exit_s: float) -> subprocess.Popen[bytes]:
+def _start(path: str, args: Sequence[str], idle_exit_s: float) -> int:
+    """A descriptor of the process, to be closed, that can be read from when it has ended."""
     command = [sys.executable, "-m", "kvstore_server", "--socket", path]
     command += ["--idle-exit-s", f"{idle_exit_s:g}", *args]
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
     try:
         log = os.open(path + LOG_SUFFIX, flags, 0o600)
         try:
-            # A session of its own, so that an interrupt typed at the starter's
-            # terminal does not reach the server that others use.
-            process = subprocess.Popen(
-                command,
+            told = subprocess.run(
+                [sys.executable, "-I", "-S", "-c", _ORPHAN, *command],
                 stdin=subprocess.DEVNULL,
-                stdout=log,
+                stdout=subprocess.PIPE,
                 stderr=log,
-                start_new_session=True,
-            )
+                check=True,
+            ).stdout
+            return os.pidfd_open(int(told))
         finally:
             os.close(log)
-    except OSError as error:
+    except ProcessLookupError:
+        raise _ended(path) from None
+    except (OSError, subprocess.CalledProcessError) as error:
         raise Unavailable(f"cannot start a server: {error}") from error
-    # Reaps the server should it end before this process does.
-    threading.Thread(target=process.wait, name="kvstore-server-reaper", daemon=True).start()
-    return process
 
 
-def _await_attach(path: str, deadline: float, started: subprocess.Popen[bytes] | None) -> None:
+def _await_attach(path: str, deadline: float, started: int | None) -> None:
     while True:
         left = deadline - time.monotonic()
         if left <= 0:
@@ -133,16 +144,17 @@ def _await_attach(path: str, deadline: float, started: subprocess.Popen[bytes] |
             Attachment.connect(attach_path(path), min(left, _ATTACH_TRY_S)).close()
             return
         except Unavailable:
-            if started is not None and started.poll() is not None:
-                raise Unavailable(
-                    f"the server ended with status {started.returncode} while starting:"
-                    f" {_log_tail(path)}"
-                ) from None
+            if started is not None and select.select([started], [], [], 0)[0]:
+                raise _ended(path) from None
         except NoTenant:
             raise
         except KVStoreError:
             return  # It answers, if only to say that it is full or draining.
         time.sleep(_POLL_S)
+
+
+def _ended(path: str) -> Unavailable:
+    return Unavailable(f"the server ended while starting: {_log_tail(path)}")
 
 
 def _log_tail(path: str) -> str:

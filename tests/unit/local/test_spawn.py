@@ -101,6 +101,20 @@ def test_a_started_server_is_detached_and_knows_its_arguments(stand_in: Path) ->
     assert stand_in.parent.stat().st_mode & 0o777 == 0o700
 
 
+def test_a_starter_that_kills_all_below_it_leaves_the_server(stand_in: Path) -> None:
+    """vLLM does when it is told to end, and others use the server."""
+    script = "import sys; from kvstore.local.spawn import ensure_server; ensure_server(sys.argv[1])"
+    command = [sys.executable, "-c", f"{script}; sys.stdin.read()", str(stand_in)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as starter:
+        deadline = time.monotonic() + 30
+        while not spawn._listening(str(stand_in)):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        (start,) = starts(stand_in)
+        status = Path(f"/proc/{start.split()[0]}/status").read_text()
+        assert f"PPid:\t{starter.pid}\n" not in status
+
+
 def test_a_server_that_is_there_is_taken_as_it_is(tmp_path: Path) -> None:
     path = str(tmp_path / "s")
     with AttachServer(attach_path(path)):
@@ -109,9 +123,9 @@ def test_a_server_that_is_there_is_taken_as_it_is(tmp_path: Path) -> None:
 
 
 def test_a_server_that_gives_up_is_reported_with_its_last_words(stand_in: Path) -> None:
-    with pytest.raises(Unavailable, match=r"status 3.*data directory is not writable"):
+    with pytest.raises(Unavailable, match=r"ended while starting.*data directory is not writable"):
         spawn.ensure_server(stand_in, ["--fail"], timeout_s=30)
-    with pytest.raises(Unavailable, match="status 3"):
+    with pytest.raises(Unavailable, match="ended while starting"):
         spawn.ensure_server(stand_in, ["--fail"], timeout_s=30)
 
 
@@ -137,7 +151,7 @@ def test_the_socket_of_a_dead_server_does_not_stop_a_new_one(stand_in: Path) -> 
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         listener.bind(f"{stand_in}.attach.old")
     os.rename(f"{stand_in}.attach.old", attach_path(str(stand_in)))
-    with pytest.raises(Unavailable, match="ended with status"):
+    with pytest.raises(Unavailable, match="ended while starting"):
         # The stand-in does not clear the stale socket away; that it was started
         # to try is what matters here.
         spawn.ensure_server(stand_in, timeout_s=30)
