@@ -23,7 +23,7 @@ serve() { # role, port, cores, more arguments
         --model "$model" --port "$port" --kv-transfer-config "$(config "$role")" "$@" &
 }
 
-trap 'kill 0' INT TERM EXIT
+trap 'trap "" INT TERM; trap - EXIT; kill 0; wait' INT TERM EXIT
 serve kv_producer 8101 "${PREFILL_CORES:-0}" "$@"
 serve kv_consumer 8102 "${DECODE_CORES:-1}" "$@"
 vllm-router --vllm-pd-disaggregation --port 8100 \

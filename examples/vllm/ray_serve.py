@@ -6,6 +6,9 @@
 The replicas of a host run as one user and so find one server, which the first of them
 starts: what one has computed, the others load. Replicas on other hosts have a server of
 their own each.
+
+Ray 2.60.0 takes this configuration, and leaves a connector that it does not know to vLLM.
+No replica has been run by Ray here.
 """
 
 from __future__ import annotations
@@ -25,6 +28,8 @@ STORE = {
 config = LLMConfig(
     model_loading_config={"model_id": "model", "model_source": sys.argv[1]},
     deployment_config={"num_replicas": 2},
+    # Of vLLM's CPU build. Without this Ray wants GPUs, of which see docs/vllm.md first.
+    accelerator_config={"kind": "cpu"},
     engine_kwargs={"kv_transfer_config": STORE},
 )
 serve.run(build_openai_app({"llm_configs": [config]}), blocking=True)

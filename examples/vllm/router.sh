@@ -26,7 +26,7 @@ serve() { # number, cores, more arguments
         "{\"enable_kv_cache_events\": true, \"endpoint\": \"tcp://*:555$number\"}" "$@" &
 }
 
-trap 'kill 0; rm -rf "$stores"' INT TERM EXIT
+trap 'trap "" INT TERM; trap - EXIT; kill 0; wait; rm -rf "$stores"' INT TERM EXIT
 mkdir -m 700 "$stores/1" "$stores/2"
 serve 1 "${CORES_A:-0}" "$@"
 serve 2 "${CORES_B:-1}" "$@"
