@@ -26,6 +26,12 @@ them without a bounce buffer."""
 
 MAX_TEXT_BYTES = 512
 
+MAX_PRIORITY = 100
+MAX_HINT_BYTES = 64
+"""Of the name of a session, a request or a category."""
+MAX_RETENTIONS = 16
+"""Parts of a prompt that one chain gives a priority each."""
+
 
 def align_up(nbytes: int, alignment: int = ALIGNMENT) -> int:
     """`nbytes` rounded up to a multiple of `alignment`."""
@@ -85,8 +91,10 @@ class Refusal(enum.IntEnum):
 class Hints(NamedTuple):
     """What a caller says of its request.
 
-    `priority`: 0 to 100. `tokens_per_s`: for callers that compute what they are not given,
-    how fast they do, 0.0 where they have not measured it; None for others.
+    `priority`: 0 to `MAX_PRIORITY`, of its being answered soon: whose blocks come up first.
+    How long blocks are worth keeping is another question (`Reuse`). `tokens_per_s`: for
+    callers that compute what they are not given, how fast they do, 0.0 where they have not
+    measured it; None for others.
     """
 
     priority: int = 50
@@ -114,7 +122,7 @@ class Retention(NamedTuple):
     first_token: int
     stop_token: int
     priority: int
-    """0 to 100."""
+    """0 to `MAX_PRIORITY`."""
     ttl_ms: float | None = None
     """How long it holds, after which the default one does; None: for good."""
 
@@ -123,8 +131,10 @@ class Reuse(NamedTuple):
     """What a caller knows of the next use of a chain's blocks.
 
     `session`: whose next request is likely to use them, b"" where that is not known.
-    `category`: requests of one kind tend to be followed up alike. `priority`: 0 to 100, of
-    what no `retention` is for. `request`: calls that name one request are one use.
+    `category`: requests of one kind tend to be followed up alike. `priority`: 0 to
+    `MAX_PRIORITY`, of their staying, for what no `retention` is for. `request`: calls that
+    name one request are one use. Names have `MAX_HINT_BYTES` at most, and there are
+    `MAX_RETENTIONS` at most.
     """
 
     priority: int = 50

@@ -44,8 +44,3 @@ ADMIN_TIMEOUT_S = 5.0
 
 STALLED_AFTER_S = 5.0
 """Housekeeping runs every 100 ms; without one for this long the server is not live."""
-
-MAX_HINT_BYTES = 64
-"""Of the name of a session, a request or a category."""
-MAX_RETENTIONS = 16
-"""Parts of a prompt that one chain gives a priority each."""

@@ -25,6 +25,9 @@ from kvstore.metrics import Metrics
 from kvstore.store import Session, Store
 from kvstore.types import (
     KEY_BYTES,
+    MAX_HINT_BYTES,
+    MAX_PRIORITY,
+    MAX_RETENTIONS,
     NO_REUSE,
     ChainQuery,
     Hints,
@@ -46,7 +49,6 @@ from kvstore_server.principals import Principals
 
 _STATES = {int(state): state for state in SessionState}
 _NO_END = 1 << 62
-_MAX_PRIORITY = 100
 _NUMBER_BYTES = 8
 """Of a column of numbers (`columns`)."""
 
@@ -355,8 +357,8 @@ def _chains(chains: Sequence[pb.Chain]) -> list[ChainQuery]:
 def _hints(request: pb.AcquireRequest) -> Hints:
     """What a caller says of its request, once it is within bounds."""
     priority = request.priority if request.HasField("priority") else Hints().priority
-    if priority > _MAX_PRIORITY:
-        raise BadRequest(f"a priority is 0 to {_MAX_PRIORITY}, not {priority}")
+    if priority > MAX_PRIORITY:
+        raise BadRequest(f"a priority is 0 to {MAX_PRIORITY}, not {priority}")
     speed = request.recompute.tokens_per_s if request.HasField("recompute") else None
     if speed is not None and not 0 <= speed < math.inf:
         raise BadRequest("tokens_per_s is a positive number, or 0")
@@ -369,23 +371,23 @@ def _reuse(told: pb.Chain | pb.Segment) -> Reuse:
         return NO_REUSE
     reuse = told.reuse
     priority = reuse.priority if reuse.HasField("priority") else NO_REUSE.priority
-    if len(reuse.retention) > limits.MAX_RETENTIONS:
-        raise TooLarge(f"a chain has at most {limits.MAX_RETENTIONS} retentions")
+    if len(reuse.retention) > MAX_RETENTIONS:
+        raise TooLarge(f"a chain has at most {MAX_RETENTIONS} retentions")
     retention = tuple(
         Retention(each.first_token, each.stop_token or _NO_END, each.priority, each.ttl_ms or None)
         for each in reuse.retention
     )
     for claimed in (priority, *(each.priority for each in retention)):
-        if claimed > _MAX_PRIORITY:
-            raise BadRequest(f"a priority is 0 to {_MAX_PRIORITY}, not {claimed}")
+        if claimed > MAX_PRIORITY:
+            raise BadRequest(f"a priority is 0 to {MAX_PRIORITY}, not {claimed}")
     for text in (reuse.session, reuse.category.encode(), reuse.request):
         _check_text(text)
     return Reuse(priority, retention, reuse.session, reuse.category, reuse.request)
 
 
 def _check_text(text: bytes) -> None:
-    if len(text) > limits.MAX_HINT_BYTES:
-        raise TooLarge(f"a name in a hint has at most {limits.MAX_HINT_BYTES} bytes")
+    if len(text) > MAX_HINT_BYTES:
+        raise TooLarge(f"a name in a hint has at most {MAX_HINT_BYTES} bytes")
 
 
 def _segments(request: pb.CommitRequest) -> list[Segment]:

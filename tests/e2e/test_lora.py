@@ -95,6 +95,7 @@ def test_blocks_of_an_adapter_are_for_its_weights_alone(
     assert process.metrics()["kvstore_failed_loads"] == 0
 
 
+@pytest.mark.soak
 def test_weights_that_change_under_a_running_engine_get_nothing_and_leave_nothing(
     process: Engine, options: dict[str, Any], server: Server, tmp_path: Path
 ) -> None:

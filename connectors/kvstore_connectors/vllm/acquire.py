@@ -3,7 +3,10 @@
 The scheduler submits what it wants of a prompt and looks at the tickets in later steps.
 A few threads take whatever is waiting and ask for all of it in one call; there are
 several, so that a chain which is being brought up from a slow tier does not hold up the
-ones asked for after it. They also give leases back, which is never urgent.
+ones asked for after it. What is more urgent than usual is asked for before the rest and
+apart from it, and what is less so after it: the server brings up the blocks of a call as
+one, as soon as the most urgent of them must be there. Leases are given back when there is
+nothing to ask for.
 
 Where only full attention is stored, the store itself leases the longest prefix. Where
 windows or states are needed too, a position is looked for first (`positions`), and all
@@ -21,7 +24,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from kvstore.errors import KVStoreError
-from kvstore.types import ChainQuery, Hints, LeaseGrant
+from kvstore.types import NO_HINTS, ChainQuery, Hints, LeaseGrant
 from kvstore_connectors.vllm.groups import Band, Bands
 from kvstore_connectors.vllm.link import Attached, StoreLink, is_loss
 from kvstore_connectors.vllm.positions import (
@@ -240,20 +243,22 @@ class AcquireQueue:
             self.errors += 1
 
     def _take_asked(self) -> list[Ticket]:
+        """The most urgent that wait, as many as one call may ask for."""
+        waiting = [each for each in self._asked if each.state is TicketState.WAITING]
+        kind = max(map(_kind, waiting), default=0)
         budget = MAX_KEYS
         tickets: list[Ticket] = []
-        while self._asked and len(tickets) < MAX_CHAINS:
-            ticket = self._asked[0]
-            if ticket.state is not TicketState.WAITING:
-                self._asked.popleft()
+        for ticket in waiting:
+            if _kind(ticket) != kind:
                 continue
             keys = len(self._link.specs) * max(map(len, ticket.wanted.keys.values()))
-            if tickets and keys > budget:
+            if len(tickets) == MAX_CHAINS or (tickets and keys > budget):
                 break
             budget -= keys
             ticket.state = TicketState.SENT
             ticket.sent_s = time.monotonic()
-            tickets.append(self._asked.popleft())
+            tickets.append(ticket)
+        self._asked = deque(each for each in waiting if each.state is TicketState.WAITING)
         return tickets
 
     def _take_returned(self) -> list[Held]:
@@ -302,7 +307,7 @@ class AcquireQueue:
         grants: list[LeaseGrant] = []
         try:
             for batch in _batches(chains):
-                grants += attached.client.acquire_many(batch, self._wait_ms, self._hints())
+                grants += attached.client.acquire_many(batch, self._wait_ms, self._hints(asks))
         except KVStoreError as error:
             self._count_error()
             self._let_go(attached, grants)
@@ -317,11 +322,13 @@ class AcquireQueue:
             ask.grants = [next(granted) for _ in ask.queries]
         return True
 
-    def _hints(self) -> Hints:
-        """The store weighs loading a chain against computing it, one by one. Where a
-        prompt needs several, none of them is worth what it is weighed against."""
+    def _hints(self, asks: list[_Ask]) -> Hints:
+        """As urgent as the most urgent of them. The store weighs loading a chain against
+        computing it, one by one. Where a prompt needs several, none of them is worth what it
+        is weighed against."""
         weighed = self._weighs and len(self._bands.bands) == 1
-        return Hints(tokens_per_s=self.prefill.tokens_per_s if weighed else None)
+        urgency = max(ask.ticket.wanted.urgency for ask in asks)
+        return Hints(urgency, self.prefill.tokens_per_s if weighed else None)
 
     def _take_up(self, attached: Attached, ask: _Ask) -> _Ask | None:
         """Answer the ticket, unless another position is to be tried: then what to ask."""
@@ -395,6 +402,12 @@ class AcquireQueue:
             self._count_error()
             if is_loss(error):
                 self._link.failed(attached, error)
+
+
+def _kind(ticket: Ticket) -> int:
+    """1 for what is more urgent than usual, 0, or -1."""
+    urgency = ticket.wanted.urgency
+    return (urgency > NO_HINTS.priority) - (urgency < NO_HINTS.priority)
 
 
 def _layout_ids(attached: Attached, bands: Bands, band: Band) -> list[bytes]:

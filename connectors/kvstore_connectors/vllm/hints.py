@@ -1,9 +1,10 @@
-"""What a request says of the next use of its blocks.
+"""What a request says of how soon it needs its blocks, and of their next use.
 
 Two of vLLM's own fields tell it: `session_id`, and `priority`, of which 0 is the usual and
-less is more urgent. More can be said in `kv_transfer_params`:
+less is more urgent. It is taken for both: whose blocks come up from NVMe first, and whose
+stay. More can be said of the next use in `kv_transfer_params`:
 
-    kvstore_priority    0 to 100 instead of vLLM's; 50 is the usual
+    kvstore_priority    0 to 100 instead of vLLM's, of their staying; 50 is the usual
     kvstore_category    requests of one kind tend to be followed up alike
     kvstore_retention   a list of {"first_token", "stop_token", "priority", "ttl_ms"}, for
                         parts of the prompt; any of them may be left out
@@ -18,34 +19,43 @@ from collections.abc import Mapping
 from hashlib import blake2b
 from typing import TYPE_CHECKING, TypeGuard
 
-from kvstore.types import NO_REUSE, Retention, Reuse
+from kvstore.types import (
+    MAX_HINT_BYTES,
+    MAX_PRIORITY,
+    MAX_RETENTIONS,
+    NO_HINTS,
+    Retention,
+    Reuse,
+)
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 _PREFIX = "kvstore_"
-_MOST = 100
-_MAX_NAME_BYTES = 64
-_MAX_RETENTIONS = 16
 _MAX_NUMBER = 1 << 53
 """The most that JSON carries exactly, and far more than there are tokens."""
 
 
+def urgency_of(request: Request) -> int:
+    """Of its being answered soon: 0 to `MAX_PRIORITY`, whatever the request says."""
+    return min(MAX_PRIORITY, max(0, NO_HINTS.priority - request.priority))
+
+
 def reuse_of(request: Request) -> Reuse:
     """Within the server's bounds, whatever the request says."""
-    priority, category = min(_MOST, max(0, NO_REUSE.priority - request.priority)), ""
+    priority, category = urgency_of(request), ""
     retention: tuple[Retention, ...] = ()
     params = request.kv_transfer_params
     if isinstance(params, Mapping):
         told = params.get(_PREFIX + "priority")
-        if _is_number(told, _MOST):
+        if _is_number(told, MAX_PRIORITY):
             priority = told
         told = params.get(_PREFIX + "category")
-        if isinstance(told, str) and len(told.encode(errors="replace")) <= _MAX_NAME_BYTES:
+        if isinstance(told, str) and len(told.encode(errors="replace")) <= MAX_HINT_BYTES:
             category = told.encode(errors="replace").decode()
         told = params.get(_PREFIX + "retention")
         if isinstance(told, list):
-            read = (_retention(each, priority) for each in told[:_MAX_RETENTIONS])
+            read = (_retention(each, priority) for each in told[:MAX_RETENTIONS])
             retention = tuple(each for each in read if each is not None)
     session = request.session_id
     return Reuse(
@@ -64,7 +74,7 @@ def _retention(told: object, priority: int) -> Retention | None:
     worth, ttl_ms = told.get("priority", priority), told.get("ttl_ms")
     if not (_is_number(first, _MAX_NUMBER) and _is_number(stop, _MAX_NUMBER) and first < stop):
         return None
-    if not _is_number(worth, _MOST):
+    if not _is_number(worth, MAX_PRIORITY):
         return None
     if ttl_ms is not None and not (_is_number(ttl_ms, _MAX_NUMBER) and ttl_ms):
         return None
@@ -79,4 +89,4 @@ def _is_number(told: object, most: int) -> TypeGuard[int]:
 def _name(text: str) -> bytes:
     """At most 64 bytes, and another one for every text."""
     name = text.encode(errors="replace")
-    return name if len(name) <= _MAX_NAME_BYTES else blake2b(name).digest()
+    return name if len(name) <= MAX_HINT_BYTES else blake2b(name).digest()

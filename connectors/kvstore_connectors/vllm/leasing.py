@@ -232,7 +232,7 @@ class Leasing:
             size: keys_of(tracked, hash_tokens, size, 0, limit // size)
             for size in self._block_sizes
         }
-        return Wanted(keys, limit, computed, tracked.reuse)
+        return Wanted(keys, limit, computed, tracked.reuse, tracked.urgency)
 
     def _learn(self, wanted: Wanted, full_tokens: int, tokens: int) -> None:
         """The store holds full attention's blocks up to `full_tokens`, and what else is

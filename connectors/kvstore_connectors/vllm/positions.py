@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from kvstore.types import NO_REUSE, ChainQuery, Reuse
+from kvstore.types import NO_HINTS, NO_REUSE, ChainQuery, Reuse
 from kvstore_connectors.vllm.groups import Band, Bands
 
 Look = Callable[[Band, Sequence[bytes]], int | None]
@@ -22,13 +22,14 @@ class Wanted:
     """What of a prompt might be loaded: positions above `floor`, up to `limit`, tokens.
 
     `keys[block_tokens]`: keys of all blocks of that size up to `limit`. `reuse`: what the
-    request says of their next use.
+    request says of their next use. `urgency`: 0 to 100, of its being answered soon.
     """
 
     keys: Mapping[int, list[bytes]]
     limit: int
     floor: int
     reuse: Reuse = NO_REUSE
+    urgency: int = NO_HINTS.priority
 
 
 @dataclass(slots=True)

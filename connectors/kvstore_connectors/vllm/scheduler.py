@@ -28,7 +28,7 @@ from kvstore_connectors.vllm.acquire import AcquireQueue, Held, Taken
 from kvstore_connectors.vllm.adapters import Adapter, AdapterBook
 from kvstore_connectors.vllm.groups import Bands
 from kvstore_connectors.vllm.handover import Coming, answer_for_decode
-from kvstore_connectors.vllm.hints import reuse_of
+from kvstore_connectors.vllm.hints import reuse_of, urgency_of
 from kvstore_connectors.vllm.leasing import ANSWER_GRACE_S, Leasing
 from kvstore_connectors.vllm.link import StoreLink
 from kvstore_connectors.vllm.metadata import (
@@ -145,6 +145,7 @@ class SchedulerSide:
             coming=coming,
             offering=self._stores,
             reuse=reuse_of(request),
+            urgency=urgency_of(request),
             adapter=adapter,
         )
 

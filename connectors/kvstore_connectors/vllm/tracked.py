@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from kvstore.types import NO_REUSE, Reuse
+from kvstore.types import NO_HINTS, NO_REUSE, Reuse
 from kvstore_connectors.vllm.acquire import Held, Ticket
 from kvstore_connectors.vllm.adapters import Adapter
 from kvstore_connectors.vllm.handover import Coming
@@ -22,7 +22,8 @@ class Tracked:
     on in the store, but windows or states do not. `coming`: what another vLLM is storing
     of it, as long as that is waited for. `offered`: for each band, up to which block it
     has been stored; `offering`: whether there is more. `reuse`: what it says of the next
-    use of its blocks. `adapter`: what it is computed with beside the model.
+    use of its blocks. `urgency`: 0 to 100, of its being answered soon. `adapter`: what it
+    is computed with beside the model.
     """
 
     request: Request
@@ -39,6 +40,7 @@ class Tracked:
     coming: Coming | None = None
     offering: bool = True
     reuse: Reuse = NO_REUSE
+    urgency: int = NO_HINTS.priority
     adapter: Adapter | None = None
     _adapted: list[bytes] = field(default_factory=list)
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from kvstore.types import Retention, Reuse
-from kvstore_connectors.vllm.hints import reuse_of
+from kvstore_connectors.vllm.hints import reuse_of, urgency_of
 from kvstore_connectors.vllm.positions import Wanted, queries
 from tests.unit.connectors.fakes import BLOCK_TOKENS, FULL, FakeRequest
 from tests.unit.connectors.test_scheduler import World
@@ -32,6 +32,11 @@ def test_vllms_priority_counts_the_other_way_round_and_within_bounds() -> None:
         43,
         0,
     ]
+
+
+def test_what_is_worth_keeping_is_no_more_urgent_for_that() -> None:
+    request: Any = FakeRequest([1, 2], priority=10, kv_transfer_params={"kvstore_priority": 90})
+    assert (urgency_of(request), reuse_of(request).priority) == (40, 90)
 
 
 def test_all_that_can_be_said_is_understood() -> None:
@@ -87,7 +92,8 @@ def test_leases_and_stores_bring_what_their_request_says() -> None:
     request: Any = FakeRequest(list(range(4 * BLOCK_TOKENS + 1)), priority=-20, session_id="s")
     world.side.on_new_request(request)
     world.match(request)
-    assert world.queue.tickets[0].wanted.reuse == reuse_of(request)
+    asked = world.queue.tickets[0].wanted
+    assert (asked.reuse, asked.urgency) == (reuse_of(request), 70)
     (job,) = world.compute(request, 2 * BLOCK_TOKENS, [1, 2]).stores
     assert job.reuse == reuse_of(request)
     assert job.reuse.priority == 70

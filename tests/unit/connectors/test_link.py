@@ -17,8 +17,8 @@ from kvstore_connectors.vllm.positions import Wanted
 from tests.unit.connectors.fakes import BLOCK_TOKENS, FULL, FakeStore, spec
 
 
-def wanted(*keys: bytes) -> Wanted:
-    return Wanted({BLOCK_TOKENS: list(keys)}, len(keys) * BLOCK_TOKENS, 0)
+def wanted(*keys: bytes, urgency: int = 50) -> Wanted:
+    return Wanted({BLOCK_TOKENS: list(keys)}, len(keys) * BLOCK_TOKENS, 0, urgency=urgency)
 
 
 def eventually(condition: Callable[[], object], timeout_s: float = 5.0) -> None:
@@ -140,6 +140,28 @@ def submit(queue: AcquireQueue, *keys: bytes) -> Ticket:
     ticket = queue.submit(wanted(*keys))
     queue.wake()
     return ticket
+
+
+def test_what_is_urgent_is_asked_for_first_and_nothing_else_as_urgently(
+    store: FakeStore, link: StoreLink
+) -> None:
+    """A batch job's blocks must not come up before those that somebody waits for."""
+    link.start()
+    assert link.wait_attached(5)
+    queue = AcquireQueue(link, FULL, 10, True, threads=1)
+    urgencies = [50, 20, 60, 50, 90, 0]
+    keys = [bytes([urgency]) * 32 for urgency in urgencies]
+    tickets = [
+        queue.submit(wanted(key, urgency=urgency))
+        for key, urgency in zip(keys, urgencies, strict=True)
+    ]
+    queue.start()
+    queue.wake()
+    eventually(lambda: all(ticket.state is TicketState.ANSWERED for ticket in tickets))
+    calls = zip(store.hints, store.acquired, strict=True)
+    asked = [(hints.priority, [chain.keys[0][0] for chain in chains]) for hints, chains in calls]
+    assert asked == [(90, [60, 90]), (50, [50, 50]), (20, [20, 0])]
+    queue.close()
 
 
 def test_requests_that_wait_are_asked_for_in_one_call(
