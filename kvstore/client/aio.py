@@ -157,14 +157,22 @@ class AsyncClient:
             puts.put_many(self._core, layout, keys, datas, parent, wait_ms, reuse)
         )
 
-    async def get(self, layout: Layout, key: bytes, *, into: Buffer | None = None) -> Got:
+    async def get(
+        self,
+        layout: Layout,
+        key: bytes,
+        *,
+        into: Buffer | None = None,
+        reuse: Reuse = NO_REUSE,
+    ) -> Got:
         """The block's bytes, or None for a miss.
 
         With `into`, a writable buffer of at least a block's size, the bytes are
         copied there and a view of that part is returned; after a miss its
-        contents are undefined.
+        contents are undefined. `reuse`: what is known of the block's next use.
         """
-        return (await self.get_many(layout, (key,), into=None if into is None else (into,)))[0]
+        buffers = None if into is None else (into,)
+        return (await self.get_many(layout, (key,), into=buffers, reuse=reuse))[0]
 
     async def get_many(
         self,
@@ -172,9 +180,10 @@ class AsyncClient:
         keys: Sequence[bytes],
         *,
         into: Sequence[Buffer] | None = None,
+        reuse: Reuse = NO_REUSE,
     ) -> list[Got]:
         """Like `get` for each key, whether or not the positions before it are held."""
-        return await self._run(gets.get_many(self._core, layout, keys, into))
+        return await self._run(gets.get_many(self._core, layout, keys, into, reuse))
 
     async def lookup(
         self, layouts: Layout | Sequence[Layout], keys: Sequence[bytes]

@@ -20,7 +20,7 @@ from kvstore.client.pieces import blocks_a_piece, target_view
 from kvstore.client.steps import Drop, Flow, ReadStream, Work
 from kvstore.errors import BadRequest, InternalError, LeaseExpired, NoSession
 from kvstore.local import copy
-from kvstore.types import ChainQuery, LeaseGrant, check_key
+from kvstore.types import NO_REUSE, ChainQuery, LeaseGrant, Reuse, check_key
 from kvstore.wire.v1 import kvstore_pb2 as pb
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def get_many(
     layout: Layout,
     keys: Sequence[bytes],
     into: Sequence[Buffer] | None,
+    reuse: Reuse = NO_REUSE,
 ) -> Flow[list[Got]]:
     """Each key on its own, whatever is held of the prefix before it."""
     if into is not None and len(into) != len(keys):
@@ -47,7 +48,7 @@ def get_many(
     for key in keys:
         check_key(key)
     got: list[Got] = []
-    get = _Get(core, layout)
+    get = _Get(core, layout, reuse)
     step = blocks_a_piece(layout.block_bytes)
     pieces = [keys[start : start + step] for start in range(0, len(keys), step)]
     try:
@@ -69,9 +70,10 @@ def get_many(
 class _Get:
     """One get under way: at most one acquire ahead, and a lease for what is read."""
 
-    def __init__(self, core: Core, layout: Layout) -> None:
+    def __init__(self, core: Core, layout: Layout, reuse: Reuse) -> None:
         self._core = core
         self._layout = layout
+        self._reuse = reuse
         self._begun: Any = None
         self._link: Link | None = None
         self._held: list[int] = []
@@ -111,7 +113,7 @@ class _Get:
         return grants
 
     def _chain(self, keys: Sequence[bytes]) -> ChainQuery:
-        return ChainQuery((self._layout.id,), keys)
+        return ChainQuery((self._layout.id,), keys, self._reuse)
 
     def read(
         self, link: Link, grant: LeaseGrant, targets: Sequence[memoryview | None]

@@ -153,14 +153,22 @@ class Client:
         """Store consecutive positions of one chain; an outcome for each, in order."""
         return self._run(puts.put_many(self._core, layout, keys, datas, parent, wait_ms, reuse))
 
-    def get(self, layout: Layout, key: bytes, *, into: Buffer | None = None) -> Got:
+    def get(
+        self,
+        layout: Layout,
+        key: bytes,
+        *,
+        into: Buffer | None = None,
+        reuse: Reuse = NO_REUSE,
+    ) -> Got:
         """The block's bytes, or None for a miss.
 
         With `into`, a writable buffer of at least a block's size, the bytes are
         copied there and a view of that part is returned; after a miss its
-        contents are undefined.
+        contents are undefined. `reuse`: what is known of the block's next use.
         """
-        return self.get_many(layout, (key,), into=None if into is None else (into,))[0]
+        buffers = None if into is None else (into,)
+        return self.get_many(layout, (key,), into=buffers, reuse=reuse)[0]
 
     def get_many(
         self,
@@ -168,9 +176,10 @@ class Client:
         keys: Sequence[bytes],
         *,
         into: Sequence[Buffer] | None = None,
+        reuse: Reuse = NO_REUSE,
     ) -> list[Got]:
         """Like `get` for each key, whether or not the positions before it are held."""
-        return self._run(gets.get_many(self._core, layout, keys, into))
+        return self._run(gets.get_many(self._core, layout, keys, into, reuse))
 
     def lookup(self, layouts: Layout | Sequence[Layout], keys: Sequence[bytes]) -> ChainPresence:
         """How much of a chain is held: advice, not a promise.

@@ -12,7 +12,7 @@ import pytest
 from kvstore.client import calls, gets, pieces, puts
 from kvstore.client.lease import Layout, LeaseBase
 from kvstore.client.link import Budget
-from kvstore.client.steps import Step, Work
+from kvstore.client.steps import Begin, Call, Step, Work
 from kvstore.clock import ManualClock
 from kvstore.errors import (
     BadRequest,
@@ -22,7 +22,7 @@ from kvstore.errors import (
     ReservationExpired,
     Unavailable,
 )
-from kvstore.types import ChainPresence, ChainQuery, LayoutSpec, PutOutcome, Segment
+from kvstore.types import ChainPresence, ChainQuery, LayoutSpec, PutOutcome, Reuse, Segment
 from kvstore.wire.columns import unpack_keys
 from kvstore.wire.v1 import kvstore_pb2 as pb
 from tests.unit.client.fake import Driver, FakeServer, gone, name_of, nothing
@@ -270,6 +270,24 @@ def test_a_get_acquires_and_releases_once_for_a_prefix(driver: Driver) -> None:
     reading = [] if driver.local else ["Read", "Read"]
     assert driver.server.steps == ["Acquire", *reading, "Release"]
     check_nothing_held(driver.server)
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_every_call_of_a_get_says_what_is_known_of_the_next_use(driver: Driver) -> None:
+    """Three pieces, and what lies beyond a hole."""
+    put(driver, *range(4), 5)
+    said: list[bytes] = []
+
+    def note(step: Step) -> None:
+        call = step.call if isinstance(step, Begin) else step
+        if isinstance(call, Call) and isinstance(call.request, pb.AcquireRequest):
+            said.extend(chain.reuse.session for chain in call.request.chains)
+
+    driver.before = note
+    keys = [key(n) for n in range(6)]
+    got = driver.run(gets.get_many(driver.core, LAYOUT, keys, None, Reuse(session=b"s")))
+    assert got == [data(n) if n != 4 else None for n in range(6)]
+    assert len(said) >= 4 and set(said) == {b"s"}
 
 
 def test_nothing_held_needs_no_release(driver: Driver) -> None:
