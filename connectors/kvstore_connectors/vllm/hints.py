@@ -38,7 +38,8 @@ _MAX_NUMBER = 1 << 53
 
 def urgency_of(request: Request) -> int:
     """Of its being answered soon: 0 to `MAX_PRIORITY`, whatever the request says."""
-    return min(MAX_PRIORITY, max(0, NO_HINTS.priority - request.priority))
+    lateness: int = request.priority
+    return min(MAX_PRIORITY, max(0, NO_HINTS.priority - lateness))
 
 
 def reuse_of(request: Request) -> Reuse:
