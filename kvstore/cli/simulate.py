@@ -1,4 +1,6 @@
-"""`kvstore simulate`: what each policy would have held of a trace."""
+"""`kvstore simulate`: what each policy would have held of a trace, in one tier of so many
+blocks, or in the whole stack (`cli.simulate_stack`).
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvstore.cli import simulate_stack
 from kvstore.cli.main import COMMANDS, Subparsers
 from kvstore.errors import BadRequest
 
@@ -17,6 +20,7 @@ if TYPE_CHECKING:
     from kvstore.sim.trace import Trace
 
 DEFAULT_POLICIES = "worth,lru,arc,s3-fifo,belady-bypass"
+DEFAULT_OF_STACKS = "worth,lru"
 DEFAULT_SHARES = (0.01, 0.05, 0.1, 0.25, 0.5)
 """Of the trace's blocks."""
 RATIOS = {
@@ -38,9 +42,9 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
     parser.add_argument(
         "--policy",
         type=_policies,
-        default=_policies(DEFAULT_POLICIES),
         metavar="NAME,NAME",
-        help=f"policies (docs/policies.md) and bounds; default: {DEFAULT_POLICIES}",
+        help=f"policies (docs/policies.md) and bounds; default: {DEFAULT_POLICIES}; with tiers,"
+        f" policies: {DEFAULT_OF_STACKS}",
     )
     parser.add_argument(
         "--capacity-blocks",
@@ -49,9 +53,22 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
         help="sizes of the tier; default: 1, 5, 10, 25 and 50 %% of the trace's blocks",
     )
     parser.add_argument(
+        "--tiers",
+        type=simulate_stack.tiers,
+        action="append",
+        metavar="dram=SIZE,nvme=SIZE",
+        help="simulate the whole stack with tiers of these sizes instead; more than once for more",
+    )
+    parser.add_argument(
+        "--machine",
+        type=simulate_stack.stated,
+        metavar="NAME=VALUE,...",
+        help="that they are in, parts by the names in docs/planner.md:"
+        f" {', '.join(simulate_stack.Stated._fields)}",
+    )
+    parser.add_argument(
         "--order",
         choices=("own", "published", "chain"),
-        default="own",
         help="of the references within a request: block by block from the root on, as published,"
         " or the deepest first, as in the server; default: what the policy is made for",
     )
@@ -78,25 +95,55 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     from kvstore.sim.readers import read_traces
-    from kvstore.sim.sweep import Point, cores, sweep
 
+    wrong = ("capacity_blocks", "order") if args.tiers else ("machine",)
+    for name in wrong:
+        if getattr(args, name) is not None:
+            flag = "--" + name.replace("_", "-")
+            raise BadRequest(f"{flag} goes {'without' if args.tiers else 'with'} --tiers")
     with progress("reading"):
         trace = read_traces(args.traces, session_rate=args.session_rate, seed=args.seed)
-    by_chain = {"own": None, "published": False, "chain": True}[args.order]
+    rows = (_run_stacks if args.tiers else _run_tier)(args, trace)
+    if args.json:
+        print(json.dumps(rows, indent=2))
+    else:
+        (simulate_stack.show if args.tiers else _show)(trace, rows)
+    return 0
+
+
+def _run_tier(args: argparse.Namespace, trace: Trace) -> list[dict[str, Any]]:
+    from kvstore.sim.sweep import Point, cores, sweep
+
+    order = args.order or "own"
+    by_chain = {"own": None, "published": False, "chain": True}[order]
+    policies = args.policy or _policies(DEFAULT_POLICIES)
     capacities = args.capacity_blocks or _shares(trace)
     hints = not args.no_hints
-    points = [Point(name, size, by_chain, hints) for name in args.policy for size in capacities]
+    points = [Point(name, size, by_chain, hints) for name in policies for size in capacities]
     with progress("replaying") as tell:
         rows = sweep(trace, points, args.processes or cores(), tell)
     if args.plots is not None:
         from kvstore_benchmarks.policies.plots import draw
 
         draw(rows, args.plots)
-    if args.json:
-        print(json.dumps(rows, indent=2))
-    else:
-        _show(trace, rows)
-    return 0
+    return rows
+
+
+def _run_stacks(args: argparse.Namespace, trace: Trace) -> list[dict[str, Any]]:
+    from kvstore.sim.stacks import Run, sweep_stacks
+    from kvstore.sim.sweep import cores
+
+    machine = simulate_stack.machine_of(args.machine or simulate_stack.Stated())
+    policies = args.policy or _policies(DEFAULT_OF_STACKS)
+    runs = [Run(name, tiers) for tiers in dict.fromkeys(args.tiers) for name in policies]
+    processes = args.processes or cores()
+    with progress("simulating") as tell:
+        rows = sweep_stacks(trace, runs, machine, processes, tell, hints=not args.no_hints)
+    if args.plots is not None:
+        from kvstore_benchmarks.policies.stack_plots import draw
+
+        draw(rows, args.plots)
+    return rows
 
 
 def _shares(trace: Trace) -> list[int]:

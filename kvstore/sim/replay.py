@@ -107,8 +107,7 @@ class Replay:
         serve = self._serve_by_chain if by_chain else self._serve
         told = type(policy).use is not EvictionPolicy.use
         hinted = self._hints and type(policy).hint is not EvictionPolicy.hint
-        # A garbage collection would go through a million replicas, again and again.
-        with _uncollected():
+        with uncollected():
             for number, request in enumerate(requests):
                 if told:
                     policy.use(self._use(request))
@@ -235,7 +234,8 @@ class Replay:
 
 
 @contextmanager
-def _uncollected() -> Iterator[None]:
+def uncollected() -> Iterator[None]:
+    """A garbage collection would go through a million replicas, again and again."""
     enabled = gc.isenabled()
     gc.disable()
     try:

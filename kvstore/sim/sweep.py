@@ -1,12 +1,10 @@
-"""Many replays of one trace, each core taking the next one."""
+"""Many replays of one trace: each policy at each size of one tier."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from multiprocessing.sharedctypes import Synchronized
 from time import perf_counter
 from typing import Any
 
@@ -15,6 +13,7 @@ from kvstore.core.policies import POLICIES
 from kvstore.errors import BadRequest
 from kvstore.nearest import nearest
 from kvstore.sim.bounds import Clairvoyant
+from kvstore.sim.processes import spread
 from kvstore.sim.replay import Progress, Replay, Result
 from kvstore.sim.trace import Trace
 
@@ -27,8 +26,6 @@ BOUNDS: dict[str, Callable[[Trace, int, Prefill], Clairvoyant]] = {
         trace, capacity, by_cost=True, prefill=prefill
     ),
 }
-
-POLL_S = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,44 +63,12 @@ def sweep(
     prefill: Prefill = REFERENCE,
 ) -> list[dict[str, Any]]:
     """One object a point, in their order: what `kvstore simulate --json` prints."""
-    tell = progress or (lambda done: None)
-    if processes == 1 or len(points) == 1:
-        rows: list[dict[str, Any]] = []
-        for point in points:
-            rows.append(
-                _replay(trace, point, prefill, lambda part: tell((len(rows) + part) / len(points)))
-            )
-        return rows
-    # Forked, so that all share the one trace.
-    context = multiprocessing.get_context("fork")
-    done: Any = context.Array("d", len(points), lock=False)
-    with context.Pool(min(processes, len(points)), _begin, (trace, points, prefill, done)) as pool:
-        pending = pool.map_async(_replay_number, range(len(points)), chunksize=1)
-        while not pending.ready():
-            pending.wait(POLL_S)
-            tell(sum(done) / len(points))
-        return pending.get()
-
-
-_shared: tuple[Trace, Sequence[Point], Prefill, Synchronized[float]] | None = None
-# Of a child process only.
-
-
-def _begin(trace: Trace, points: Sequence[Point], prefill: Prefill, done: Any) -> None:
-    global _shared
-    _shared = trace, points, prefill, done
-
-
-def _replay_number(number: int) -> dict[str, Any]:
-    assert _shared is not None
-    trace, points, prefill, done = _shared
-
-    def note(part: float) -> None:
-        done[number] = part  # type: ignore[index]
-
-    row = _replay(trace, points[number], prefill, note)
-    note(1.0)
-    return row
+    return spread(
+        len(points),
+        lambda number, tell: _replay(trace, points[number], prefill, tell),
+        processes,
+        progress,
+    )
 
 
 def _replay(trace: Trace, point: Point, prefill: Prefill, progress: Progress) -> dict[str, Any]:
@@ -121,18 +86,10 @@ def _replay(trace: Trace, point: Point, prefill: Prefill, progress: Progress) ->
 
 
 def _row(point: Point, result: Result, by_chain: bool, seconds: float) -> dict[str, Any]:
-    ratios = {
-        str(priority): round(hits / tokens, 6) if tokens else 0.0
-        for priority, (tokens, hits) in sorted(result.by_priority.items())
-    }
     return {
         "policy": point.policy,
         "capacity_blocks": point.capacity_blocks,
-        "block_hit_ratio": round(result.block_hit_ratio, 6),
-        "token_hit_ratio": round(result.token_hit_ratio, 6),
-        "compute_saved_ratio": round(result.compute_saved_ratio, 6),
-        "compute_saved_ms": round(result.saved_ms),
-        "token_hit_ratio_by_priority": ratios,
+        **ratios(result),
         "order": "chain" if by_chain else "published",
         "block_references": result.blocks,
         "evictions": result.evictions,
@@ -142,6 +99,20 @@ def _row(point: Point, result: Result, by_chain: bool, seconds: float) -> dict[s
 
 def cores() -> int:
     return len(os.sched_getaffinity(0))
+
+
+def ratios(result: Result) -> dict[str, Any]:
+    """What was found, as it is printed."""
+    return {
+        "block_hit_ratio": round(result.block_hit_ratio, 6),
+        "token_hit_ratio": round(result.token_hit_ratio, 6),
+        "compute_saved_ratio": round(result.compute_saved_ratio, 6),
+        "compute_saved_ms": round(result.saved_ms),
+        "token_hit_ratio_by_priority": {
+            str(priority): round(hits / tokens, 6) if tokens else 0.0
+            for priority, (tokens, hits) in sorted(result.by_priority.items())
+        },
+    }
 
 
 def _plain(name: str) -> str:

@@ -86,6 +86,79 @@ def test_a_wrong_flag_is_explained(
     assert said in capsys.readouterr().err
 
 
+STACK = ["--tiers", "dram=4GiB,nvme=8GiB", "--policy", "lru"]
+
+
+def test_with_tiers_each_policy_and_size_is_an_object(
+    trace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["simulate", str(trace), "--tiers", "dram=2GiB,nvme=8GiB", "--tiers", "dram=8GiB"]
+    assert main([*arguments, "--machine", "gpu=b200,engines=4,ssd=gen5", "--json"]) == 0
+    shown = capsys.readouterr()
+    rows = json.loads(shown.out)
+    assert [(row["policy"], row["dram_bytes"] >> 30, row["nvme_bytes"] >> 30) for row in rows] == [
+        ("worth", 2, 8), ("lru", 2, 8), ("worth", 8, 0), ("lru", 8, 0)
+    ]  # fmt: skip
+    for row in rows:
+        assert row["first_token_ms"]["requests"] == 60
+        assert set(row["block_hits_from"]) == {"dram", "nvme"}
+    assert not shown.err
+
+
+def test_with_tiers_tables_are_shown_and_plots_drawn(
+    trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    assert main(["simulate", str(trace), *STACK, "--plots", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "Time to the first token" in shown and "drive" in shown and "none held" in shown
+    assert (tmp_path / "stacks.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((tmp_path / "stacks.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "said"),
+    [
+        ("--tiers", "dram=0", "say how large DRAM is"),
+        ("--tiers", "nvme=1TiB", "say how large DRAM is"),
+        ("--tiers", "dram=1GiB,nvm=1TiB", "did you mean nvme"),
+        ("--tiers", "dram=1GiB,dram=2GiB", "say dram once"),
+        ("--tiers", "dram=-1GiB", "is not a size"),
+        ("--machine", "engines=0", "is not from 1 to 1024"),
+        ("--machine", "mfu=2", "is not above 0"),
+        ("--machine", "gpi=h100", "did you mean gpu"),
+        ("--machine", "gpu=", "say gpu once, as gpu=VALUE"),
+    ],
+)
+def test_a_wrong_stack_is_explained(
+    trace: Path, capsys: pytest.CaptureFixture[str], flag: str, value: str, said: str
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["simulate", str(trace), *STACK, f"{flag}={value}"])
+    assert left.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([*STACK, "--capacity-blocks", "10"], "--capacity-blocks goes without --tiers"),
+        ([*STACK, "--order", "chain"], "--order goes without --tiers"),
+        (["--machine", "engines=2"], "--machine goes with --tiers"),
+        ([*STACK, "--machine", "ssd=gen9"], "no SSD 'gen9'"),
+        ([*STACK, "--policy", "belady"], "knows the future"),
+        (["--tiers", "dram=1MiB"], "hold no block"),
+        (["--tiers", "dram=1GiB,nvme=64MiB"], "nvme: 67108864 bytes hold no block"),
+    ],
+)
+def test_a_stack_that_cannot_be_is_one_line(
+    trace: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
+    assert main(["simulate", str(trace), *arguments]) == 1
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+
+
 def test_a_wrong_trace_is_one_line_with_its_place(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
