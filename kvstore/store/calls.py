@@ -275,7 +275,8 @@ class Store:
         return answer._replace(slots=await self._with_memory(session, answer.slots))
 
     async def _with_memory(self, session: Session, grant: SlotGrant) -> SlotGrant:
-        """The grant, once its memory is there; nothing where there is none to be had."""
+        """The grant, once its memory is there; nothing where there is none to be had, or
+        not before the grant is over."""
         try:
             await self._extents.opened(Tier.DRAM, grant.addresses)
         except TierError:
@@ -284,6 +285,9 @@ class Store:
         except asyncio.CancelledError:
             self._give_back(session, grant)
             raise
+        if grant.addresses and self._clock.now_ns() >= grant.expires_ns:
+            self._give_back(session, grant)
+            return NO_SLOTS
         return grant
 
     def _give_back(self, session: Session, grant: SlotGrant) -> None:

@@ -213,6 +213,22 @@ def test_what_dram_cannot_hold_is_served_from_nvme() -> None:
     run(Rig(), body)
 
 
+def test_memory_that_comes_when_its_slots_are_over_is_granted_to_nobody() -> None:
+    async def body(rig: Rig) -> None:
+        session = rig.session()
+        layout_id = rig.store.register_layout("t", SPEC)
+        rig.dram.gate.clear()
+        waiting = asyncio.create_task(rig.store.reserve(session, layout_id, 2, 0))
+        await until(lambda: rig.store.stats().tiers[0].used_bytes == 2 * SLOT)
+        rig.clock.advance_ms(1001)
+        rig.dram.gate.set()
+        assert (await waiting).addresses == []
+        assert rig.store.stats().tiers[0].used_bytes == 0
+        assert await rig.put(session, chain(1, 2)) == 2
+
+    run(Rig(), body)
+
+
 def test_memory_that_takes_long_to_come_delays_nobody_else() -> None:
     async def body(rig: Rig) -> None:
         session = rig.session()
