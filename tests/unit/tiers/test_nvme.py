@@ -249,6 +249,28 @@ def test_data_of_another_version_is_refused_and_kept(tmp_path: Path, text: str) 
     again.close()
 
 
+def test_a_small_file_is_whole_though_the_disk_takes_it_in_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, parts = os.write, 0
+
+    def some(fd: int, data: bytes) -> int:
+        nonlocal parts
+        parts += 1
+        return write(fd, memoryview(data)[:100])
+
+    tier = open_tier(tmp_path)
+    monkeypatch.setattr(nvme_home.os, "write", some)
+    spec = {"model": "m" * 500}
+    tier.remember_layout("t", b"l" * 16, spec)
+    tier.close()
+    monkeypatch.undo()
+    assert parts > 5
+    again = open_tier(tmp_path)
+    assert list(again.recovered_layouts()) == [("t", spec)]
+    again.close()
+
+
 def test_a_path_that_is_no_directory_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
