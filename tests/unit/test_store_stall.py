@@ -9,10 +9,10 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from kvstore.store import Store
+from kvstore.store import Session, Store
 from kvstore.tiers.faulty import Fault, FaultyDisk, MemoryDisk
 from kvstore.tiers.nvme import NvmeTier
-from kvstore.types import Tier
+from kvstore.types import LeaseGrant, Tier
 from tests.unit.test_store import EXTENT, Rig, chain, until
 
 HANG_S = 30.0
@@ -43,6 +43,25 @@ class Hanging(Rig):
         self.stuck += 1
         assert self.goes_on.wait(20)
 
+    async def save(self, *chains: list[bytes]) -> Session:
+        """Blocks that are only on the drive, and whose they are."""
+        session = self.session()
+        for keys in chains:
+            await self.put(session, keys)
+        await self.store.flush("t", drop=True)
+        return session
+
+    async def hang_with(
+        self, session: Session, *chains: list[bytes]
+    ) -> list[asyncio.Task[LeaseGrant]]:
+        """The drive hangs; who asks for these waits."""
+        self.hanging = True
+        waiting = [
+            asyncio.create_task(self.acquire(session, keys, wait_ms=60_000)) for keys in chains
+        ]
+        await until(lambda: self.stuck > 0)
+        return waiting
+
     def come_back(self) -> None:
         self.hanging = False
         self.goes_on.set()
@@ -70,12 +89,9 @@ def run(folder: Path, body: Callable[[Hanging], Awaitable[None]]) -> None:
 
 def test_who_waits_for_a_drive_that_hangs_is_answered_within_five_seconds(tmp_path: Path) -> None:
     async def body(rig: Hanging) -> None:
-        session, keys = rig.session(), chain(1, 8)
-        await rig.put(session, keys)
-        await rig.store.flush("t", drop=True)
-        rig.hanging = True
-        waiting = asyncio.create_task(rig.acquire(session, keys, wait_ms=60_000))
-        await until(lambda: rig.stuck > 0)
+        keys = chain(1, 8)
+        session = await rig.save(keys)
+        (waiting,) = await rig.hang_with(session, keys)
         rig.clock.advance_ms(2_500)
         await asyncio.sleep(0.3)
         assert not waiting.done(), "a drive may take that long"
@@ -92,14 +108,9 @@ def test_who_waits_for_a_drive_that_hangs_is_answered_within_five_seconds(tmp_pa
 
 def test_memory_is_served_and_grows_while_a_drive_hangs(tmp_path: Path) -> None:
     async def body(rig: Hanging) -> None:
-        session = rig.session()
         saved = [chain(base, 2) for base in range(8)]
-        for keys in saved:
-            await rig.put(session, keys)
-        await rig.store.flush("t", drop=True)
-        rig.hanging = True
-        waiting = [asyncio.create_task(rig.acquire(session, k, wait_ms=60_000)) for k in saved]
-        await until(lambda: rig.stuck > 0)
+        session = await rig.save(*saved)
+        waiting = await rig.hang_with(session, *saved)
         for base in range(100, 103):
             keys = chain(base, 2)
             assert await rig.put(session, keys) == 2
@@ -119,12 +130,9 @@ def test_memory_is_served_and_grows_while_a_drive_hangs(tmp_path: Path) -> None:
 
 def test_a_drive_that_answers_again_is_used_again(tmp_path: Path) -> None:
     async def body(rig: Hanging) -> None:
-        session, keys = rig.session(), chain(1, 8)
-        await rig.put(session, keys)
-        await rig.store.flush("t", drop=True)
-        rig.hanging = True
-        waiting = asyncio.create_task(rig.acquire(session, keys, wait_ms=60_000))
-        await until(lambda: rig.stuck > 0)
+        keys = chain(1, 8)
+        session = await rig.save(keys)
+        (waiting,) = await rig.hang_with(session, keys)
         rig.clock.advance_ms(4_000)
         await waiting
         rig.come_back()

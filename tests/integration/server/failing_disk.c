@@ -1,10 +1,13 @@
 /* A drive that fails, in front of a real one: loaded before libc (LD_PRELOAD), it spoils
- * the calls on files named *.seg, as the kernel would report them. What it spoils can be
- * changed at any time: a fault is on while a file of its name is in $FAILING_DISK.
+ * the calls on segments (*.seg) and on the index (data.mdb), as the kernel would report
+ * them. What it spoils can be changed at any time: a fault is on while a file of its name
+ * is in $FAILING_DISK.
  *
  *   write-error  read-error  sync-error   EIO
  *   write-lost                            said to be done, and not done
  *   sync-lost                             said to be done, and not done
+ *   hang                                  reads and writes wait while it is on
+ *   index-write-error  index-sync-error   EIO
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -16,21 +19,41 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-static int on(const char *fault, int fd)
+static int is_on(const char *fault)
 {
     const char *folder = getenv("FAILING_DISK");
-    char link[64], path[PATH_MAX];
+    char path[PATH_MAX];
     if (folder == NULL)
         return 0;
     snprintf(path, sizeof path, "%s/%s", folder, fault);
-    if (access(path, F_OK) != 0)
-        return 0;
+    return access(path, F_OK) == 0;
+}
+
+static int is_named(int fd, const char *end)
+{
+    char link[64], path[PATH_MAX];
     snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
-    ssize_t length = readlink(link, path, sizeof path - 1);
-    if (length < 4)
+    ssize_t length = readlink(link, path, sizeof path - 1), wanted = strlen(end);
+    if (length < wanted)
         return 0;
     path[length] = '\0';
-    return strcmp(path + length - 4, ".seg") == 0;
+    return strcmp(path + length - wanted, end) == 0;
+}
+
+static int on(const char *fault, int fd)
+{
+    return is_on(fault) && is_named(fd, ".seg");
+}
+
+static int on_index(const char *fault, int fd)
+{
+    return is_on(fault) && is_named(fd, "data.mdb");
+}
+
+static void hang(int fd)
+{
+    while (on("hang", fd))
+        usleep(10000);
 }
 
 static int fail(void)
@@ -44,6 +67,7 @@ ssize_t pwritev64v2(int fd, const struct iovec *pieces, int count, off64_t offse
     static ssize_t (*real)(int, const struct iovec *, int, off64_t, int);
     if (real == NULL)
         real = dlsym(RTLD_NEXT, "pwritev64v2");
+    hang(fd);
     if (on("write-error", fd))
         return fail();
     if (on("write-lost", fd)) {
@@ -60,6 +84,7 @@ ssize_t preadv64v2(int fd, const struct iovec *pieces, int count, off64_t offset
     static ssize_t (*real)(int, const struct iovec *, int, off64_t, int);
     if (real == NULL)
         real = dlsym(RTLD_NEXT, "preadv64v2");
+    hang(fd);
     return on("read-error", fd) ? fail() : real(fd, pieces, count, offset, flags);
 }
 
@@ -68,7 +93,25 @@ int fdatasync(int fd)
     static int (*real)(int);
     if (real == NULL)
         real = dlsym(RTLD_NEXT, "fdatasync");
-    if (on("sync-error", fd))
+    if (on("sync-error", fd) || on_index("index-sync-error", fd))
         return fail();
     return on("sync-lost", fd) ? 0 : real(fd);
+}
+
+/* How LMDB writes its pages. */
+
+ssize_t pwrite(int fd, const void *data, size_t nbytes, off_t offset)
+{
+    static ssize_t (*real)(int, const void *, size_t, off_t);
+    if (real == NULL)
+        real = dlsym(RTLD_NEXT, "pwrite");
+    return on_index("index-write-error", fd) ? fail() : real(fd, data, nbytes, offset);
+}
+
+ssize_t writev(int fd, const struct iovec *pieces, int count)
+{
+    static ssize_t (*real)(int, const struct iovec *, int);
+    if (real == NULL)
+        real = dlsym(RTLD_NEXT, "writev");
+    return on_index("index-write-error", fd) ? fail() : real(fd, pieces, count);
 }

@@ -1,112 +1,130 @@
 """A real server on a drive that fails, below all of its code: calls of the C library on
-segments are spoilt by a library loaded before it."""
+segments and on the index are spoilt by a library loaded before it."""
 
 from __future__ import annotations
 
 import shutil
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from kvstore.client.lease import Layout
 from kvstore.client.sync import Client
 from kvstore.tiers.nvme_fsck import check
-from tests.integration.server.harness import daemon
-from tests.integration.server.test_full_disk import ask
-from tests.integration.server.test_killed import SPEC, content, key
+from kvstore.types import TierStats
+from tests.integration.server.blocks import ask, connected, content, key, kill, store
 
 SOURCE = Path(__file__).with_name("failing_disk.c")
 SAFE = range(1, 201)
 LATER = range(201, 401)
+FRESH = range(500, 540)
 SIZES = ("--nvme-capacity", "256MiB", "--dram-capacity", "16MiB")
 
 
+class Faults:
+    """Of the drive, for servers started after this was made."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def begin(self, fault: str) -> None:
+        (self._folder / fault).touch()
+
+    def end(self, fault: str) -> None:
+        (self._folder / fault).unlink()
+
+
 @pytest.fixture
-def spoil(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Switches a fault on, for servers started after this."""
+def faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Faults:
     compiler = shutil.which("cc")
     if compiler is None:
         pytest.skip("there is no C compiler")
-    library, faults = tmp_path / "failing_disk.so", tmp_path / "faults"
-    faults.mkdir()
+    library, folder = tmp_path / "failing_disk.so", tmp_path / "faults"
+    folder.mkdir()
     subprocess.run(
         [compiler, "-shared", "-fPIC", "-o", str(library), str(SOURCE), "-ldl"], check=True
     )
     monkeypatch.setenv("LD_PRELOAD", str(library))
-    monkeypatch.setenv("FAILING_DISK", str(faults))
-    return lambda fault: (faults / fault).touch()
+    monkeypatch.setenv("FAILING_DISK", str(folder))
+    return Faults(folder)
 
 
-def store(client: Client, layout: Layout, numbers: range) -> None:
-    for start in range(numbers.start, numbers.stop, 40):
-        part = range(start, min(start + 40, numbers.stop))
-        client.put_many(layout, [key(n) for n in part], [content(n) for n in part])
+def nvme(client: Client) -> TierStats:
+    return client.stats().tiers[1]
 
 
-@pytest.mark.parametrize("fault", ["write-error", "read-error", "sync-error"])
+def eventually(fact: Callable[[], bool], within_s: float = 15.0) -> None:
+    deadline = time.monotonic() + within_s
+    while not fact():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    ["write-error", "read-error", "sync-error", "index-write-error", "index-sync-error"],
+)
 def test_a_drive_that_reports_errors_is_left_alone_and_memory_goes_on(
-    fault: str, spoil: Callable[[str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fault: str, faults: Faults, tmp_path: Path
 ) -> None:
-    with daemon(tmp_path, *SIZES) as server:
-        server.wait_ready()
-        with Client(str(server.socket_path)) as client:
-            layout = client.register_layout(SPEC)
-            store(client, layout, SAFE)
-            client.flush(True)
-            spoil(fault)
-            store(client, layout, LATER)
-            if fault == "read-error":
-                assert not ask(client, layout, SAFE)
-            else:
-                client.flush()
-            nvme = client.stats().tiers[1]
-            assert not nvme.healthy
-            assert ask(client, layout, LATER), "what is in memory is served"
-            fresh = range(500, 540)
-            store(client, layout, fresh)
-            assert len(ask(client, layout, fresh)) == 40
-        server.process.terminate()
-        assert server.process.wait(20) == 0
-    monkeypatch.delenv("LD_PRELOAD")
-    with daemon(tmp_path, *SIZES) as server:
-        server.wait_ready()
-        with Client(str(server.socket_path)) as client:
-            layout = client.register_layout(SPEC)
-            assert len(ask(client, layout, SAFE)) == len(SAFE), "what was flushed is there"
-            ask(client, layout, LATER)
-            assert client.stats().tiers[1].healthy
+    with connected(tmp_path, *SIZES) as (_, client, layout):
+        store(client, layout, SAFE)
+        client.flush(True)
+        faults.begin(fault)
+        store(client, layout, LATER)
+        if fault == "read-error":
+            assert not ask(client, layout, SAFE)
+        else:
+            client.flush()
+        assert not nvme(client).healthy
+        assert ask(client, layout, LATER), "what is in memory is served"
+        store(client, layout, FRESH)
+        assert len(ask(client, layout, FRESH)) == len(FRESH)
+    faults.end(fault)
+    with connected(tmp_path, *SIZES) as (_, client, layout):
+        assert len(ask(client, layout, SAFE)) == len(SAFE), "what was flushed is there"
+        ask(client, layout, LATER)
+        assert nvme(client).healthy
 
 
 @pytest.mark.parametrize("fault", ["write-lost", "sync-lost"])
 def test_a_drive_that_lies_costs_blocks_and_nothing_else(
-    fault: str, spoil: Callable[[str], None], tmp_path: Path
+    fault: str, faults: Faults, tmp_path: Path
 ) -> None:
-    with daemon(tmp_path, *SIZES) as server:
-        server.wait_ready()
-        with Client(str(server.socket_path)) as client:
-            layout = client.register_layout(SPEC)
-            store(client, layout, SAFE)
-            client.flush(True)
-            spoil(fault)
-            store(client, layout, LATER)
-            client.flush(True)
-            assert len(ask(client, layout, SAFE)) == len(SAFE)
-            held = ask(client, layout, LATER)
-            # A sync that is not done is only missed when the power fails.
-            assert len(held) == (len(LATER) if fault == "sync-lost" else 0)
-            if fault == "write-lost":
-                assert client.stats().corrupt_blocks >= len(LATER) // 2
-        server.process.kill()
-        server.process.wait()
-        Path(f"{server.socket_path}.json").unlink()
-    with daemon(tmp_path, *SIZES) as server:
-        server.wait_ready()
-        with Client(str(server.socket_path)) as client:
-            layout = client.register_layout(SPEC)
-            assert len(ask(client, layout, SAFE)) >= len(SAFE) // 2
-            ask(client, layout, LATER)
-        server.process.terminate()
-        assert server.process.wait(20) == 0
+    with connected(tmp_path, *SIZES) as (server, client, layout):
+        store(client, layout, SAFE)
+        client.flush(True)
+        faults.begin(fault)
+        store(client, layout, LATER)
+        client.flush(True)
+        assert len(ask(client, layout, SAFE)) == len(SAFE)
+        held = ask(client, layout, LATER)
+        # A sync that is not done is only missed when the power fails.
+        assert len(held) == (len(LATER) if fault == "sync-lost" else 0)
+        if fault == "write-lost":
+            assert client.stats().corrupt_blocks >= len(LATER) // 2
+        kill(server)
+    with connected(tmp_path, *SIZES) as (_, client, layout):
+        assert len(ask(client, layout, SAFE)) >= len(SAFE) // 2
+        ask(client, layout, LATER)
     check(tmp_path / "data")
+
+
+def test_a_drive_that_hangs_costs_misses_until_it_answers(faults: Faults, tmp_path: Path) -> None:
+    with connected(tmp_path, *SIZES) as (_, client, layout):
+        store(client, layout, SAFE)
+        client.flush(True)
+        faults.begin("hang")
+        assert not ask(client, layout, SAFE[:10])
+        store(client, layout, FRESH)
+        assert client.get(layout, key(FRESH[0])) == content(FRESH[0]), "memory is served"
+        eventually(lambda: nvme(client).stalled)
+        assert nvme(client).healthy
+        assert not ask(client, layout, SAFE)
+        faults.end("hang")
+        eventually(lambda: not nvme(client).stalled)
+        # For some seconds it is taken for as slow as it just was.
+        eventually(lambda: len(ask(client, layout, SAFE)) == len(SAFE), 30)
+        assert nvme(client).stalls == 1

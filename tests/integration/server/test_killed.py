@@ -7,7 +7,6 @@ and what was cleared is not. At the end the directory is sound.
 from __future__ import annotations
 
 import random
-import signal
 import threading
 import time
 from pathlib import Path
@@ -17,21 +16,13 @@ import pytest
 from kvstore.client.sync import Client
 from kvstore.errors import KVStoreError
 from kvstore.tiers.nvme_fsck import check
-from kvstore.types import LayoutSpec, PutOutcome
+from kvstore.types import PutOutcome
+from tests.integration.server.blocks import SPEC, content, key, kill
 from tests.integration.server.harness import daemon
 
-SPEC = LayoutSpec("m", "bfloat16", 16, 40_000)
 CHAIN = 8
 ASKED = 100
 """Blocks asked for after each restart, of those that could be there."""
-
-
-def key(number: int) -> bytes:
-    return number.to_bytes(32, "big")
-
-
-def content(number: int) -> bytes:
-    return random.Random(number).randbytes(64) * (SPEC.block_bytes // 64)
 
 
 class Load:
@@ -46,7 +37,7 @@ class Load:
         """Flushed: a crash of the process does not lose them."""
         self.cleared: set[int] = set()
         self.wrong: list[str] = []
-        self.clears = self.flushes = self.reads = 0
+        self.clears = self.flushes = self.reads = self.steps = 0
         self._next = 1
 
     def run(self, endpoint: str) -> None:
@@ -61,6 +52,7 @@ class Load:
             return
 
     def _step(self, client: Client, layout: object) -> None:
+        self.steps += 1
         what = self.rng.random()
         if what < 0.5 or not self.stored:
             numbers = range(self._next, self._next + CHAIN)
@@ -111,8 +103,9 @@ class Load:
                         self.wrong.append(f"block {number} is there: {not must}")
 
 
-def kill_again_and_again(directory: Path, rounds: int, load_s: float) -> Load:
-    load = Load(1)
+def kill_again_and_again(directory: Path, rounds: int, most_steps: int, seed: int) -> Load:
+    """Each time after some steps of the load, in the middle of another."""
+    load = Load(seed)
     sizes = ("--nvme-capacity", "512MiB", "--dram-capacity", "16MiB")
     for _ in range(rounds):
         with daemon(directory, *sizes) as server:
@@ -122,10 +115,11 @@ def kill_again_and_again(directory: Path, rounds: int, load_s: float) -> Load:
             assert load.wrong == []
             thread = threading.Thread(target=load.run, args=(endpoint,))
             thread.start()
-            time.sleep(load.rng.uniform(0.2, 1.0) * load_s)
-            server.process.send_signal(signal.SIGKILL)
-            server.process.wait()
-            Path(f"{server.socket_path}.json").unlink(missing_ok=True)
+            enough = load.steps + load.rng.randint(most_steps // 5, most_steps)
+            while load.steps < enough and thread.is_alive():
+                time.sleep(0.001)
+            time.sleep(load.rng.uniform(0.0, 0.02))
+            kill(server)
             thread.join(30)
             assert not thread.is_alive()
         if len(load.stored) > 6000:
@@ -136,7 +130,7 @@ def kill_again_and_again(directory: Path, rounds: int, load_s: float) -> Load:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_killed_twenty_times_it_has_what_was_flushed_and_nothing_wrong(tmp_path: Path) -> None:
-    load = kill_again_and_again(tmp_path, 20, 0.4)
+    load = kill_again_and_again(tmp_path, 20, 60, seed=1)
     assert load.wrong == []
     assert load.flushes > 20
     assert load.reads > 1000
@@ -149,5 +143,5 @@ def test_killed_five_hundred_times(tmp_path: Path) -> None:
     for part in range(20):
         directory = tmp_path / str(part)
         directory.mkdir()
-        assert kill_again_and_again(directory, 25, 1.0).wrong == []
+        assert kill_again_and_again(directory, 25, 150, seed=part).wrong == []
         assert check(directory / "data").sound
