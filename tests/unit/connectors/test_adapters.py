@@ -48,6 +48,13 @@ def test_an_adapter_is_known_when_all_workers_told_the_same() -> None:
     assert book.find(lora(2, "/q")) is None
 
 
+def test_what_ranks_tell_in_one_step_comes_together() -> None:
+    one = WorkerReport(adapters={1: {0: A}, 2: {0: A}})
+    other = WorkerReport(adapters={1: {1: B}, 3: {1: A}})
+    assert one.aggregate(other).adapters == {1: {0: A, 1: B}, 2: {0: A}, 3: {1: A}}
+    assert one.adapters == {1: {0: A}, 2: {0: A}}
+
+
 @pytest.mark.parametrize("second", [B, UNCERTAIN])
 def test_a_name_that_had_other_weights_is_never_trusted_again(second: bytes) -> None:
     """vLLM's own cache may have blocks of both."""
