@@ -63,6 +63,8 @@ class StoreConfig:
     nvme_capacity_bytes: int = 0
     extent_bytes: int = 64 * MIB
     nvme_extent_bytes: int = 128 * MIB
+    nvme_bytes_per_day: int = 0
+    """That may be written there; 0: any."""
     lease_ms: int = 30_000
     reservation_ms: int = 30_000
     max_sessions: int = 256
@@ -275,6 +277,10 @@ def _check(config: Config) -> None:
                 parse_size(size)
             except ValueError as error:
                 raise config.refuse(name, str(error)) from error
+    try:
+        _bytes_per_day(config.nvme.endurance, 1)
+    except ValueError as error:
+        raise config.refuse("nvme.endurance", str(error)) from error
     for name, tenant in (
         ("tenants.default", config.tenants.default),
         ("tenants.tcp", config.tenants.tcp),
@@ -350,6 +356,9 @@ def store_config(config: Config, machine: Machine | None = None) -> StoreConfig:
         nvme_capacity_bytes=nvme,
         extent_bytes=extent,
         nvme_extent_bytes=nvme_extent,
+        nvme_bytes_per_day=_bytes_per_day(
+            config.nvme.endurance, machine.disk_bytes(Path(config.nvme.path))
+        ),
         lease_ms=config.server.lease_ms,
         reservation_ms=config.server.reservation_ms,
         max_sessions=config.server.max_sessions,
@@ -363,6 +372,27 @@ def store_config(config: Config, machine: Machine | None = None) -> StoreConfig:
 
 def _capacity(asked: str | int, automatic: Callable[[], int]) -> int:
     return automatic() if asked == "auto" else parse_size(asked)
+
+
+_DRIVE_WRITES = re.compile(r"(\d+(?:\.\d+)?)\s*dwpd", re.IGNORECASE)
+
+
+def _bytes_per_day(asked: str | int, drive_bytes: int) -> int:
+    """0: no limit. Raises `ValueError`."""
+    if asked == "":
+        return 0
+    drive_writes = _DRIVE_WRITES.fullmatch(str(asked).strip())
+    if drive_writes is not None:
+        most = float(drive_writes[1])
+        nbytes = max(1, int(most * drive_bytes)) if most else 0
+    else:
+        try:
+            nbytes = parse_size(asked)
+        except ValueError as error:
+            raise ValueError(f"{asked!r} is neither a size such as 2TB nor 0.3dwpd") from error
+    if not nbytes:
+        raise ValueError("nothing could be written; nvme.capacity = 0 means no such tier")
+    return nbytes
 
 
 def _auto_extent(capacity: int, at_most: int) -> int:

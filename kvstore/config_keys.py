@@ -141,6 +141,14 @@ class Nvme(Section, frozen=True):
             "tier."
         ),
     ] = "auto"
+    endurance: Annotated[
+        str | int,
+        Meta(
+            description="What may be written there in any 24 hours: bytes, as `2TB`, or drive "
+            "writes a day, as `0.3dwpd`, of which one is the size of the file system. Blocks of "
+            "least worth are then not written. Empty: no limit."
+        ),
+    ] = ""
 
 
 class Policy(Section, frozen=True):

@@ -32,11 +32,19 @@ class Machine:
         Counting its own files as free keeps the answer the same from one start
         of the server to the next.
         """
-        existing = path
-        while not existing.exists():
-            existing = existing.parent
-        stat = os.statvfs(existing)
+        stat = os.statvfs(_existing(path))
         return stat.f_bavail * stat.f_frsize + _bytes_under(path)
+
+    def disk_bytes(self, path: Path) -> int:
+        """The size of the file system that `path` is in, or would be."""
+        stat = os.statvfs(_existing(path))
+        return stat.f_blocks * stat.f_frsize
+
+
+def _existing(path: Path) -> Path:
+    while not path.exists():
+        path = path.parent
+    return path
 
 
 def _meminfo_available(path: Path) -> int:

@@ -20,7 +20,7 @@ from prometheus_client.registry import Collector
 
 from kvstore.clock import Clock
 from kvstore.errors import WIRE_ERRORS
-from kvstore.types import StoreStats, Tier, TransferStats
+from kvstore.types import EnduranceStats, StoreStats, Tier, TransferStats
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
@@ -231,6 +231,7 @@ class TransferCollector(Collector):
             stats.prefetched_unused_bytes,
         )
         yield from _predictions(stats)
+        yield from _endurance(stats.endurance)
 
 
 class WearCollector(Collector):
@@ -267,6 +268,27 @@ class WearCollector(Collector):
 
 def _gauge(name: str, help_text: str, value: float) -> Metric:
     return GaugeMetricFamily(name, help_text, value)
+
+
+def _endurance(stats: EnduranceStats) -> Iterable[Metric]:
+    yield _gauge(
+        "kvstore_nvme_budget_bytes",
+        "That may be written to NVMe in 24 hours; 0: any.",
+        stats.bytes_per_day,
+    )
+    yield _gauge(
+        "kvstore_nvme_written_last_day_bytes",
+        "Written to NVMe in the latest 24 hours, by whole hours.",
+        stats.written_bytes,
+    )
+    yield CounterMetricFamily(
+        "kvstore_nvme_refused_blocks",
+        "Blocks dropped that were not worth a write to NVMe, or another one.",
+        stats.refused_blocks,
+    )
+    yield CounterMetricFamily(
+        "kvstore_nvme_refused_bytes", "What those would have taken there.", stats.refused_bytes
+    )
 
 
 def _predictions(stats: TransferStats) -> Iterable[Metric]:

@@ -116,6 +116,11 @@ class SessionState(enum.IntEnum):
     """Its blocks count as of the highest priority until its next request."""
 
 
+OUTPUT = "output"
+"""The category of blocks that a model made. They are used again only if somebody continues
+them; until then they are not written to NVMe, and are the first to leave DRAM."""
+
+
 class Retention(NamedTuple):
     """A priority for a part of a prompt, for a while."""
 
@@ -245,6 +250,17 @@ class LinkStats(NamedTuple):
     error_seconds: float
 
 
+class EnduranceStats(NamedTuple):
+    """What is written to NVMe, against what may be. `written_bytes`: in the latest 24
+    hours. `refused_*`: what was not worth a write, or another one, since the start."""
+
+    bytes_per_day: int
+    """0: as many as there are."""
+    written_bytes: int
+    refused_blocks: int
+    refused_bytes: int
+
+
 class TransferStats(NamedTuple):
     """What moves between tiers, since the start but for `queued`.
 
@@ -260,6 +276,7 @@ class TransferStats(NamedTuple):
     prefetched_wasted_bytes: int
     prefetched_unused_bytes: int
     links: Mapping[Tier, LinkStats]
+    endurance: EnduranceStats
 
 
 def check_key(key: bytes) -> bytes:

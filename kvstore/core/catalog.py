@@ -28,6 +28,10 @@ MOST_NAMES = 1 << 16
 """Remembered: 32 chains of 2,000 blocks, in 11 MB."""
 
 
+MOST_USES = 255
+"""What a block's uses are counted up to."""
+UNUSED_OUTPUT = -1
+
 DEEPEST = (1 << 16) - 1
 """What a block's depth is counted up to."""
 _DEPTHS = (*range(DEEPEST + 1), DEEPEST)
@@ -94,12 +98,16 @@ class NvmeReplica(Replica):
 class Block:
     """One block. `dram` and `nvme` are its replicas where there are any. `depth` is the
     number of blocks before it in its chain, as far as they are known, up to `DEEPEST`.
+    `uses`: how often somebody asked for it since it was stored, up to `MOST_USES`, or
+    `UNUSED_OUTPUT` where a model made it and nobody has yet.
 
     `checksum` (XXH3-64) is None until the first commit. `children` counts the
     catalogued blocks that name this one as parent.
     """
 
-    __slots__ = ("checksum", "children", "depth", "dram", "layout", "nvme", "parent", "stored_key")
+    __slots__ = (
+        "checksum", "children", "depth", "dram", "layout", "nvme", "parent", "stored_key", "uses",
+    )  # fmt: skip
 
     def __init__(self, stored_key: bytes, parent: bytes, layout: Layout, depth: int = 0) -> None:
         self.stored_key = stored_key
@@ -108,6 +116,7 @@ class Block:
         self.depth = depth
         self.checksum: int | None = None
         self.children = 0
+        self.uses = 0
         self.dram: Replica | None = None
         self.nvme: Replica | None = None
 

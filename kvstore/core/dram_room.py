@@ -1,11 +1,13 @@
 """Room in DRAM for a block that is to be written by a client, or brought up from NVMe.
 
 Where nothing can be written to NVMe (there is none, it is off, or it is full of
-blocks that cannot leave) dirty replicas are dropped as they are. A block with children
-does not leave while something else can.
+blocks that cannot leave) dirty replicas are dropped as they are, and what is not wanted
+there always is. A block with children does not leave while something else can.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 from kvstore.core.catalog import Block, Replica
 from kvstore.core.holdings import Holdings
@@ -22,6 +24,8 @@ class DramRoom(Room):
         self._write_back = write_back
         # An extent whose dirty blocks are being written, so that it can be emptied.
         self._number: int | None = None
+        # The first dirty replica that would have been dropped but for that.
+        self._passed_over: Replica | None = None
 
     def place(self, block: Block, state: State, *, evict: bool = True) -> Replica | None:
         """A replica in that state; None where there is no room now. Without `evict`
@@ -41,8 +45,12 @@ class DramRoom(Room):
             if self._below_share(space_class) and self._take_over(space_class):
                 continue
             victim = None
-            if not self._write_back.possible or self._write_back.any_clean(space_class):
-                victim = self._pool.coldest(space_class, self._may_leave)
+            may_save = self._write_back.possible
+            if not may_save or self._write_back.any_clean(space_class):
+                victim = self._pool.coldest(space_class, partial(self._may_leave, may_save))
+                if self._passed_over is not None:
+                    self._write_back.would_leave(self._passed_over)
+                    self._passed_over = None
             if victim is None:
                 return None
             self._drop(victim)
@@ -61,11 +69,11 @@ class DramRoom(Room):
         saving = [r for r in residents if _being_saved(r)]
         if any(r.state is not State.READY or r.pins > (r in saving) for r in residents):
             return False
-        dirty = [r for r in residents if r.block.nvme is None]
+        dirty = [r for r in residents if self._holdings.is_dirty(r)]
         if saving or (dirty and self._write_back.possible):
             self._number = number
             for replica in dirty:
-                if self._write_back.save(replica.block) is None:
+                if not self._write_back.write(replica):
                     break
             return False
         for replica in residents:
@@ -77,12 +85,11 @@ class DramRoom(Room):
 
     def _drop(self, replica: Replica) -> None:
         self._pool.evictions += 1
-        if replica.block.nvme is not None:
-            # Without a replica in DRAM, the one on NVMe may leave.
-            self._write_back.look_again()
+        self._write_back.leaves(replica)
         self._holdings.drop_from_dram(replica)
 
-    def _may_leave(self, replica: Replica) -> Verdict:
+    def _may_leave(self, may_save: bool, replica: Replica) -> Verdict:
+        """`may_save`: what is dirty can be written to NVMe, now or soon."""
         saved = replica.block.nvme
         if saved is not None and saved.state is not State.READY:
             return Verdict.LATER
@@ -90,7 +97,9 @@ class DramRoom(Room):
             return Verdict.IN_USE
         if saved is not None:
             return Verdict.GO
-        if self._write_back.possible:
+        if may_save and self._holdings.is_dirty(replica):
+            if self._passed_over is None:
+                self._passed_over = replica
             return Verdict.LATER
         return Verdict.LAST if replica.block.children else Verdict.GO
 

@@ -1,13 +1,15 @@
 """Flushes: writing what is in DRAM only to NVMe, for somebody who waits for it.
 
 A flush looks through DRAM for what is dirty (a chore), writes it, a few at a time, and
-then, if it was asked to, looks through DRAM again for what is clean, to drop it.
+then, if it was asked to, looks through DRAM again for what is clean, to drop it. It ends
+where the drive's budget does (`core.endurance`), and leaves out a model's output that nobody
+has asked for.
 """
 
 from __future__ import annotations
 
 from kvstore.core.actions import Answer
-from kvstore.core.catalog import Replica, is_ready
+from kvstore.core.catalog import UNUSED_OUTPUT, Replica, is_ready
 from kvstore.core.chores import CHANGED, SEEN, Chore, Chores
 from kvstore.core.lifecycle import State
 from kvstore.core.residency import Residency
@@ -73,7 +75,8 @@ class Flushes:
             if flush.answer is not None:
                 return
             saved = replica.block.nvme
-            if is_ready(replica) and (saved is None or saved.state is State.FILLING):
+            unsaved = saved is None or saved.state is State.FILLING
+            if is_ready(replica) and unsaved and replica.block.uses != UNUSED_OUTPUT:
                 flush.queue.append(replica)
             yield SEEN
         flush.searched = True
@@ -84,9 +87,10 @@ class Flushes:
             replica = flush.queue[0]
             target = replica.block.nvme
             if target is None and is_ready(replica):
-                target = self._residency.write_back.save(replica.block)
+                write_back = self._residency.write_back
+                target = write_back.save(replica.block)
                 if target is None:
-                    return not self._residency.write_back.possible
+                    return not (write_back.possible and write_back.can_pay(replica.block))
             if target is not None and target.state is State.FILLING:
                 flush.writing.add(target)
             flush.queue.popleft()

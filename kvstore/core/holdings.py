@@ -3,21 +3,25 @@ the catalog and among what is dirty. Each method is one step of one replica (or 
 alike) and leaves all of these agreed. Which step to take is decided elsewhere.
 
 A DRAM replica that is also on NVMe is *clean* and may be dropped by a table update; any
-other is *dirty* while there is an NVMe tier to write it to.
+other is *dirty* while there is an NVMe tier to write it to, unless that is not *wanted*:
+a model's output that nobody has asked for, or what is not worth a write (`core.endurance`).
+That leaves as it is, unless somebody asks for it before.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
+from functools import partial
 
 from kvstore.core.actions import Action, Forget
-from kvstore.core.catalog import Block, Catalog, Layout, Replica
+from kvstore.core.catalog import MOST_USES, UNUSED_OUTPUT, Block, Catalog, Layout, Replica
 from kvstore.core.lifecycle import Event, State
-from kvstore.core.policies import EvictionPolicy, Use
+from kvstore.core.policies import MakePolicy, Use
 from kvstore.core.pool import Pool
+from kvstore.core.promotion import DramOrder
 from kvstore.core.space import Space, SpaceClass
-from kvstore.types import SessionState, Tier
+from kvstore.types import OUTPUT, SessionState, Tier
 
 
 class Holdings:
@@ -26,11 +30,11 @@ class Holdings:
         catalog: Catalog,
         dram: Space,
         nvme: Space | None,
-        make_policy: Callable[[], EvictionPolicy],
+        make_policy: MakePolicy,
     ) -> None:
         self.catalog = catalog
-        self.dram = Pool(Tier.DRAM, dram, make_policy)
-        self.nvme = None if nvme is None else Pool(Tier.NVME, nvme, make_policy)
+        self.dram = Pool(Tier.DRAM, dram, partial(_dram_order, make_policy, dram))
+        self.nvme = None if nvme is None else Pool(Tier.NVME, nvme, lambda _: make_policy())
         self.actions: list[Action] = []
         """What the shell is to do, in order; taken out by the planner."""
         self.changed: set[bytes] = set()
@@ -46,9 +50,12 @@ class Holdings:
         """Replicas that the NVMe tier is striking."""
         # Coldest first, per class of DRAM.
         self._dirty: dict[SpaceClass, OrderedDict[Replica, None]] = {}
+        self._spared: set[Replica] = set()
+        self._stores_output = False
 
     def use(self, use: Use) -> None:
         """What comes and is touched from now on is for this request."""
+        self._stores_output = use.category == OUTPUT
         self.dram.use(use)
         if self.nvme is not None:
             self.nvme.use(use)
@@ -98,6 +105,19 @@ class Holdings:
 
     # Coming and going
 
+    def stored(self, replica: Replica) -> None:
+        """A client has written it, and it became READY."""
+        if self._stores_output:
+            replica.block.uses = UNUSED_OUTPUT
+        self.came(replica)
+
+    def stored_again(self, block: Block) -> None:
+        """A client has it too."""
+        if not self._stores_output:
+            block.uses = min(block.uses + 1, MOST_USES)
+            self._want(block)
+        self.touch(block)
+
     def came(self, replica: Replica) -> None:
         """It became READY."""
         self.changed.add(replica.block.stored_key)
@@ -111,9 +131,24 @@ class Holdings:
 
     def asked_for(self, replicas: Iterable[Replica]) -> None:
         """Somebody reads replicas in DRAM."""
+        for replica in replicas:
+            block = replica.block
+            if block.uses < MOST_USES:
+                block.uses += 1
+                if not block.uses:
+                    self._want(block)
+        if self._spared:
+            for replica in self._spared.intersection(replicas):
+                self._want(replica.block)
         if self._unused:
             for replica in self._unused.intersection(replicas):
                 self.used_bytes += self._no_longer_unused(replica)
+
+    def _want(self, block: Block) -> None:
+        """It is worth a write after all, perhaps."""
+        if block.dram is not None:
+            self._spared.discard(block.dram)
+            self.note_dirty(block)
 
     def _no_longer_unused(self, replica: Replica) -> int:
         nbytes = replica.block.layout.block_bytes
@@ -128,6 +163,7 @@ class Holdings:
         self.changed.add(replica.block.stored_key)
         self.pool_of(replica).withdraw(replica, self.class_of(replica))
         if replica.tier is Tier.DRAM:
+            self._spared.discard(replica)
             dirty = self._dirty.get(replica.block.layout.dram_class)
             if dirty is not None and replica in dirty:
                 del dirty[replica]
@@ -199,10 +235,22 @@ class Holdings:
         if not self.nvme_on or replica is None or replica.state is not State.READY:
             return
         dirty = self._dirty.setdefault(block.layout.dram_class, OrderedDict())
-        if block.nvme is None and replica not in dirty:
+        if block.nvme is not None:
+            self._spared.discard(replica)
+            dirty.pop(replica, None)
+        elif replica not in dirty and replica not in self._spared and block.uses >= 0:
             dirty[replica] = None
-        elif block.nvme is not None and replica in dirty:
-            del dirty[replica]
+
+    def spare(self, replica: Replica) -> None:
+        """A dirty replica is not worth a write, as long as nobody asks for it."""
+        del self._dirty[replica.block.layout.dram_class][replica]
+        self._spared.add(replica)
+
+    def is_spared(self, replica: Replica) -> bool:
+        return replica in self._spared
+
+    def is_dirty(self, replica: Replica) -> bool:
+        return replica in self._dirty.get(replica.block.layout.dram_class, ())
 
     def dirty(self, space_class: SpaceClass) -> Mapping[Replica, None]:
         """The dirty replicas of a class of DRAM, coldest first."""
@@ -214,6 +262,11 @@ class Holdings:
     def nothing_is_dirty(self) -> None:
         """There is nowhere to write it to any more."""
         self._dirty.clear()
+        self._spared.clear()
+
+    def worth(self, replica: Replica) -> float:
+        """What its policy says that it is worth."""
+        return self.pool_of(replica).worth(replica, self.class_of(replica))
 
     # Whose is what
 
@@ -246,10 +299,15 @@ class Holdings:
             should = {
                 block.dram
                 for block in self.catalog
-                if block.dram is not None and block.dram.state is State.READY and block.nvme is None
-            }
+                if block.dram is not None and block.dram.state is State.READY
+                and block.nvme is None and block.uses >= 0
+            }  # fmt: skip
             listed = {r for dirty in self._dirty.values() for r in dirty}
-            if should != listed:
+            if should != listed | self._spared or listed & self._spared:
                 raise AssertionError("the dirty list is not what is dirty")
         if any(replica.state is not State.READY for replica in self._unused):
             raise AssertionError("what is gone is held to be unused")
+
+
+def _dram_order(make_policy: MakePolicy, space: Space, space_class: SpaceClass) -> DramOrder:
+    return DramOrder(make_policy, lambda: space.free_slots(space_class) > 0)

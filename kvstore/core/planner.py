@@ -8,6 +8,7 @@ actions (`core.actions`). The server and the simulator run this same code.
                          abort prefetch hint clear flush
     clients' lives    -> open_session close_session
     the tiers         -> transfer_done transfer_failed forgotten extent_failed tier_failed
+                         not_worth_moving worn
     damage in memory  -> suspects examined
     time              -> tick, doubt, give_up
     time to spare     -> chores.go_on, for as long as there are any
@@ -35,6 +36,7 @@ from kvstore.core.actions import Action, Copy, Move, Publish, RememberLayout
 from kvstore.core.catalog import Block, Catalog, Replica, is_ready
 from kvstore.core.chores import Chores
 from kvstore.core.clears import Clears
+from kvstore.core.endurance import Endurance
 from kvstore.core.flushes import Flushes
 from kvstore.core.holdings import Holdings
 from kvstore.core.leases import Leases
@@ -85,16 +87,19 @@ class Planner:
         nvme_slot_bytes: Callable[[int], int] | None,
         first_id: int = 1,
         weight: Callable[[str], float] = lambda tenant: 1.0,
+        nvme_bytes_per_day: int = 0,
     ) -> None:
         """`first_id`: where the ids of leases and slots begin. One that differs
         from life to life of a server keeps ids of an earlier one from fitting.
         `weight`: a tenant's share of what moves between tiers, for what it is to
-        those of others."""
+        those of others. `nvme_bytes_per_day`: that may be written there; 0: any."""
         self.limits = limits
         self.counters = Counters()
         self.catalog = Catalog(tenant_key, limits.max_layouts, nvme_slot_bytes)
         self.holdings = Holdings(self.catalog, dram, nvme, POLICIES[eviction])
-        self.residency = Residency(self.holdings, limits.max_running, weight)
+        self.residency = Residency(
+            self.holdings, limits.max_running, weight, Endurance(nvme_bytes_per_day)
+        )
         ids = count(first_id)
         self.chores = Chores()
         self.leases = Leases(self.residency, self.chores, limits, self.counters, ids)
@@ -112,7 +117,8 @@ class Planner:
         wanted: dict[SpaceClass, int] = {}
         self.reservations.add_wanted(wanted)
         self.leases.add_wanted(wanted)
-        self.residency.write_back.go_on(wanted)
+        if self.residency.write_back.go_on(wanted):
+            self._retry(now_ns)
         holdings = self.holdings
         for batch in self.residency.transfers.start(now_ns):
             holdings.actions.append(Move([t.copy for t in batch.transfers if t.copy is not None]))
@@ -301,6 +307,15 @@ class Planner:
     def examined(self, replica: Replica, *, damaged: bool) -> None:
         self._suspects.settle(replica, damaged=damaged)
 
+    def not_worth_moving(self, addresses: Iterable[int]) -> list[int]:
+        """The NVMe tier would have to write these blocks again, to win room. Those that
+        are not worth it are dropped, and are the answer."""
+        return self.residency.drop_unworthy(addresses)
+
+    def worn(self, nbytes: int) -> None:
+        """So much was written to NVMe beside what was asked for."""
+        self.residency.endurance.spend(nbytes)
+
     def extent_failed(self, tier: Tier, extent: int) -> None:
         """An `OpenExtent` could not be carried out."""
         pool = self.residency.dram if tier is Tier.DRAM else self.residency.nvme
@@ -321,6 +336,7 @@ class Planner:
             "read": costs[Tier.DRAM].state(),
             "write": costs[Tier.NVME].state(),
             "prefill": self.leases.prefill.state(),
+            "endurance": self.residency.endurance.state(),
         }
 
     def restore_learned(self, state: Mapping[str, Mapping[str, object]]) -> None:
@@ -329,6 +345,7 @@ class Planner:
         costs[Tier.DRAM].restore(state.get("read", {}))
         costs[Tier.NVME].restore(state.get("write", {}))
         self.leases.prefill.restore(state.get("prefill", {}))
+        self.residency.endurance.restore(state.get("endurance", {}))
 
     # What is found at a start
 

@@ -37,7 +37,9 @@ class Verdict(enum.Enum):
 
 
 class Pool:
-    def __init__(self, tier: Tier, space: Space, make_policy: Callable[[], EvictionPolicy]) -> None:
+    def __init__(
+        self, tier: Tier, space: Space, make_policy: Callable[[SpaceClass], EvictionPolicy]
+    ) -> None:
         self.tier = tier
         self.space = space
         self.evictions = 0
@@ -101,7 +103,7 @@ class Pool:
         """Told which request it is for."""
         policy = self._policies.get(space_class)
         if policy is None:
-            policy = self._policies[space_class] = self._make_policy()
+            policy = self._policies[space_class] = self._make_policy(space_class)
         if self._told.get(space_class) is not self._use:
             self._told[space_class] = self._use
             policy.use(self._use)
@@ -149,6 +151,10 @@ class Pool:
                 in_use.append(replica)
         self.touch_run(in_use, space_class)
         return found or last_resort
+
+    def worth(self, replica: Replica, space_class: SpaceClass) -> float:
+        """See the policies'."""
+        return self._policies[space_class].worth(replica)
 
     def candidates(self, space_class: SpaceClass) -> Iterator[Replica]:
         """READY replicas of a class in eviction order."""

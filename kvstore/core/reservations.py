@@ -222,7 +222,7 @@ class Reservations:
     ) -> CommitOutcome:
         block = self._catalog.get(stored_key)
         if block is not None and block.readable:
-            self._holdings.touch(block)
+            self._holdings.stored_again(block)
             if replica is not None:
                 self._residency.release_writer(replica, Event.ABORT)
             same = block.checksum == checksum

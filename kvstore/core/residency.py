@@ -20,6 +20,7 @@ from kvstore.core.breaker import BreakerState
 from kvstore.core.catalog import Block, Replica, is_ready
 from kvstore.core.chores import CHANGED, Chore
 from kvstore.core.dram_room import DramRoom
+from kvstore.core.endurance import Endurance
 from kvstore.core.holdings import Holdings
 from kvstore.core.learned import LinkCost, Speed
 from kvstore.core.lifecycle import Event, State
@@ -39,9 +40,13 @@ UNUSED_PART = 2
 
 class Residency:
     def __init__(
-        self, holdings: Holdings, max_running: int, weight: Callable[[str], float]
+        self,
+        holdings: Holdings,
+        max_running: int,
+        weight: Callable[[str], float],
+        endurance: Endurance,
     ) -> None:
-        """`weight`: a tenant's share of the link to NVMe."""
+        """`weight`: a tenant's share of the link to NVMe. `endurance`: of the drive."""
         self.holdings = holdings
         self.catalog = holdings.catalog
         self.dram = holdings.dram
@@ -49,8 +54,9 @@ class Residency:
         self.actions = holdings.actions
         costs = {tier: LinkCost(speed) for tier, speed in NOMINAL.items()}
         self.transfers = Link(max_running, costs, weight)
-        nvme_room = None if self.nvme is None else NvmeRoom(holdings, self.nvme)
-        self.write_back = WriteBack(holdings, nvme_room, self.transfers)
+        self._nvme_room = None if self.nvme is None else NvmeRoom(holdings, self.nvme, endurance)
+        self.endurance = endurance
+        self.write_back = WriteBack(holdings, self._nvme_room, self.transfers, endurance)
         self._room = DramRoom(holdings, self.write_back)
 
     @property
@@ -84,7 +90,7 @@ class Residency:
         block.parent = parent
         block.checksum = checksum
         self.catalog.enter(block)
-        self.holdings.came(replica)
+        self.holdings.stored(replica)
 
     def release_writer(self, replica: Replica, event: Event) -> None:
         """The writer of a reserved slot gave up (ABORT), went (WRITER_GONE) or ran
@@ -259,6 +265,11 @@ class Residency:
         that has started, ends by itself."""
         if replica.pins or not self._cancel(replica):
             replica.apply(Event.ABANDON)
+
+    def drop_unworthy(self, addresses: Iterable[int]) -> list[int]:
+        """See `NvmeRoom`."""
+        assert self._nvme_room is not None
+        return self._nvme_room.drop_unworthy(addresses) if self.nvme_on else []
 
     def forgotten(self, replica: Replica) -> None:
         """The NVMe tier has struck a replica."""

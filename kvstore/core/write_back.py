@@ -1,8 +1,11 @@
 """Write-back: dirty blocks are written to NVMe ahead of need, so that dropping one from
 DRAM is a table update.
 
-A quarter of each class's slots is kept free or clean. Writing stops where NVMe has no
-room, and for a while after it refused a write for want of it.
+A quarter of each class's slots is kept free, clean, or of what is not worth a write: that
+is what can leave at once, and the rest is all that can be dirty. Coldest first are those
+that would have left already if they were not dirty, and then those used longest ago. Where
+NVMe has a budget (`core.endurance`), what is not worth its price is spared. Writing stops
+where NVMe has no room, and for a while after it refused a write for want of it.
 """
 
 from __future__ import annotations
@@ -11,9 +14,10 @@ from itertools import islice
 
 from kvstore.core.actions import Copy
 from kvstore.core.catalog import Block, Replica
+from kvstore.core.endurance import Endurance, Weight
 from kvstore.core.holdings import Holdings
 from kvstore.core.lifecycle import State
-from kvstore.core.nvme_room import NvmeRoom
+from kvstore.core.nvme_room import NvmeRoom, price_of
 from kvstore.core.space import SpaceClass
 from kvstore.core.transfers import Link, Transfer, TransferClass, Wish
 from kvstore.types import Tier
@@ -27,10 +31,20 @@ _AHEAD_OF_NEED = Wish(TransferClass.WRITE_BACK)
 
 
 class WriteBack:
-    def __init__(self, holdings: Holdings, room: NvmeRoom | None, transfers: Link) -> None:
+    def __init__(
+        self,
+        holdings: Holdings,
+        room: NvmeRoom | None,
+        transfers: Link,
+        endurance: Endurance,
+    ) -> None:
         self._holdings = holdings
         self._room = room
         self._transfers = transfers
+        self._endurance = endurance
+        # Dirty ones that would have left.
+        self._leaving: dict[Replica, None] = {}
+        self._spared = False
         self._paused = False
         self._resume_ns = 0
         # Copies to NVMe that have not ended, per DRAM class of their block.
@@ -53,6 +67,7 @@ class WriteBack:
         self._resume_ns = now_ns + PAUSE_NS
 
     def tick(self, now_ns: int) -> None:
+        self._endurance.pass_time(now_ns)
         if self._paused and now_ns >= self._resume_ns:
             self._paused = False
         self.look_again()
@@ -63,10 +78,14 @@ class WriteBack:
             self._room.look_again()
 
     def save(self, block: Block) -> Replica | None:
-        """Start writing a dirty block to NVMe; None when there is no room there now."""
+        """Start writing a dirty block to NVMe; None when there is no room there now, or
+        nothing left to pay with."""
         source = block.dram
         assert source is not None and source.state is State.READY and block.nvme is None
         if self._room is None or not self._holdings.nvme_on:
+            return None
+        price = price_of(block)
+        if not self._endurance.affords(price):
             return None
         if self._transfers.refusal(TransferClass.WRITE_BACK) is not None:
             return None
@@ -76,6 +95,7 @@ class WriteBack:
         if target is None:
             self._holdings.unpin(source)
             return None
+        self._endurance.spend(price)
         self._holdings.note_dirty(block)
         self._transfers.push(
             Transfer(
@@ -95,12 +115,24 @@ class WriteBack:
         space_class = block.layout.dram_class
         self._saving[space_class] = self._saving.get(space_class, 0) + change
 
-    def go_on(self, wanted: dict[SpaceClass, int]) -> None:
+    def would_leave(self, replica: Replica) -> None:
+        """A dirty replica would have left DRAM: it is written before others."""
+        if len(self._leaving) < DEPTH:
+            self._leaving[replica] = None
+
+    def go_on(self, wanted: dict[SpaceClass, int]) -> bool:
         """Write dirty replicas, coldest first, until every class has a quarter of its
-        slots, and at least those `wanted`, free or clean."""
+        slots, and at least those `wanted`, free or such that they can leave. Whether some
+        can now that could not before."""
         if not self.possible:
-            return
+            self._leaving.clear()
+            return False
         holdings, space = self._holdings, self._holdings.dram.space
+        leaving, self._leaving = self._leaving, {}
+        self._spared = False
+        for replica in leaving:
+            if holdings.is_dirty(replica) and not self.write(replica):
+                break
         for space_class in holdings.dirty_classes():
             dirty = holdings.dirty(space_class)
             goal = max(1, space.total_slots(space_class) // 4, wanted.get(space_class, 0))
@@ -108,8 +140,33 @@ class WriteBack:
             lacking = goal - space.free_slots(space_class) - clean
             room = DEPTH - self._transfers.depth(TransferClass.WRITE_BACK)
             for replica in list(islice(dirty, max(0, min(lacking, room)))):
-                if self.save(replica.block) is None:
-                    return
+                if not self.write(replica):
+                    break
+        return self._spared
+
+    def write(self, replica: Replica) -> bool:
+        """Start writing a dirty replica, or spare it where that is not worth it. False when
+        there is no room on NVMe now."""
+        block = replica.block
+        weight = Weight(block.uses, self._holdings.worth(replica))
+        if not self._endurance.is_worth(weight, price_of(block)):
+            self._holdings.spare(replica)
+            self._spared = True
+            return True
+        return self.save(block) is not None
+
+    def leaves(self, replica: Replica) -> None:
+        """A replica is dropped from DRAM."""
+        block = replica.block
+        if block.nvme is not None:
+            # Without a replica in DRAM, the one on NVMe may leave.
+            self.look_again()
+        elif self._holdings.is_spared(replica):
+            self._endurance.refused(price_of(block))
+
+    def can_pay(self, block: Block) -> bool:
+        """There is enough left of the budget to write it."""
+        return self._endurance.affords(price_of(block))
 
     def any_clean(self, space_class: SpaceClass) -> bool:
         """Some replica of the class is clean: spares the search where none is."""

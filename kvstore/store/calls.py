@@ -29,6 +29,7 @@ from kvstore.store.recovery import recover
 from kvstore.store.suspicions import Suspicions
 from kvstore.store.upkeep import Upkeep
 from kvstore.store.waiting import Waiting
+from kvstore.store.wear import Wear
 from kvstore.tiers.base import MemoryTier, StorageTier
 from kvstore.types import (
     NO_HINTS,
@@ -99,6 +100,7 @@ class Store:
             nvme_slot_bytes=None if nvme is None else nvme.slot_bytes,
             first_id=1 + secrets.randbits(48),
             weight=lambda tenant: config.shares.get(tenant, 1.0),
+            nvme_bytes_per_day=config.nvme_bytes_per_day,
         )
         capacity = dram.usable_bytes + (0 if nvme is None else nvme.usable_bytes)
         self._listing = Listing(capacity, self.epoch, clock)
@@ -108,7 +110,9 @@ class Store:
         self._extents = Extents(self._loop, dram, nvme)
         self._movement = Movement(self._loop, dram, nvme, self._extents)
         self._suspicions = Suspicions(self._loop, dram)
-        self._upkeep = Upkeep(self._loop, self._movement, self._listing)
+        self._wear = None if nvme is None else Wear(self._loop, nvme)
+        self._weighs = config.nvme_bytes_per_day > 0
+        self._upkeep = Upkeep(self._loop, self._movement, self._listing, self._wear)
         self._costs = None if costs is None else Costs(self._loop, costs)
         self._loop.handle(RememberLayout, self._remember)
 
@@ -121,6 +125,8 @@ class Store:
             self._loop.spawn(self._costs.work())
         if self._nvme is not None:
             await recover(self._loop, self._nvme, self._directory)
+        if self._wear is not None and self._weighs:
+            self._wear.ask_before_moving()
         self._loop.execute()
         self._loop.spawn(self._upkeep.work())
         for tier in Tier:

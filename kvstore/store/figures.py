@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from kvstore.core.planner import Planner
 from kvstore.core.transfers import TransferClass
-from kvstore.types import LinkStats, StoreStats, Tier, TierStats, TransferStats
+from kvstore.types import EnduranceStats, LinkStats, StoreStats, Tier, TierStats, TransferStats
 
 
 def store_stats(
@@ -50,6 +50,7 @@ def store_stats(
 def transfer_stats(planner: Planner) -> TransferStats:
     counters, residency = planner.counters, planner.residency
     link, holdings = residency.transfers, residency.holdings
+    endurance = residency.endurance
     return TransferStats(
         queued={each.label: link.depth(each) for each in TransferClass},
         refused=dict(counters.refused),
@@ -62,4 +63,10 @@ def transfer_stats(planner: Planner) -> TransferStats:
             tier: LinkStats(cost.predicted_ns / 1e9, cost.actual_ns / 1e9, cost.error_ns / 1e9)
             for tier, cost in link.costs.items()
         },
+        endurance=EnduranceStats(
+            endurance.bytes_per_day,
+            endurance.written_bytes(),
+            endurance.refused_blocks,
+            endurance.refused_bytes,
+        ),
     )

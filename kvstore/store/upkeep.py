@@ -7,6 +7,7 @@ import asyncio
 from kvstore.listing import Listing
 from kvstore.store.loop import Loop
 from kvstore.store.movement import Movement
+from kvstore.store.wear import Wear
 
 TICK_S = 0.1
 SYNC_S = 2.0
@@ -14,12 +15,13 @@ SYNC_S = 2.0
 
 
 class Upkeep:
-    def __init__(self, loop: Loop, movement: Movement, listing: Listing) -> None:
+    def __init__(self, loop: Loop, movement: Movement, listing: Listing, wear: Wear | None) -> None:
         self.ticked_ns = loop.clock.now_ns()
         """When it last came round."""
         self._loop = loop
         self._movement = movement
         self._listing = listing
+        self._wear = wear
 
     async def work(self) -> None:
         """For as long as the store lives."""
@@ -27,6 +29,8 @@ class Upkeep:
         synced_at = asyncio.get_running_loop().time()
         while True:
             await asyncio.sleep(TICK_S)
+            if self._wear is not None:
+                self._wear.tell()
             loop.planner.tick(loop.clock.now_ns())
             loop.execute()
             self.ticked_ns = loop.clock.now_ns()

@@ -15,7 +15,7 @@ otherwise, and may be called from several threads at once for different slots.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -98,6 +98,17 @@ class StorageTier(Protocol):
     def usable_bytes(self) -> int:
         """The most that open extents may add up to: whole extents, what the tier
         needs for itself taken off. Does not block."""
+        ...
+
+    def wear(self) -> Mapping[str, int]:
+        """Bytes written since the start, by purpose, of which "store" is what was asked for;
+        empty where nothing wears out. Does not block."""
+        ...
+
+    def ask_before_moving(self, not_worth_moving: Callable[[list[int]], Iterable[int]]) -> None:
+        """Where blocks have to be written again to win room, ask first: of these addresses,
+        which their owner has forgotten instead. It is asked by threads of the tier's
+        callers, and may block for a while."""
         ...
 
     def slot_bytes(self, block_bytes: int) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import mmap
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import xxhash
 
@@ -74,6 +74,12 @@ class HeapStorage:
     @property
     def usable_bytes(self) -> int:
         return self._max_extents * self.extent_bytes
+
+    def wear(self) -> Mapping[str, int]:
+        return {}
+
+    def ask_before_moving(self, not_worth_moving: Callable[[list[int]], Iterable[int]]) -> None:
+        return None
 
     def slot_bytes(self, block_bytes: int) -> int:
         return align_up(block_bytes)

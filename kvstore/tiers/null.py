@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from kvstore.errors import CorruptBlock, TierFull
 from kvstore.tiers.base import BlockHeader, RecoveredBlocks
@@ -16,6 +16,12 @@ class NullStorage:
 
     def __init__(self, extent_bytes: int) -> None:
         self.extent_bytes = extent_bytes
+
+    def wear(self) -> Mapping[str, int]:
+        return {}
+
+    def ask_before_moving(self, not_worth_moving: Callable[[list[int]], Iterable[int]]) -> None:
+        return None
 
     def slot_bytes(self, block_bytes: int) -> int:
         return align_up(block_bytes)

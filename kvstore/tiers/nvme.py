@@ -216,6 +216,9 @@ class NvmeTier:
             "note": self._noted_bytes,
         }
 
+    def ask_before_moving(self, not_worth_moving: Callable[[list[int]], Iterable[int]]) -> None:
+        self._log.not_worth_moving = not_worth_moving
+
     def slot_bytes(self, block_bytes: int) -> int:
         return nvme_slot.slot_bytes(block_bytes)
 

@@ -4,7 +4,8 @@ The store gives every block an address and keeps it; the log writes the block at
 head of a segment and remembers where. A block forgotten, or stored again, only
 leaves a dead slot behind. When segments run out, the one with most dead slots is
 emptied: its living blocks are appended once more, and it begins a new life. What is
-worth keeping is decided by who gives the addresses: what is not is forgotten.
+worth keeping is decided by who gives the addresses: what is not is forgotten, at the
+latest when it is asked whether a segment's blocks are worth another write.
 
 *There is always room.* A segment has as many slots of a size as an extent, and
 there are `spare_segments` more than extents may be open. So when no segment is
@@ -108,6 +109,8 @@ class Log:
         """Written to win segments."""
         self.segments: dict[int, Segment] = {}
         self.extents: dict[int, Extent] = {}
+        self.not_worth_moving: Callable[[list[int]], Iterable[int]] = lambda addresses: ()
+        """Which of these its owner has forgotten, sooner than have them appended again."""
         self._disk = disk
         self.most_extents = most_segments - spare_segments(most_segments)
         self.most_segments = most_segments
@@ -337,6 +340,7 @@ class Log:
         if victim is None:
             raise TierFull("no segment has room to win")
         if victim.living:
+            self._drop_unworthy(victim)
             self._empty(victim)
         with self.lock:
             if victim.living:
@@ -367,6 +371,12 @@ class Log:
         if self._free:
             room += self._free[0].room_for(victim.slot_bytes)
         return victim.living <= room
+
+    def _drop_unworthy(self, victim: Segment) -> None:
+        with self.lock:
+            living = [owner - 1 for owner in victim.owners if owner]
+        for address in self.not_worth_moving(living):
+            self.forget(address)
 
     def _empty(self, victim: Segment) -> None:
         """Append its living blocks again."""

@@ -22,11 +22,14 @@ from kvstore.core.tickets import AcquireTicket, ClearTicket, ReserveTicket, Tick
 from kvstore.types import (
     ALIGNMENT,
     NO_HINTS,
+    NO_REUSE,
+    OUTPUT,
     ChainQuery,
     CommitOutcome,
     Hints,
     LayoutSpec,
     PutOutcome,
+    Reuse,
     Segment,
     Tier,
 )
@@ -42,7 +45,13 @@ def tenant_key(tenant: str) -> bytes:
 
 
 def make_planner(
-    dram_slots: int, nvme_slots: int, extent_slots: int = 4, max_slots: int | None = None
+    dram_slots: int,
+    nvme_slots: int,
+    extent_slots: int = 4,
+    max_slots: int | None = None,
+    *,
+    eviction: str = "lru",
+    nvme_bytes_per_day: int = 0,
 ) -> Planner:
     extent = extent_slots * SLOT
     return Planner(
@@ -56,10 +65,11 @@ def make_planner(
             max_running=3,
         ),
         tenant_key=tenant_key,
-        eviction="lru",
+        eviction=eviction,
         dram=Space(dram_slots * SLOT, extent, max_slots=max_slots),
         nvme=Space(nvme_slots * SLOT, extent, max_slots=max_slots) if nvme_slots else None,
         nvme_slot_bytes=(lambda n: n) if nvme_slots else None,
+        nvme_bytes_per_day=nvme_bytes_per_day,
     )
 
 
@@ -252,7 +262,14 @@ class RandomLife:
         rng = self.rng
         nvme_slots = rng.choice([0, 8, 32, 64])
         max_slots = rng.choice([None, None, 18])
-        self.shell = Shell(make_planner(rng.choice([8, 16, 32]), nvme_slots, max_slots=max_slots))
+        # Apart, so that a life is the same with more or less of these.
+        self.aside = aside = random.Random(seed)
+        planner = make_planner(
+            rng.choice([8, 16, 32]), nvme_slots, max_slots=max_slots,
+            eviction=aside.choice(["lru", "lru", "arc"]),
+            nvme_bytes_per_day=aside.choice([0, 0, 25 * 16 * SLOT]),
+        )  # fmt: skip
+        self.shell = Shell(planner)
         # Parts of one to a dozen blocks, so that anything may happen in between.
         self.shell.chores_by_hand = True
         self.shell.planner.chores.part = rng.choice([SEEN, CHANGED, 12 * CHANGED])
@@ -350,7 +367,8 @@ class RandomLife:
         sums = [written[slot] if slot else 0 for slot in slots]
         ahead = self.rng.choice([0, 0, 3]) if len(session.reservations) < 8 else 0
         answer = self.shell.planner.commit(
-            session, layout_id, [Segment(parent, keys, slots, sums)], reserve=ahead,
+            session, layout_id, [Segment(parent, keys, slots, sums, self.some_reuse())],
+            reserve=ahead,
             now_ns=self.shell.now_ns,
         )  # fmt: skip
         for key_, slot, value, outcome in zip(keys, slots, sums, answer.outcomes, strict=True):
@@ -423,6 +441,15 @@ class RandomLife:
 
     def tick(self) -> None:
         self.shell.advance(self.rng.choice([1, 50, 400, 1500]))
+        nvme = self.shell.planner.residency.nvme
+        if nvme is not None and self.aside.random() < 0.2:
+            self.shell.planner.worn(self.aside.choice([0, SLOT, 8 * SLOT]))
+            self.shell.planner.not_worth_moving(
+                [r.address for r in nvme.replicas() if self.aside.random() < 0.5]
+            )
+
+    def some_reuse(self) -> Reuse:
+        return Reuse(category=OUTPUT) if self.aside.random() < 0.1 else NO_REUSE
 
     def clear(self) -> None:
         if self.rng.random() < 0.05:

@@ -34,6 +34,9 @@ class FakeMachine(Machine):
     def free_disk_bytes(self, path: Path) -> int:
         return 400 * GIB
 
+    def disk_bytes(self, path: Path) -> int:
+        return 800 * GIB
+
 
 def toml(tmp_path: Path, text: str) -> Path:
     file = tmp_path / "x.toml"
@@ -138,6 +141,10 @@ def test_variables_that_an_orchestrator_makes_up_are_not_typos() -> None:
         ("dram.capacity", "-1"),
         ("dram.extent", "big"),
         ("nvme.capacity", "1XB"),
+        ("nvme.endurance", "0"),
+        ("nvme.endurance", "0.0dwpd"),
+        ("nvme.endurance", "1 drive"),
+        ("nvme.endurance", "-1dwpd"),
         ("policy.eviction", "mru"),
         ("tenants.default", "a/b"),
         ("tenants.tcp", "x" * 65),
@@ -213,6 +220,15 @@ def test_any_capacity_gets_extents_that_fit_it_and_blocks_that_fit_them(capacity
 def test_sizes_that_cannot_work_are_refused(flags: dict[str, str], named: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(named)):
         store_config(load_config(environ={}, flags=flags), FakeMachine())
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"),
+    [("", 0), ("2TB", 2 * 10**12), ("0.3dwpd", 240 * GIB), ("1 DWPD", 800 * GIB)],
+)
+def test_an_endurance_is_bytes_or_drive_writes(text: str, nbytes: int) -> None:
+    config = load_config(environ={"KVSTORE_NVME_ENDURANCE": text})
+    assert store_config(config, FakeMachine()).nvme_bytes_per_day == nbytes
 
 
 def test_the_default_socket_is_in_the_users_own_directory() -> None:

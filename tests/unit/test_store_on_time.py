@@ -75,7 +75,7 @@ def test_what_was_learned_is_there_after_a_restart(tmp_path: Path) -> None:
         assert learned["read"] and learned["write"]
 
     run(Timed(costs=path), learn)
-    assert set(json.loads(path.read_text())) == {"read", "write", "prefill"}
+    assert set(json.loads(path.read_text())) == {"read", "write", "prefill", "endurance"}
     run(Timed(costs=path), look)
 
 

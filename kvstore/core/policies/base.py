@@ -98,6 +98,11 @@ class EvictionPolicy(Protocol):
         """A replica has left."""
         ...
 
+    def worth(self, replica: Replica) -> float:
+        """How much a replica that is held is worth now, beside others that are: more is
+        better. A policy that only knows an order says the same of all."""
+        return 0.0
+
     def candidates(self) -> Iterator[Replica]:
         """Every replica held, the one to evict first coming first. The caller does not
         change the policy while it uses the iterator."""

@@ -54,6 +54,10 @@ class PriorityLRU(EvictionPolicy):
         self._levels[replica.mark[0]].discard(replica)
         replica.mark = None
 
+    def worth(self, replica: Replica) -> float:
+        level: int = replica.mark[0]
+        return level
+
     def candidates(self) -> Iterator[Replica]:
         return chain.from_iterable(self._levels)
 
