@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
@@ -56,6 +57,7 @@ IDLE_EXIT_S = 60.0
 BACKOFF_FIRST_S = 0.1
 BACKOFF_MOST_S = 3.0
 _LONG_OUTAGE_S = 30.0
+_PAST_LIVES = 16
 
 
 def connector_of(config: ConnectorConfig, idle_exit_s: float = IDLE_EXIT_S) -> Connect:
@@ -146,6 +148,9 @@ class StoreLink:
         self._attached: Attached | None = None
         self._closing = False
         self._epoch = b""
+        self._past: deque[bytes] = deque(maxlen=_PAST_LIVES)
+        self._sought = b""
+        self._hurry = False
         self._unused: list[StoreClient] = []
         self._tried = False
         self.generation = 0
@@ -202,6 +207,21 @@ class StoreLink:
         with self._condition:
             self._specs = list(specs)
             self._detach()
+
+    def seeks(self, epoch: bytes) -> bool:
+        """Whether the life of the server that somebody else is attached to may still be found
+        from here. Then it is looked for at once."""
+        with self._condition:
+            if self._epoch == epoch:
+                return self._attached is not None
+            if epoch in self._past:
+                return False
+            if self._sought != epoch:
+                self._sought = epoch
+                self._hurry = True
+                # Whatever there is now is of an earlier life.
+                self._detach()
+            return True
 
     def wait_attached(self, timeout_s: float) -> bool:
         with self._condition:
@@ -269,7 +289,11 @@ class StoreLink:
             with self._condition:
                 self._tried = True
                 self._condition.notify_all()
-                self._condition.wait_for(lambda: self._closing, backoff_s)
+                self._condition.wait_for(lambda: self._closing, BACKOFF_FIRST_S)
+                self._condition.wait_for(
+                    lambda: self._closing or self._hurry, backoff_s - BACKOFF_FIRST_S
+                )
+                self._hurry = False
             backoff_s = min(backoff_s * 2, BACKOFF_MOST_S)
         self._close_unused()
 
@@ -303,6 +327,7 @@ class StoreLink:
                 client.close()
                 return None
             if epoch != self._epoch:
+                self._past.append(self._epoch)
                 self._epoch = epoch
                 self.generation += 1
             self._attached = attached

@@ -48,6 +48,9 @@ logger = init_logger("vllm.kvstore")
 LOOK_EVERY_S = 0.0005
 """For what is to come: a look takes microseconds."""
 
+LOOK_FOR_SERVER_S = 1.0
+"""The scheduler may have found a server that has started anew a moment before the worker."""
+
 ACQUIRE_WAIT_MS = 100
 """What has just been stored is in DRAM, but for one that is under pressure."""
 
@@ -219,7 +222,9 @@ class Loader:
         job = load.job
         with self._link.borrow() as attached:
             if attached is None or attached.epoch != job.epoch:
-                return True
+                late = time.monotonic() - load.submitted_s > LOOK_FOR_SERVER_S
+                begun = load.attached is not None
+                return begun or load.unwanted or late or not self._link.seeks(job.epoch)
             if load.attached is None:
                 load.attached = attached
                 if not self._load_parts(attached, load) or job.arrivals is None:

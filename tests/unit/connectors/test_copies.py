@@ -15,6 +15,7 @@ from kvstore.device.base import Device, Piece
 from kvstore.device.host import HostDevice
 from kvstore.errors import BadRequest, Unavailable
 from kvstore.types import ChainQuery, LeaseGrant
+from kvstore_connectors.vllm import loader as loader_module
 from kvstore_connectors.vllm import saver as saver_module
 from kvstore_connectors.vllm import slots as slots_module
 from kvstore_connectors.vllm import threads as threads_module
@@ -159,10 +160,27 @@ def test_a_lease_that_ended_during_the_copy_fails_the_load(rank: Rank) -> None:
     assert rank.load(rank.load_job([data(0)], [3], expires_ns=1)) == [3]
 
 
-def test_addresses_of_another_server_life_are_not_followed(rank: Rank) -> None:
+def test_addresses_of_an_earlier_server_life_are_not_followed(rank: Rank) -> None:
     before = rank.bytes_of(3)
-    assert rank.load(rank.load_job([data(0)], [3], epoch=b"before")) == [3]
+    rank.store.epoch = b"next"
+    assert rank.link.seeks(b"next")
+    eventually(lambda: rank.link.generation == 2)
+    assert rank.load(rank.load_job([data(0)], [3])) == [3]
     assert rank.bytes_of(3) == before
+
+
+def test_a_server_that_only_the_scheduler_has_found_again_is_looked_for(rank: Rank) -> None:
+    rank.store.epoch = b"next"
+    assert rank.load(rank.load_job([data(0)], [3], epoch=b"next")) == []
+    assert rank.bytes_of(3) == data(0)
+    assert rank.link.generation == 2
+
+
+def test_a_server_that_is_never_found_fails_the_load(
+    rank: Rank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader_module, "LOOK_FOR_SERVER_S", 0.05)
+    assert rank.load(rank.load_job([data(0)], [3], epoch=b"never")) == [3]
 
 
 def test_a_lost_server_fails_the_load_and_the_next_one_works(rank: Rank) -> None:

@@ -110,6 +110,24 @@ def test_a_dead_server_is_noticed_without_a_request_and_found_again(
     eventually(lambda: link.up)
 
 
+def test_a_life_of_the_server_is_looked_for_once_and_past_ones_never(
+    store: FakeStore, link: StoreLink
+) -> None:
+    link.start()
+    assert link.wait_attached(5)
+    first = link.current
+    store.epoch = b"another life"
+    assert link.seeks(b"another life")
+    assert link.wait_attached(5) and link.generation == 2
+    assert not link.seeks(b"epoch")
+    second = link.current
+    assert link.seeks(b"unheard of")
+    eventually(lambda: link.current is not None and link.current is not second)
+    third = link.current
+    assert link.seeks(b"unheard of")
+    assert link.current is third and third is not first
+
+
 def test_a_client_is_closed_only_after_its_last_user(store: FakeStore, link: StoreLink) -> None:
     link.start()
     assert link.wait_attached(5)
