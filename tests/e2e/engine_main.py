@@ -157,7 +157,7 @@ def sleep_and_wake(llm: Any, level: int) -> bool:
 
 def reset(llm: Any, connector: bool) -> bool:
     """Empty vLLM's own cache; its blocks may still be held by stores for a moment."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not llm.reset_prefix_cache(reset_connector=connector):
         if time.monotonic() > deadline:
             return False

@@ -7,7 +7,6 @@ is started after it.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from tests.e2e.conftest import (
     difference,
     engine_options,
     prompt,
+    until,
 )
 
 LONG = 1100
@@ -33,14 +33,19 @@ PROMPTS = {
 }
 
 
+QUIET_LOOKS = 20
+"""So often in a row nothing new is there when all stores are over."""
+
+
 def quiet(server: Server) -> None:
     """Wait until nothing more arrives at the server: stores are asynchronous."""
-    deadline = time.monotonic() + 10
-    before = -1
-    while (now := server.stats().tenant_blocks) != before or now == 0:
-        assert time.monotonic() < deadline, "blocks keep coming"
-        before = now
-        time.sleep(0.1)
+    seen: list[int] = []
+
+    def settled() -> bool:
+        seen.append(server.stats().tenant_blocks)
+        return len(seen) > QUIET_LOOKS and set(seen[-QUIET_LOOKS:]) == {seen[-1]} != {0}
+
+    until(settled, "blocks keep coming")
 
 
 def same(answers: list[Answer], right: list[Answer]) -> None:

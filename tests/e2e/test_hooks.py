@@ -4,7 +4,6 @@ that fails costs, events, sleep."""
 from __future__ import annotations
 
 import signal
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +19,7 @@ from tests.e2e.conftest import (
     difference,
     engine_options,
     prompt,
+    until,
 )
 from tests.e2e.listener import Listener
 
@@ -49,21 +49,25 @@ def listener(engines: Pair) -> Iterator[Listener]:
 def store(engine: Engine, server: Server, text: list[int]) -> None:
     before = server.stats().tenant_blocks
     engine.generate(text)
-    deadline = time.monotonic() + 10
-    while server.stats().tenant_blocks < before + len(text) // BLOCK:
-        assert time.monotonic() < deadline, "the blocks were never stored"
-        time.sleep(0.02)
+    stored(server, before + len(text) // BLOCK)
+
+
+def stored(server: Server, blocks: int) -> None:
+    until(lambda: server.stats().tenant_blocks >= blocks, "the blocks were never stored")
+
+
+def attached(engine: Engine, times: int) -> None:
+    """Scheduler and worker each say it."""
+    text = "The KV store is attached."
+    until(lambda: engine.log().count(text) >= times, "the engine never found the server again")
 
 
 def restart(engine: Engine, server: Server) -> None:
     """What was stored is behind DRAM alone afterwards."""
-    attached = engine.log().count("The KV store is attached.")
+    before = engine.log().count("The KV store is attached.")
     server.end(signal.SIGTERM)
     server.start()
-    deadline = time.monotonic() + 20
-    while engine.log().count("The KV store is attached.") < attached + 2:
-        assert time.monotonic() < deadline, "the engine never found the server again"
-        time.sleep(0.05)
+    attached(engine, before + 2)
 
 
 def gained(engine: Engine, before: dict[str, float], name: str) -> float:
@@ -146,14 +150,11 @@ def test_an_engine_that_slept_trusts_nothing_that_was_stored_before(
     text = prompt(1006 + level, LONG)
     store(engine, server, text)
     engine.reset()
-    attached = engine.log().count("The KV store is attached.")
+    before = engine.log().count("The KV store is attached.")
     engine.sleep_and_wake(level)
     (answer,) = engine.generate(text)
     assert answer["cached"] == 0
-    deadline = time.monotonic() + 10
-    while engine.log().count("The KV store is attached.") < attached + 2:
-        assert time.monotonic() < deadline, "the engine never found the server again"
-        time.sleep(0.05)
+    attached(engine, before + 2)
     store(engine, server, prompt(1008 + level, LONG))
     engine.reset()
     assert engine.generate(prompt(1008 + level, LONG))[0]["cached"] == WHOLE * BLOCK
@@ -213,10 +214,7 @@ def test_an_engine_with_other_blocks_keeps_to_itself(
     before = server.stats().tenant_blocks
     (cold,) = process.generate(text)
     assert cold["cached"] == 0
-    deadline = time.monotonic() + 10
-    while server.stats().tenant_blocks < before + WHOLE // 2:
-        assert time.monotonic() < deadline, "the blocks were never stored"
-        time.sleep(0.02)
+    stored(server, before + WHOLE // 2)
     process.reset()
     (warm,) = process.generate(text)
     assert warm["cached"] == WHOLE // 2 * 2 * BLOCK

@@ -22,7 +22,7 @@ import pytest
 
 from kvstore_benchmarks.pipe import ChildFailed
 from kvstore_benchmarks.serving.instance import HOST, Child, free_port
-from tests.e2e.conftest import BLOCK, Server, engine_options, prompt
+from tests.e2e.conftest import BLOCK, Server, engine_options, prompt, until
 from tests.e2e.listener import Listener
 
 ROUTER = Path(os.environ.get("KVSTORE_ROUTER", ".venv-router")) / "bin" / "vllm-router"
@@ -75,7 +75,7 @@ class Replica:
 
     def forget(self) -> None:
         """Empty vLLM's own cache, and have that announced, which takes a step."""
-        until(self._reset)
+        until(self._reset, "its cache cannot be emptied")
         ask(self.vllm, prompt(time.monotonic_ns(), BLOCK))
 
     def _reset(self) -> bool:
@@ -95,13 +95,6 @@ def ask(who: Child, text: list[int]) -> int:
     body = {"model": "m", "prompt": text, "max_tokens": 2, "temperature": 0}
     answer: dict[str, Any] = who.post("/v1/completions", body)
     return int(answer["usage"]["prompt_tokens_details"]["cached_tokens"] or 0)
-
-
-def until(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 class Fleet(NamedTuple):
@@ -149,12 +142,15 @@ def test_a_request_goes_where_only_the_store_has_its_beginning(fleet: Fleet, num
     from_host = r"prompt_tokens_cached_by_source_total\{.*source=\"host\"\}"
     loaded = r"kvstore_loaded_blocks_total\{.*\}"
     ask(replica.vllm, text)
-    until(lambda: replica.has("CPU", text) == WHOLE)
+    until(lambda: replica.has("CPU", text) == WHOLE, "it never said what it stored")
     replica.forget()
-    until(lambda: replica.has("GPU", text) == 0 and replica.has("CPU", text) == WHOLE)
+    until(
+        lambda: replica.has("GPU", text) == 0 and replica.has("CPU", text) == WHOLE,
+        "it never said what it forgot",
+    )
     assert ask(router, text) == WHOLE * BLOCK
     # Both sides count what came of it, and alike.
-    until(lambda: replica.counted(from_host) == WHOLE * BLOCK)
+    until(lambda: replica.counted(from_host) == WHOLE * BLOCK, "it was not counted")
     assert replica.counted(loaded) == replica.store.stats().acquired_hits == WHOLE
 
 
@@ -175,7 +171,10 @@ def test_tiers_are_weighed_as_the_router_was_told(
     text = prompt(seed, TEXT)
     ask(disk.vllm, text)
     ask(host.vllm, text[: in_dram * BLOCK + 1])
-    until(lambda: disk.has("CPU", text) == WHOLE and host.has("CPU", text) == in_dram)
+    until(
+        lambda: disk.has("CPU", text) == WHOLE and host.has("CPU", text) == in_dram,
+        "they never said what they stored",
+    )
     disk.store.end(signal.SIGTERM)
     disk.store.start()
 
@@ -184,7 +183,7 @@ def test_tiers_are_weighed_as_the_router_was_told(
         disk.forget()
         return disk.has("STORAGE", text) == WHOLE and host.has("CPU", text) == in_dram
 
-    until(announced)
+    until(announced, "they never said where it is")
     assert disk.has("CPU", text) == disk.has("GPU", text) == host.has("GPU", text) == 0
     cached = ask(fleet.routers[router], text)
     assert cached == (WHOLE if there == "disk" else in_dram) * BLOCK

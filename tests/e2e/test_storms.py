@@ -16,7 +16,17 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.conftest import BLOCK, Answer, Engine, Pair, Server, StartEngine, difference, prompt
+from tests.e2e.conftest import (
+    BLOCK,
+    Answer,
+    Engine,
+    Pair,
+    Server,
+    StartEngine,
+    difference,
+    prompt,
+    until,
+)
 
 ROUNDING = 2e-3
 MOST_TOKENS = 40
@@ -85,10 +95,7 @@ class Storm:
 
 
 def let_go(server: Server) -> None:
-    deadline = time.monotonic() + 10
-    while server.stats().leases:
-        assert time.monotonic() < deadline, "leases were not given back"
-        time.sleep(0.05)
+    until(lambda: not server.stats().leases, "leases were not given back")
 
 
 def preempt_and_abort(engines: Pair, server: Server, seed: int, count: int) -> None:

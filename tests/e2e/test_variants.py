@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kvstore import Client
-from tests.e2e.conftest import BLOCK, Engine, Server, StartEngine, difference, prompt
+from tests.e2e.conftest import BLOCK, Engine, Server, StartEngine, difference, prompt, until
 
 LONG = 700
 WHOLE = LONG // BLOCK * BLOCK
@@ -26,10 +25,8 @@ def warm_equals_local(engine: Engine, socket: Path, ranks: int = 1) -> None:
     text, before = prompt(1, LONG), blocks(socket)
     (cold,) = engine.generate(text)
     assert cold["cached"] == 0
-    deadline = time.monotonic() + 10
-    while blocks(socket) < before + ranks * WHOLE // BLOCK:
-        assert time.monotonic() < deadline, "the blocks were never stored"
-        time.sleep(0.02)
+    whole = ranks * WHOLE // BLOCK
+    until(lambda: blocks(socket) >= before + whole, "the blocks were never stored")
     (local,) = engine.generate(text)
     engine.reset()
     (warm,) = engine.generate(text)
@@ -53,10 +50,7 @@ def test_without_an_endpoint_one_server_is_started_and_ends_when_idle(
     warm_equals_local(engine, socket)
     server = json.loads((socket.parent / "kvstore.sock.json").read_text())["pid"]
     engine.close()
-    deadline = time.monotonic() + 20
-    while Path(f"/proc/{server}").exists():
-        assert time.monotonic() < deadline, "the idle server never ended"
-        time.sleep(0.05)
+    until(lambda: not Path(f"/proc/{server}").exists(), "the idle server never ended")
 
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two ranks need two cores")

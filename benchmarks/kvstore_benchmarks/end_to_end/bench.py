@@ -23,6 +23,8 @@ TIMES = {
     "local_with": "own prefix hit, with the store",
     "warm_dram": "from DRAM",
     "warm_nvme": "from NVMe",
+    "handed_over": "handed over by another engine",
+    "handed_over_local": "own prefix hit after that",
     "memcpy": "plain copy of the loaded bytes",
     "stored": "until stored, after the first token",
 }
@@ -48,6 +50,11 @@ def ratios(rounds: list[Round]) -> dict[str, Ratio]:
             "(from DRAM - own prefix hit) / plain copy",
             2.0,
             [ratio(r.warm_dram - r.local_with, r.memcpy) for r in rounds],
+        ),
+        "handover_to_memcpy": Ratio(
+            "(handed over - own prefix hit) / plain copy",
+            1.3,
+            [ratio(r.handed_over - r.handed_over_local, r.memcpy) for r in rounds],
         ),
         "local_storing_to_without": Ratio(
             "own prefix hit while storing / without the store",

@@ -31,11 +31,13 @@ ENVIRONMENT = {
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One request's: `logprobs` has the likeliest tokens of each answered position."""
+    """One request's: `logprobs` has the likeliest tokens of each answered position,
+    `handover` its `kv_transfer_params`."""
 
     first_token_s: float
     cached_tokens: int
     logprobs: tuple[dict[str, float], ...]
+    handover: dict[str, Any] | None = None
 
 
 class EngineChild(Closing):
@@ -63,9 +65,18 @@ class EngineChild(Closing):
         self._pipe.receive(START_TIMEOUT_S)
         return self
 
-    def generate(self, tokens: list[int], answer_tokens: int = 4) -> Answer:
-        answer = self._call(do="generate", tokens=tokens, answer_tokens=answer_tokens)
-        return Answer(answer["first_token_s"], answer["cached_tokens"], tuple(answer["logprobs"]))
+    def generate(
+        self, tokens: list[int], answer_tokens: int = 4, handover: dict[str, Any] | None = None
+    ) -> Answer:
+        answer = self._call(
+            do="generate", tokens=tokens, answer_tokens=answer_tokens, handover=handover
+        )
+        return Answer(
+            answer["first_token_s"],
+            answer["cached_tokens"],
+            tuple(answer["logprobs"]),
+            answer["handover"],
+        )
 
     def reset(self) -> None:
         """Empty vLLM's own prefix cache, waiting for stores that still read blocks."""

@@ -5,8 +5,8 @@ was at the start; what vLLM and torch print goes to standard error, a log file o
 the parent. Everything runs in this one process, so that the time to the first
 token is the engine's and has no other process's wake-up in it.
 
-    {"do": "generate", "tokens": [...], "answer_tokens": 4}
-        -> {"first_token_s", "cached_tokens", "logprobs": [{token: logprob}, ...]}
+    {"do": "generate", "tokens": [...], "answer_tokens": 4, "handover": {...} or null}
+        -> {"first_token_s", "cached_tokens", "logprobs": [{token: logprob}, ...], "handover"}
     {"do": "reset"}   forget vLLM's own prefix cache
     {"do": "idle"}    let the engine finish what it has pending
     {"do": "stop"}
@@ -56,8 +56,11 @@ class Engine:
         )
         self._requests = 0
 
-    def generate(self, tokens: Sequence[int], answer_tokens: int) -> dict[str, Any]:
-        """Greedy. Seconds until the first token, and the likeliest tokens of each step."""
+    def generate(
+        self, tokens: Sequence[int], answer_tokens: int, handover: dict[str, Any] | None
+    ) -> dict[str, Any]:
+        """Greedy. Seconds until the first token, and the likeliest tokens of each step.
+        `handover`: the request's `kv_transfer_params`; the answer's come back."""
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
 
@@ -68,6 +71,7 @@ class Engine:
             ignore_eos=True,
             detokenize=False,
             logprobs=LOGPROBS,
+            extra_args=None if handover is None else {"kv_transfer_params": handover},
         )
         self._requests += 1
         start = time.perf_counter()
@@ -89,6 +93,7 @@ class Engine:
                 {str(token): entry.logprob for token, entry in step.items()}
                 for step in answer.outputs[0].logprobs or ()
             ],
+            "handover": answer.kv_transfer_params,
         }
 
     def reset(self) -> dict[str, Any]:
@@ -108,7 +113,9 @@ def serve(engine: Engine, requests: IO[str], answers: IO[str]) -> None:
         request = json.loads(line)
         match request["do"]:
             case "generate":
-                answer = engine.generate(request["tokens"], request["answer_tokens"])
+                answer = engine.generate(
+                    request["tokens"], request["answer_tokens"], request["handover"]
+                )
             case "reset":
                 answer = engine.reset()
             case "idle":

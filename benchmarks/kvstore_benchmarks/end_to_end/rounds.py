@@ -3,7 +3,8 @@
 A round takes the same prompt through two engines that run side by side and take
 turns, one without the store and one with it, and copies the same bytes plainly.
 Which engine begins alternates, so that a slow moment of the machine does not
-always fall on the same one.
+always fall on the same one. Another prompt is computed by the one with the store
+and handed over to a third.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ NVME = "2GiB"
 COPY_PIECE_BYTES = 1 << 20
 WARM_UP = 1 << 20
 """Number of the first prompt that is not measured."""
+HANDED_OVER = 1 << 22
+"""Numbers of prompts that are handed over, from here on."""
+FOR_DECODE = {"do_remote_decode": True, "do_remote_prefill": False}
 
 Progress = Callable[[str], None]
 
@@ -50,7 +54,11 @@ class Round:
     tiers: tuple[str, str]
     """Where the blocks of the two warm requests came from."""
     agree: bool
-    """Both warm answers have exactly the log-probabilities of the own prefix hit."""
+    """Warm and handed over answers have exactly the log-probabilities of an own prefix hit."""
+    handed_over: float
+    """In the third engine, asked as soon as the other one has answered."""
+    handed_over_local: float
+    """By the third engine's own prefix hit after that."""
 
 
 @dataclass(slots=True)
@@ -71,10 +79,13 @@ def measure(folder: Path | None, rounds: int, tokens: int, progress: Progress) -
     measured = Measured(tokens, blocks * BLOCK_TOKENS * SHAPE.kv_bytes_a_token)
     with ExitStack() as stack:
         server = stack.enter_context(Server(dram=DRAM, nvme=NVME, folder=folder))
-        progress("starting two engines")
+        progress("starting three engines")
         context = tokens + 2 * BLOCK_TOKENS
         without = stack.enter_context(EngineChild(model, context=context)).wait_ready()
         engine = stack.enter_context(
+            EngineChild(model, context=context, store=server.endpoint)
+        ).wait_ready()
+        decode = stack.enter_context(
             EngineChild(model, context=context, store=server.endpoint)
         ).wait_ready()
         copies = _Copies(measured.loaded_bytes)
@@ -83,12 +94,15 @@ def measure(folder: Path | None, rounds: int, tokens: int, progress: Progress) -
             progress(f"round {number + 1} of {rounds}")
             tokens_of_round = prompt(number if number >= 0 else WARM_UP, tokens)
             with Watch(server.endpoint) as watch:
-                taken = _round(without, engine, watch, tokens_of_round, copies, number % 2 == 0)
+                handed = _hand_over(engine, decode, watch, prompt(HANDED_OVER + number, tokens))
+                taken = _round(
+                    without, engine, watch, tokens_of_round, copies, handed, number % 2 == 0
+                )
             if number >= 0:
                 measured.rounds.append(taken)
             measured.peak_memory_bytes = max(
                 measured.peak_memory_bytes,
-                memory_bytes("self", without.pid, engine.pid, server.pid),
+                memory_bytes("self", without.pid, engine.pid, decode.pid, server.pid),
             )
     return measured
 
@@ -111,6 +125,7 @@ def _round(
     watch: Watch,
     tokens: list[int],
     copies: _Copies,
+    handed: tuple[Answer, Answer],
     without_first: bool,
 ) -> Round:
     if without_first:
@@ -129,6 +144,7 @@ def _round(
     if not without_first:
         alone = _alone(without, tokens)
     cold_alone, local_alone = alone
+    handed_over, handed_over_local = handed
     return Round(
         cold_without=cold_alone.first_token_s,
         local_without=local_alone.first_token_s,
@@ -141,8 +157,24 @@ def _round(
         warm_nvme=nvme.first_token_s,
         memcpy=memcpy,
         tiers=(dram_tier, nvme_tier),
-        agree=all(difference(warm, local_alone) == 0 for warm in (dram, nvme)),
+        agree=all(difference(warm, local_alone) == 0 for warm in (dram, nvme))
+        and difference(handed_over, handed_over_local) == 0
+        and handed_over.cached_tokens == handed_over_local.cached_tokens,
+        handed_over=handed_over.first_token_s,
+        handed_over_local=handed_over_local.first_token_s,
     )
+
+
+def _hand_over(
+    prefill: EngineChild, decode: EngineChild, watch: Watch, tokens: list[int]
+) -> tuple[Answer, Answer]:
+    """As a proxy does it, and then decode's own prefix hit."""
+    computed = prefill.generate(tokens, answer_tokens=1, handover=FOR_DECODE)
+    handed = decode.generate(tokens, handover=computed.handover)
+    local = decode.generate(tokens)
+    watch.wait_stored(len(tokens) // BLOCK_TOKENS, prefill.idle)
+    watch.mark()
+    return handed, local
 
 
 def _alone(without: EngineChild, tokens: list[int]) -> tuple[Answer, Answer]:

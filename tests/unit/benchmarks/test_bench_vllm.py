@@ -22,6 +22,8 @@ ROUND = Round(
     memcpy=0.025,
     tiers=("DRAM", "NVMe"),
     agree=True,
+    handed_over=0.14,
+    handed_over_local=0.1,
 )
 
 
@@ -37,6 +39,7 @@ def test_ratios_compare_what_one_round_met() -> None:
 
 def test_loading_is_what_the_prefix_hit_does_not_explain() -> None:
     assert round(ratios([ROUND])["dram_load_to_memcpy"].samples[0], 6) == 2.0
+    assert round(ratios([ROUND])["handover_to_memcpy"].samples[0], 6) == 1.6
 
 
 def test_a_wrong_answer_or_tier_spoils_the_figures() -> None:
