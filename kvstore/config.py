@@ -77,6 +77,8 @@ class StoreConfig:
     max_blocks: int = 10_000_000
     """A tier."""
     eviction: str = "lru"
+    prefetch_share: float = 0.25
+    """Of a tenant's DRAM, for what has not been used yet."""
     shares: Mapping[str, float] = field(default_factory=dict)
     """Of what moves between tiers, by tenant; 1 for others."""
 
@@ -366,6 +368,7 @@ def store_config(config: Config, machine: Machine | None = None) -> StoreConfig:
         max_reservations=config.server.max_reservations,
         max_blocks=config.server.max_blocks,
         eviction=config.policy.eviction,
+        prefetch_share=config.policy.prefetch_share,
         shares=config.tenants.shares,
     )
 

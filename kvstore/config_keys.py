@@ -159,6 +159,15 @@ class Policy(Section, frozen=True):
             "[policies.md](policies.md), or of one that is installed beside."
         ),
     ] = "lru"
+    prefetch_share: Annotated[
+        float,
+        Meta(
+            ge=0,
+            le=1,
+            description="The part of a tenant's memory that may hold what was prefetched and "
+            "has not been used yet. 0: nothing is prefetched.",
+        ),
+    ] = 0.25
 
 
 class Tenants(Section, frozen=True):

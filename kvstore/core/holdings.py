@@ -15,13 +15,23 @@ from collections.abc import Hashable, Iterable, Mapping
 from functools import partial
 
 from kvstore.core.actions import Action, Forget
+<<<<<<< ours
 from kvstore.core.catalog import MOST_USES, UNUSED_OUTPUT, Block, Catalog, Layout, Replica
+=======
+from kvstore.core.catalog import Block, Catalog, Layout, Replica
+from kvstore.core.foreseen import Foreseen
+>>>>>>> theirs
 from kvstore.core.lifecycle import Event, State
 from kvstore.core.policies import MakePolicy, Use
 from kvstore.core.pool import Pool
 from kvstore.core.promotion import DramOrder
 from kvstore.core.space import Space, SpaceClass
+<<<<<<< ours
 from kvstore.types import OUTPUT, SessionState, Tier
+=======
+from kvstore.core.stays import Stays
+from kvstore.types import SessionState, Tier
+>>>>>>> theirs
 
 
 class Holdings:
@@ -41,10 +51,8 @@ class Holdings:
         """Stored keys of blocks that came to or went from a tier since the planner
         last told the shell."""
         self.corrupt = 0
-        self.unused_bytes = self.used_bytes = self.wasted_bytes = 0
-        """Of what was prefetched: what is there and nobody has asked for yet, what was
-        asked for, and what went before anybody did."""
-        self._unused: set[Replica] = set()
+        self.foreseen = Foreseen()
+        self.stays = Stays()
         self.nvme_on = nvme is not None
         self.forgetting = 0
         """Replicas that the NVMe tier is striking."""
@@ -124,6 +132,7 @@ class Holdings:
         self.pool_of(replica).insert(replica, self.class_of(replica))
         self.note_dirty(replica.block)
 
+<<<<<<< ours
     def came_unasked(self, replica: Replica) -> None:
         """It was prefetched."""
         self._unused.add(replica)
@@ -156,10 +165,12 @@ class Holdings:
         self.unused_bytes -= nbytes
         return nbytes
 
+=======
+>>>>>>> theirs
     def goes(self, replica: Replica) -> None:
         """It is about to stop being READY."""
-        if replica in self._unused:
-            self.wasted_bytes += self._no_longer_unused(replica)
+        self.foreseen.goes(replica)
+        self.stays.goes(replica)
         self.changed.add(replica.block.stored_key)
         self.pool_of(replica).withdraw(replica, self.class_of(replica))
         if replica.tier is Tier.DRAM:
@@ -305,9 +316,13 @@ class Holdings:
             listed = {r for dirty in self._dirty.values() for r in dirty}
             if should != listed | self._spared or listed & self._spared:
                 raise AssertionError("the dirty list is not what is dirty")
+<<<<<<< ours
         if any(replica.state is not State.READY for replica in self._unused):
             raise AssertionError("what is gone is held to be unused")
 
 
 def _dram_order(make_policy: MakePolicy, space: Space, space_class: SpaceClass) -> DramOrder:
     return DramOrder(make_policy, lambda: space.free_slots(space_class) > 0)
+=======
+        self.foreseen.check_integrity()
+>>>>>>> theirs

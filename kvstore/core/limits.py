@@ -20,6 +20,9 @@ class Limits:
     """Layouts a tenant."""
     max_running: int
     """Batches of copies at a time."""
+    prefetch_share: float = 0.25
+    """The part of what a tenant has of DRAM that holds what is prefetched and not used yet,
+    at most."""
 
 
 @dataclass(slots=True)

@@ -97,9 +97,13 @@ class Planner:
         self.counters = Counters()
         self.catalog = Catalog(tenant_key, limits.max_layouts, nvme_slot_bytes)
         self.holdings = Holdings(self.catalog, dram, nvme, POLICIES[eviction])
+<<<<<<< ours
         self.residency = Residency(
             self.holdings, limits.max_running, weight, Endurance(nvme_bytes_per_day)
         )
+=======
+        self.residency = Residency(self.holdings, limits.max_running, weight, limits.prefetch_share)
+>>>>>>> theirs
         ids = count(first_id)
         self.chores = Chores()
         self.leases = Leases(self.residency, self.chores, limits, self.counters, ids)
@@ -152,6 +156,7 @@ class Planner:
         session.closed = True
         del self._sessions[session.id]
         self.leases.end_session(session)
+        self.prefetches.end_session(session)
         self.reservations.end_session(session)
 
     @property
@@ -210,9 +215,11 @@ class Planner:
         deadline_ns: int | None = None,
         hints: Hints = NO_HINTS,
     ) -> AcquireTicket:
-        return self.leases.acquire(
+        ticket = self.leases.acquire(
             session, chains, wait=wait, now_ns=now_ns, deadline_ns=deadline_ns, hints=hints
         )
+        self.prefetches.asked(session.tenant, chains, now_ns)
+        return ticket
 
     def lease(self, session: Session, lease_id: int) -> Lease:
         return self.leases.get(session, lease_id)
@@ -246,7 +253,9 @@ class Planner:
         reserve: int,
         now_ns: int,
     ) -> CommitAnswer:
-        return self.reservations.commit(session, layout_id, segments, reserve, now_ns)
+        answer = self.reservations.commit(session, layout_id, segments, reserve, now_ns)
+        self.prefetches.stored(session.tenant, layout_id, segments, now_ns)
+        return answer
 
     def abort(self, session: Session, slot_ids: Sequence[int]) -> None:
         self.reservations.abort(session, slot_ids)
@@ -256,13 +265,17 @@ class Planner:
     ) -> None:
         """What a session does next, as its caller says."""
         self.holdings.hint(session_of(tenant, session), state, expected_ms)
+        self.prefetches.hint(tenant, session, state, expected_ms)
 
     # Prefetch, clear, flush
 
     def prefetch(
-        self, tenant: str, chains: Sequence[ChainQuery], *, within_ns: int = 0, now_ns: int
-    ) -> PrefetchTicket:
-        return self.prefetches.prefetch(tenant, chains, within_ns=within_ns, now_ns=now_ns)
+        self, tenant: str, chains: Sequence[ChainQuery], *, within_ns: int = 0, now_ns: int,
+        session: Session | None = None,
+    ) -> PrefetchTicket:  # fmt: skip
+        return self.prefetches.prefetch(
+            tenant, chains, within_ns=within_ns, now_ns=now_ns, session=session
+        )
 
     def clear(self, tenant: str) -> ClearTicket:
         return self.clears.clear(tenant)
@@ -364,7 +377,7 @@ class Planner:
         """To be called several times a second: ends what has run out of time."""
         if self.residency.look_at_link(now_ns):
             self.leases.answer_all(now_ns)
-        self.residency.call_off_late(now_ns)
+        self.prefetches.tick(now_ns)
         self.leases.expire(now_ns)
         self.reservations.expire(now_ns)
         self.residency.write_back.tick(now_ns)

@@ -1,78 +1,221 @@
-"""Prefetches: chains that somebody will want soon are brought up, as far as there is room.
+"""Prefetches: what somebody will want soon is brought up before.
 
-They take slots that are free and time that nobody else wants, and no more than a part of
-DRAM for what has not been used yet.
+Who knows says so (a call names chains, of a request that still waits in an engine's queue,
+say), or it is foreseen (`core.returns`): a session will be back. What is there of it is
+kept, for it is as good as used; what is not comes up in time that nobody else wants, and
+takes slots that are free or hold what is on NVMe too and was used longest ago. No more than
+a part of a tenant's DRAM holds what has not been used yet: what does not fit now is tried
+again until its time is over, what was asked for first coming first. What nobody wants any
+more (the caller has gone, its session is over, or back with something else) is called off.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import takewhile
-from typing import TypeGuard
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from itertools import zip_longest
 
 from kvstore.core.actions import Answer
-from kvstore.core.catalog import Block, Layout
-from kvstore.core.chores import CHANGED, NAMED, Chore, Chores
+from kvstore.core.catalog import Block, Layout, Replica, is_ready
+from kvstore.core.chores import CHANGED, NAMED, SEEN, Chore, Chores
+from kvstore.core.foreseen import Reason
 from kvstore.core.residency import Residency
+from kvstore.core.returns import Known, Returns
+from kvstore.core.sessions import Session
 from kvstore.core.tickets import PrefetchTicket
 from kvstore.core.transfers import TransferClass, Wish
-from kvstore.types import ChainQuery, Refusal
+from kvstore.core.uses import session_of, use_of
+from kvstore.types import NO_REUSE, ChainQuery, Refusal, Segment, SessionState
+
+MOST_WAITING = 1024
+"""Prefetches that wait for room."""
 
 
 class Prefetches:
     def __init__(self, residency: Residency, chores: Chores) -> None:
         self._residency = residency
+        self._catalog = residency.catalog
         self._chores = chores
+        self._returns = Returns(residency)
+        self._reasons: dict[str, Reason] = {}
+        self._now_ns = 0
+        self._behind = residency.nvme is not None
+        self._waiting: list[PrefetchTicket] = []
+        # Of prefetches that nobody wants any more: what is queued may be called off.
+        self._ended: list[Wish] = []
+
+    # Asked for
 
     def prefetch(
-        self, tenant: str, chains: Sequence[ChainQuery], *, within_ns: int, now_ns: int
+        self,
+        tenant: str,
+        chains: Sequence[ChainQuery],
+        *,
+        within_ns: int,
+        now_ns: int,
+        session: Session | None = None,
     ) -> PrefetchTicket:
         """Answered with the number of blocks that are on their way because of it, once
-        it has seen to all it can. What has not begun `within_ns` from now does not begin
-        any more; 0: there is no such time. Raises `UnknownLayout`."""
-        catalog = self._residency.catalog
-        layouts = [[catalog.layout(tenant, i) for i in chain.layout_ids] for chain in chains]
+        it has seen to all that there is room for now. What has not begun `within_ns` from
+        now, or when `session` ends, does not begin any more. 0: there is no such time, but
+        what there is no room for now is not tried again. Raises `UnknownLayout`."""
+        layouts = [[self._catalog.layout(tenant, i) for i in chain.layout_ids] for chain in chains]
+        reuse = chains[0].reuse if chains else NO_REUSE
         deadline_ns = now_ns + within_ns if within_ns else None
-        wish = Wish(TransferClass.PREFETCH, now_ns, deadline_ns=deadline_ns)
-        ticket = PrefetchTicket(wish, layouts, chains)
-        self._chores.add(self._start(ticket))
+        wish = Wish(TransferClass.PREFETCH, now_ns, reuse.priority, deadline_ns)
+        reason = self._reasons.setdefault(tenant, Reason())
+        ticket = PrefetchTicket(wish, use_of(reuse, tenant, now_ns), reason)
+        if session is not None:
+            session.prefetches.append(ticket)
+        named = (
+            ([layout.name(key) for layout in shards] for key in chain.keys)
+            for shards, chain in zip(layouts, chains, strict=True)
+        )
+        if within_ns < 0:
+            self.give_up(ticket)
+        else:
+            self._chores.add(self._see_to(ticket, named))
         return ticket
 
     def give_up(self, ticket: PrefetchTicket) -> None:
         """The caller waits no longer: what has not begun does not begin."""
+        ticket.over = True
         ticket.answer = ticket.started
 
-    def _start(self, ticket: PrefetchTicket) -> Chore:
-        for layouts, chain in zip(ticket.layouts, ticket.chains, strict=True):
-            for key in chain.keys:
-                blocks = self._readable(layouts, key)
-                lacking = [block for block in blocks if block.dram is None]
-                for block in lacking:
-                    if not self._residency.may_prefetch(block):
-                        self._answer(ticket)
-                        return
-                    target = self._residency.bring_up(block, ticket.wish)
-                    if target is None or isinstance(target, Refusal):
-                        self._answer(ticket)
-                        return
-                    ticket.started += 1
-                yield NAMED * len(layouts) + CHANGED * len(lacking)
-                if ticket.answer is not None:
-                    return
-                if len(blocks) < len(layouts):
-                    break
-        self._answer(ticket)
+    def end_session(self, session: Session) -> None:
+        """The client is gone."""
+        for ticket in session.prefetches:
+            self._end(ticket)
+        session.prefetches.clear()
 
-    def _readable(self, layouts: list[Layout], key: bytes) -> list[Block]:
-        """The blocks of a position, up to the first layout that has none."""
-        found = (self._residency.catalog.find(layout, key) for layout in layouts)
-        return list(takewhile(_is_readable, found))  # type: ignore[arg-type]
+    # Foreseen
 
-    def _answer(self, ticket: PrefetchTicket) -> None:
+    def asked(self, tenant: str, chains: Sequence[ChainQuery], now_ns: int) -> None:
+        """Chains are acquired."""
+        if self._behind and any(chain.reuse.session for chain in chains):
+            self._are_back(self._returns.asked(tenant, chains, now_ns))
+
+    def stored(
+        self, tenant: str, layout_id: bytes, segments: Sequence[Segment], now_ns: int
+    ) -> None:
+        """Segments are committed."""
+        if self._behind and any(segment.reuse.session for segment in segments):
+            self._are_back(self._returns.stored(tenant, layout_id, segments, now_ns))
+
+    def hint(
+        self, tenant: str, session: bytes, state: SessionState, expected_ms: float | None
+    ) -> None:
+        """What a session does next, as its caller says."""
+        ended = self._returns.hint(session_of(tenant, session), state, expected_ms, self._now_ns)
+        if ended is not None:
+            self._are_back([ended])
+
+    def _are_back(self, sessions: Iterable[Known]) -> None:
+        """What they want of what was to come up they wait for themselves."""
+        for known in sessions:
+            if known.job is not None:
+                self._end(known.job)
+
+    def tick(self, now_ns: int) -> None:
+        self._now_ns = now_ns
+        self._residency.holdings.stays.tick(now_ns)
+        self._residency.call_off_prefetches(now_ns, self._ended)
+        self._ended.clear()
+        waiting, self._waiting = self._waiting, []
+        waiting.sort(key=lambda ticket: ticket.wish.due_ns)
+        for ticket in waiting:
+            if ticket.wish.deadline_ns is None or ticket.wish.deadline_ns > now_ns:
+                self._chores.add(self._bring_up(ticket))
+        for known, until_ns in self._returns.due(now_ns):
+            if known.job is not None:
+                self._end(known.job)
+            wish = Wish(TransferClass.PREFETCH, now_ns, known.use.priority, until_ns)
+            use = known.use._replace(now_ms=now_ns / 1e6)
+            known.job = PrefetchTicket(wish, use, known.reason, answer=0)
+            self._chores.add(self._bring_back(known, known.job))
+
+    def _end(self, ticket: PrefetchTicket) -> None:
+        ticket.over = True
+        if ticket.started:
+            self._ended.append(ticket.wish)
+
+    # How
+
+    def _bring_back(self, known: Known, ticket: PrefetchTicket) -> Chore:
+        """Bring up what a session used: what is there of its chains, up to the root."""
+        chains: list[list[bytes]] = []
+        for waypoints in known.waypoints.values():
+            names: list[bytes] = []
+            block = self._returns.deepest(waypoints)
+            while block is not None:
+                names.append(block.stored_key)
+                block = self._catalog.get(block.parent)
+                yield NAMED
+            chains.append(names[::-1])
+        named = ([name for name in names if name] for names in zip_longest(*chains))
+        yield from self._see_to(ticket, [named])
+
+    def _see_to(self, ticket: PrefetchTicket, chains: Iterable[Iterator[Sequence[bytes]]]) -> Chore:
+        """Keep what is there of chains, and bring up the rest. They come as the stored
+        keys of each position, root first."""
+        for chain in chains:
+            yield from self._look_at(ticket, chain)
+        yield from self._bring_up(ticket)
+
+    def _look_at(self, ticket: PrefetchTicket, chain: Iterator[Sequence[bytes]]) -> Chore:
+        there: dict[Layout, list[Replica]] = {}
+        for names in chain:
+            if ticket.over:
+                return
+            blocks = self._readable(names)
+            for block in blocks:
+                if is_ready(block.dram):
+                    there.setdefault(block.layout, []).append(block.dram)
+                elif block.dram is None:
+                    ticket.lacking.append(block.stored_key)
+            yield NAMED * len(names)
+            if len(blocks) < len(names):
+                break
+        for layout, replicas in there.items():
+            yield from self._keep(ticket, layout, replicas)
+
+    def _readable(self, names: Sequence[bytes]) -> list[Block]:
+        """Of the blocks of a position, those up to the first layout that has none."""
+        blocks: list[Block] = []
+        for block in map(self._catalog.get, names):
+            if block is None or not block.readable:
+                break
+            blocks.append(block)
+        return blocks
+
+    def _keep(
+        self, ticket: PrefetchTicket, layout: Layout, replicas: list[Replica]
+    ) -> Generator[int, None, None]:
+        """They are as good as used, the root last (see policies.base)."""
+        piece = self._chores.piece
+        for end in range(len(replicas), 0, -piece):
+            run = [r for r in reversed(replicas[max(0, end - piece) : end]) if is_ready(r)]
+            self._residency.holdings.use(ticket.use)
+            self._residency.holdings.touch_run(layout, run)
+            yield SEEN * len(run)
+
+    def _bring_up(self, ticket: PrefetchTicket) -> Chore:
+        lacking = ticket.lacking
+        while lacking and not ticket.over:
+            block = self._catalog.get(lacking[0])
+            if block is None or block.dram is not None or not is_ready(block.nvme):
+                lacking.popleft()
+                yield NAMED
+                continue
+            brought = self._residency.foresee(block, ticket.wish, ticket.reason)
+            if brought is None and ticket.wish.deadline_ns is not None:
+                if len(self._waiting) < MOST_WAITING:
+                    self._waiting.append(ticket)
+                break
+            if brought is None or isinstance(brought, Refusal):
+                break
+            lacking.popleft()
+            ticket.started += 1
+            yield CHANGED
         if ticket.answer is None:
             ticket.answer = ticket.started
             self._residency.actions.append(Answer(ticket))
-
-
-def _is_readable(block: Block | None) -> TypeGuard[Block]:
-    return block is not None and block.readable

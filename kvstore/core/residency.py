@@ -20,11 +20,16 @@ from kvstore.core.breaker import BreakerState
 from kvstore.core.catalog import Block, Replica, is_ready
 from kvstore.core.chores import CHANGED, Chore
 from kvstore.core.dram_room import DramRoom
+<<<<<<< ours
 from kvstore.core.endurance import Endurance
+=======
+from kvstore.core.foreseen import Reason
+>>>>>>> theirs
 from kvstore.core.holdings import Holdings
 from kvstore.core.learned import LinkCost, Speed
 from kvstore.core.lifecycle import Event, State
 from kvstore.core.nvme_room import NvmeRoom
+from kvstore.core.pool import Verdict
 from kvstore.core.transfers import Link, Transfer, TransferClass, Wish
 from kvstore.core.uses import NOBODY
 from kvstore.core.write_back import WriteBack
@@ -34,19 +39,22 @@ NOMINAL = {Tier.DRAM: Speed(1e-4, 1.5e9), Tier.NVME: Speed(1e-4, 1.0e9)}
 """A common drive, read and written; what this one does is learned."""
 
 
-UNUSED_PART = 2
-"""At most one part in so many of DRAM holds what was prefetched and has not been used."""
-
-
 class Residency:
     def __init__(
         self,
         holdings: Holdings,
         max_running: int,
         weight: Callable[[str], float],
+<<<<<<< ours
         endurance: Endurance,
     ) -> None:
         """`weight`: a tenant's share of the link to NVMe. `endurance`: of the drive."""
+=======
+        foreseen_share: float,
+    ) -> None:
+        """`weight`: a tenant's share of the link to NVMe. `foreseen_share`: the part of its
+        DRAM that holds what was brought up for nobody yet, at most."""
+>>>>>>> theirs
         self.holdings = holdings
         self.catalog = holdings.catalog
         self.dram = holdings.dram
@@ -58,6 +66,7 @@ class Residency:
         self.endurance = endurance
         self.write_back = WriteBack(holdings, self._nvme_room, self.transfers, endurance)
         self._room = DramRoom(holdings, self.write_back)
+        self._foreseen_share = foreseen_share
 
     @property
     def nvme_on(self) -> bool:
@@ -102,17 +111,20 @@ class Residency:
             self.dram.vacate(replica)
 
     def bring_up(self, block: Block, wish: Wish) -> Replica | Refusal | None:
-        """Start filling a DRAM replica from NVMe, where the block is READY; None
-        when there is no room in DRAM now."""
+        """Start filling a DRAM replica from NVMe, where the block is READY, for somebody who
+        waits for it; None when there is no room in DRAM now."""
+        return self._bring_up(block, wish, lambda: self._room.place(block, State.FILLING))
+
+    def _bring_up(
+        self, block: Block, wish: Wish, place: Callable[[], Replica | None]
+    ) -> Replica | Refusal | None:
         source = block.nvme
         assert source is not None and source.state is State.READY and block.dram is None
         refusal = self.transfers.refusal(wish.transfer_class)
         if refusal is not None:
             return refusal
         self.holdings.pin(source)
-        # What is only hoped for takes what is free, and pushes nobody out.
-        evict = wish.transfer_class is TransferClass.DEMAND
-        target = self._room.place(block, State.FILLING, evict=evict)
+        target = place()
         if target is None:
             self.holdings.unpin(source)
             return None
@@ -133,10 +145,14 @@ class Residency:
         if copy.target.state is State.READY:
             self.holdings.use(NOBODY)
             self.holdings.came(copy.target)
-            if transfer_class is TransferClass.PREFETCH:
-                self.holdings.came_unasked(copy.target)
-        elif not copy.target.pins:
-            self.holdings.discard(copy.target)
+            if copy.target.tier is Tier.DRAM:
+                unasked = transfer_class is TransferClass.PREFETCH
+                self.holdings.foreseen.came(copy.target, unasked=unasked)
+                self.holdings.stays.came(copy.target)
+        else:
+            self.holdings.foreseen.called_off(copy.target)
+            if not copy.target.pins:
+                self.holdings.discard(copy.target)
         self.holdings.unpin(copy.source)
         return transfer_class
 
@@ -145,6 +161,7 @@ class Residency:
         what was once put there: then the block is not there any more."""
         target = copy.target
         self._end_copy(copy, now_ns, well=False)
+        self.holdings.foreseen.called_off(target)
         abandoned = target.state is State.ABANDONED
         target.apply(Event.FILL_FAILED)
         self.holdings.pool_of(target).vacate(target)
@@ -168,6 +185,7 @@ class Residency:
         transfer = self.transfers.cancel(target)
         if transfer is None:
             return False
+        self.holdings.foreseen.called_off(target)
         assert transfer.copy is not None
         target.apply(Event.FILL_FAILED)
         self.holdings.pool_of(target).vacate(target)
@@ -187,19 +205,48 @@ class Residency:
 
     # What is brought up before anybody waits for it
 
-    def may_prefetch(self, block: Block) -> bool:
-        """Not too much has been brought up already that nobody has used."""
-        unused = self.holdings.unused_bytes + self.transfers.queued_bytes(TransferClass.PREFETCH)
-        return unused + block.layout.block_bytes <= (self.dram.space.capacity_bytes // UNUSED_PART)
+    def foresee(self, block: Block, wish: Wish, reason: Reason) -> Replica | Refusal | None:
+        """As `bring_up`, for nobody who waits for it: into what is free, or in place of what
+        can be had again and was used longest ago. None where too much has been brought up
+        already that nobody has used."""
+        space, space_class = self.dram.space, block.layout.dram_class
+        share = self._foreseen_share * reason.room
+        room = share * space.total_slots(space_class) * space_class.slot_bytes
+        foreseen = self.holdings.foreseen
+        if foreseen.held(space_class) + block.layout.block_bytes > room:
+            return None
+        target = self._bring_up(block, wish, lambda: self._place_foreseen(block))
+        if isinstance(target, Replica):
+            foreseen.begins(target, reason)
+        return target
 
-    def call_off_late(self, now_ns: int) -> None:
-        """Prefetches that nobody wants any more."""
-        if self.transfers.depth(TransferClass.PREFETCH):
-            self._call_off(
-                transfer
-                for transfer in self.transfers.queued(TransferClass.PREFETCH)
-                if transfer.wish.deadline_ns is not None and transfer.wish.deadline_ns < now_ns
-            )
+    def _place_foreseen(self, block: Block) -> Replica | None:
+        target = self._room.place(block, State.FILLING, evict=False)
+        space_class = block.layout.dram_class
+        if target is None and self.write_back.any_clean(space_class):
+            victim = self.dram.coldest(space_class, self._may_make_way)
+            if victim is not None and self.drop_if_clean(victim):
+                self.dram.evictions += 1
+                target = self._room.place(block, State.FILLING, evict=False)
+        return target
+
+    def _may_make_way(self, replica: Replica) -> Verdict:
+        if replica in self.holdings.foreseen or not is_ready(replica.block.nvme):
+            return Verdict.LATER
+        return Verdict.IN_USE if replica.pins else Verdict.GO
+
+    def call_off_prefetches(self, now_ns: int, ended: Iterable[Wish]) -> None:
+        """Those that are too late now, and those for wishes that have ended, unless somebody
+        else has come to wait for what they bring."""
+        if not self.transfers.depth(TransferClass.PREFETCH):
+            return
+        unwanted = set(map(id, ended))
+        self._call_off(
+            transfer
+            for transfer in self.transfers.queued(TransferClass.PREFETCH)
+            if id(transfer.wish) in unwanted
+            or (transfer.wish.deadline_ns is not None and transfer.wish.deadline_ns < now_ns)
+        )
 
     # A device that does not answer
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from kvstore.core.catalog import Layout, Replica
 
 if TYPE_CHECKING:
-    from kvstore.core.tickets import AcquireTicket, ReserveTicket
+    from kvstore.core.tickets import AcquireTicket, PrefetchTicket, ReserveTicket
+
+
+MOST_PREFETCHES = 256
+"""The latest of a session, which end with it."""
 
 
 @dataclass(eq=False, slots=True)
@@ -53,3 +58,4 @@ class Session:
     slots: dict[int, Reservation] = field(default_factory=dict)
     """Every open slot, by id."""
     tickets: set[AcquireTicket | ReserveTicket] = field(default_factory=set)
+    prefetches: deque[PrefetchTicket] = field(default_factory=lambda: deque(maxlen=MOST_PREFETCHES))

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from kvstore.core.catalog import Layout, Replica
+from kvstore.core.foreseen import Reason
 from kvstore.core.policies import Use
 from kvstore.core.sessions import Session
 from kvstore.core.transfers import Wish
-from kvstore.types import ChainQuery, LeaseGrant, Refusal, SlotGrant
+from kvstore.types import LeaseGrant, Refusal, SlotGrant
 
 
 @dataclass(eq=False, slots=True)
@@ -98,11 +99,14 @@ class ClearTicket:
 
 @dataclass(eq=False, slots=True)
 class PrefetchTicket:
-    """The answer: blocks that are being brought up for it."""
+    """The answer: blocks that are being brought up for it. `lacking`: stored keys of those
+    that still are to be, in order. `over`: nobody wants it any more."""
 
     wish: Wish
-    layouts: list[list[Layout]]
-    chains: Sequence[ChainQuery]
+    use: Use
+    reason: Reason
+    lacking: deque[bytes] = field(default_factory=deque)
+    over: bool = False
     started: int = 0
     answer: int | None = None
 

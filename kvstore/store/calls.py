@@ -85,6 +85,7 @@ class Store:
                 max_reservations=config.max_reservations,
                 max_layouts=config.max_layouts,
                 max_running=MAX_RUNNING,
+                prefetch_share=config.prefetch_share,
             ),
             tenant_key=tenant_key,
             eviction=config.eviction,
@@ -316,13 +317,17 @@ class Store:
         replica = self._planner.slot(session, slot_id)
         return self.dram.view(replica.address, replica.block.layout.block_bytes)
 
-    async def prefetch(self, tenant: str, chains: Sequence[ChainQuery], within_ms: int = 0) -> int:
-        """Blocks that are on their way because of it. Those that have not begun within
-        `within_ms` do not begin any more; 0: whenever there is room."""
+    async def prefetch(
+        self, tenant: str, chains: Sequence[ChainQuery], within_ms: int = 0,
+        session: Session | None = None,
+    ) -> int:  # fmt: skip
+        """Blocks that are on their way because of it. What there is no room for now is tried
+        again within `within_ms`, and for as long as `session` lasts."""
         self._refuse_when_draining()
         ticket = self._planner.prefetch(
-            tenant, chains, within_ns=within_ms * 1_000_000, now_ns=self._clock.now_ns()
-        )
+            tenant, chains,
+            within_ns=within_ms * 1_000_000, now_ns=self._clock.now_ns(), session=session,
+        )  # fmt: skip
         await self._waiting.wait(ticket, None)
         assert ticket.answer is not None
         return ticket.answer

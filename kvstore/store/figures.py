@@ -49,16 +49,20 @@ def store_stats(
 
 def transfer_stats(planner: Planner) -> TransferStats:
     counters, residency = planner.counters, planner.residency
+<<<<<<< ours
     link, holdings = residency.transfers, residency.holdings
     endurance = residency.endurance
+=======
+    link, foreseen = residency.transfers, residency.holdings.foreseen
+>>>>>>> theirs
     return TransferStats(
         queued={each.label: link.depth(each) for each in TransferClass},
         refused=dict(counters.refused),
         missed_deadlines=counters.missed_deadlines,
         given_up=counters.given_up,
-        prefetched_used_bytes=holdings.used_bytes,
-        prefetched_wasted_bytes=holdings.wasted_bytes,
-        prefetched_unused_bytes=holdings.unused_bytes,
+        prefetched_used_bytes=foreseen.used_bytes,
+        prefetched_wasted_bytes=foreseen.wasted_bytes,
+        prefetched_unused_bytes=foreseen.unused_bytes,
         links={
             tier: LinkStats(cost.predicted_ns / 1e9, cost.actual_ns / 1e9, cost.error_ns / 1e9)
             for tier, cost in link.costs.items()

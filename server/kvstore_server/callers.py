@@ -25,6 +25,10 @@ class Caller(Protocol):
         """Raises `NoSession`."""
         ...
 
+    def session_or_none(self) -> Session | None:
+        """None for who has none. Raises `NoSession` for one that has ended."""
+        ...
+
     def tenant(self) -> str:
         """Raises `NoTenant`, or `NoSession` for a session that has ended."""
         ...
@@ -43,18 +47,18 @@ class GrpcCaller:
         return isinstance(self._principal(), TcpPeer)
 
     def session(self) -> Session:
-        session = self._session_or_none()
+        session = self.session_or_none()
         if session is None:
             raise NoSession(f"this call needs a session, as {SESSION_METADATA} metadata")
         return session
 
     def tenant(self) -> str:
-        session = self._session_or_none()
+        session = self.session_or_none()
         if session is not None:
             return session.tenant
         return self._principals.tenant_of(self._principal())
 
-    def _session_or_none(self) -> Session | None:
+    def session_or_none(self) -> Session | None:
         for name, value in self._context.invocation_metadata() or ():
             if name == SESSION_METADATA and isinstance(value, bytes):
                 session = self._store.session(value)
@@ -81,6 +85,9 @@ class AttachedCaller:
 
     def session(self) -> Session:
         return self._store.session(self._session.id)
+
+    def session_or_none(self) -> Session | None:
+        return self.session()
 
     def tenant(self) -> str:
         return self._session.tenant

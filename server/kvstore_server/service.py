@@ -201,7 +201,7 @@ class KVStoreService:
 
     async def prefetch(self, request: pb.PrefetchRequest, caller: Caller) -> pb.PrefetchResponse:
         started = await self._store.prefetch(
-            caller.tenant(), _chains(request.chains), request.within_ms
+            caller.tenant(), _chains(request.chains), request.within_ms, caller.session_or_none()
         )
         return pb.PrefetchResponse(started=started)
 

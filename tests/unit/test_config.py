@@ -79,6 +79,7 @@ def test_every_key_can_be_given_in_every_layer(tmp_path: Path, key: Key) -> None
         "server.device": "modelled:gen4-nvme",
         "dram.capacity": "1GiB", "dram.extent": "2MiB",
         "nvme.path": "/data", "nvme.capacity": "7GiB", "policy.eviction": "lru",
+        "policy.prefetch_share": "0.5",
         "tenants.default": "a", "tenants.uids": "7=bob", "tenants.tcp": "c",
         "tenants.shares": "bob=2",
     }  # fmt: skip
@@ -146,6 +147,8 @@ def test_variables_that_an_orchestrator_makes_up_are_not_typos() -> None:
         ("nvme.endurance", "1 drive"),
         ("nvme.endurance", "-1dwpd"),
         ("policy.eviction", "mru"),
+        ("policy.prefetch_share", "1.5"),
+        ("policy.prefetch_share", "-0.1"),
         ("tenants.default", "a/b"),
         ("tenants.tcp", "x" * 65),
         ("tenants.uids", "alice"),
