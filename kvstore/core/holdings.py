@@ -15,23 +15,15 @@ from collections.abc import Hashable, Iterable, Mapping
 from functools import partial
 
 from kvstore.core.actions import Action, Forget
-<<<<<<< ours
 from kvstore.core.catalog import MOST_USES, UNUSED_OUTPUT, Block, Catalog, Layout, Replica
-=======
-from kvstore.core.catalog import Block, Catalog, Layout, Replica
 from kvstore.core.foreseen import Foreseen
->>>>>>> theirs
 from kvstore.core.lifecycle import Event, State
 from kvstore.core.policies import MakePolicy, Use
 from kvstore.core.pool import Pool
 from kvstore.core.promotion import DramOrder
 from kvstore.core.space import Space, SpaceClass
-<<<<<<< ours
-from kvstore.types import OUTPUT, SessionState, Tier
-=======
 from kvstore.core.stays import Stays
-from kvstore.types import SessionState, Tier
->>>>>>> theirs
+from kvstore.types import OUTPUT, SessionState, Tier
 
 
 class Holdings:
@@ -132,12 +124,6 @@ class Holdings:
         self.pool_of(replica).insert(replica, self.class_of(replica))
         self.note_dirty(replica.block)
 
-<<<<<<< ours
-    def came_unasked(self, replica: Replica) -> None:
-        """It was prefetched."""
-        self._unused.add(replica)
-        self.unused_bytes += replica.block.layout.block_bytes
-
     def asked_for(self, replicas: Iterable[Replica]) -> None:
         """Somebody reads replicas in DRAM."""
         for replica in replicas:
@@ -149,9 +135,7 @@ class Holdings:
         if self._spared:
             for replica in self._spared.intersection(replicas):
                 self._want(replica.block)
-        if self._unused:
-            for replica in self._unused.intersection(replicas):
-                self.used_bytes += self._no_longer_unused(replica)
+        self.foreseen.asked_for(replicas)
 
     def _want(self, block: Block) -> None:
         """It is worth a write after all, perhaps."""
@@ -159,14 +143,6 @@ class Holdings:
             self._spared.discard(block.dram)
             self.note_dirty(block)
 
-    def _no_longer_unused(self, replica: Replica) -> int:
-        nbytes = replica.block.layout.block_bytes
-        self._unused.remove(replica)
-        self.unused_bytes -= nbytes
-        return nbytes
-
-=======
->>>>>>> theirs
     def goes(self, replica: Replica) -> None:
         """It is about to stop being READY."""
         self.foreseen.goes(replica)
@@ -316,13 +292,8 @@ class Holdings:
             listed = {r for dirty in self._dirty.values() for r in dirty}
             if should != listed | self._spared or listed & self._spared:
                 raise AssertionError("the dirty list is not what is dirty")
-<<<<<<< ours
-        if any(replica.state is not State.READY for replica in self._unused):
-            raise AssertionError("what is gone is held to be unused")
+        self.foreseen.check_integrity()
 
 
 def _dram_order(make_policy: MakePolicy, space: Space, space_class: SpaceClass) -> DramOrder:
     return DramOrder(make_policy, lambda: space.free_slots(space_class) > 0)
-=======
-        self.foreseen.check_integrity()
->>>>>>> theirs

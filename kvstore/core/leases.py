@@ -149,7 +149,7 @@ class Leases:
                 for column, run in zip(claim.columns, runs, strict=True):
                     del run[most:]
                     self._holdings.pin_all(run)
-                    self._holdings.foreseen.asked_for(run)
+                    self._holdings.asked_for(run)
                     column += run
                 claim.from_dram = claim.claimed
             yield NAMED * (most + 1) * len(runs)
@@ -271,7 +271,7 @@ class Leases:
         elif replica.state is not State.READY:
             return None
         self._holdings.pin(replica)
-        self._holdings.foreseen.asked_for((replica,))
+        self._holdings.asked_for((replica,))
         return replica
 
     # Settling

@@ -97,13 +97,13 @@ class Planner:
         self.counters = Counters()
         self.catalog = Catalog(tenant_key, limits.max_layouts, nvme_slot_bytes)
         self.holdings = Holdings(self.catalog, dram, nvme, POLICIES[eviction])
-<<<<<<< ours
         self.residency = Residency(
-            self.holdings, limits.max_running, weight, Endurance(nvme_bytes_per_day)
+            self.holdings,
+            limits.max_running,
+            weight,
+            Endurance(nvme_bytes_per_day),
+            limits.prefetch_share,
         )
-=======
-        self.residency = Residency(self.holdings, limits.max_running, weight, limits.prefetch_share)
->>>>>>> theirs
         ids = count(first_id)
         self.chores = Chores()
         self.leases = Leases(self.residency, self.chores, limits, self.counters, ids)

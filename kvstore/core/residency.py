@@ -20,11 +20,8 @@ from kvstore.core.breaker import BreakerState
 from kvstore.core.catalog import Block, Replica, is_ready
 from kvstore.core.chores import CHANGED, Chore
 from kvstore.core.dram_room import DramRoom
-<<<<<<< ours
 from kvstore.core.endurance import Endurance
-=======
 from kvstore.core.foreseen import Reason
->>>>>>> theirs
 from kvstore.core.holdings import Holdings
 from kvstore.core.learned import LinkCost, Speed
 from kvstore.core.lifecycle import Event, State
@@ -45,16 +42,12 @@ class Residency:
         holdings: Holdings,
         max_running: int,
         weight: Callable[[str], float],
-<<<<<<< ours
         endurance: Endurance,
-    ) -> None:
-        """`weight`: a tenant's share of the link to NVMe. `endurance`: of the drive."""
-=======
         foreseen_share: float,
     ) -> None:
-        """`weight`: a tenant's share of the link to NVMe. `foreseen_share`: the part of its
-        DRAM that holds what was brought up for nobody yet, at most."""
->>>>>>> theirs
+        """`weight`: a tenant's share of the link to NVMe. `endurance`: of the drive.
+        `foreseen_share`: the part of a tenant's DRAM that holds what was brought up for
+        nobody yet, at most."""
         self.holdings = holdings
         self.catalog = holdings.catalog
         self.dram = holdings.dram

@@ -49,12 +49,8 @@ def store_stats(
 
 def transfer_stats(planner: Planner) -> TransferStats:
     counters, residency = planner.counters, planner.residency
-<<<<<<< ours
-    link, holdings = residency.transfers, residency.holdings
-    endurance = residency.endurance
-=======
     link, foreseen = residency.transfers, residency.holdings.foreseen
->>>>>>> theirs
+    endurance = residency.endurance
     return TransferStats(
         queued={each.label: link.depth(each) for each in TransferClass},
         refused=dict(counters.refused),
