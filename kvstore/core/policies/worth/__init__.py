@@ -5,7 +5,8 @@ held, as learned for its traits; children before parents.
 what is known of each; `shelves` find the least at once; `learning` estimates from a
 sample how likely a use is, by traits and age; `rules` turn that into an order, beside
 simple ones that rule where they save more, as `trials` on the same sample tell; `past`
-remembers uses of what left; `tenants` keeps priorities in bounds.
+remembers uses of what left, and `paces` how soon sessions come back; `tenants` keeps
+priorities in bounds.
 """
 
 from kvstore.core.policies.worth.policy import Worth

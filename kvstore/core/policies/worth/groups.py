@@ -24,6 +24,9 @@ MOST_USES = 63
 _LEVELS = [min(n, 3) if n < 4 else min(n.bit_length() + 1, 6) for n in range(MOST_USES + 1)]
 """Of uses: 1, 2, 3, to 7, to 15, more."""
 
+UNKNOWN = 1
+"""The pace of a session of which none is known; 0 is that of no session."""
+
 SWEPT_ABOVE = 1024
 """Sessions remembered, before those that hold nothing any more are forgotten."""
 
@@ -40,6 +43,8 @@ class Traits(NamedTuple):
     fate: int
     level: int
     """Of priority; 0 for the default one."""
+    pace: int = 0
+    """Of its session, see `paces`; 0: no session is named."""
 
 
 class Group:
@@ -83,6 +88,8 @@ class Moment(NamedTuple):
     now_ms: float = 0.0
     kind: int = 0
     session: Hashable = None
+    pace: int = 0
+    """Of the session."""
 
 
 class Grouping:
@@ -127,7 +134,7 @@ class Grouping:
             ):
                 return group
         moment = self.moment
-        traits = Traits(moment.kind, _LEVELS[count], last, shared, OPEN, level)
+        traits = Traits(moment.kind, _LEVELS[count], last, shared, OPEN, level, moment.pace)
         group = Group(traits, count, moment.now, moment.session)
         self.open.append(group)
         if level and until_ms != FOR_GOOD:
@@ -135,7 +142,7 @@ class Grouping:
             heappush(self._ends, (until_ms, self._numbers, group))
         return group
 
-    def tell(self, session: Hashable, fate: int) -> None:
+    def tell(self, session: Hashable, fate: int, pace: int) -> None:
         """What is known of a session from now on. Of one that is not known nothing is."""
         if session is None:
             return
@@ -143,7 +150,7 @@ class Grouping:
         latest = session == self.moment.session
         for group in [*groups, *self.open] if latest else groups:
             if group.live and group.traits.fate != LEFT:
-                self._become(group, group.traits._replace(fate=fate))
+                self._become(group, group.traits._replace(fate=fate, pace=pace))
         if fate == ENDED:
             self._sessions.pop(session, None)
             if latest:
@@ -161,7 +168,8 @@ class Grouping:
         for group in self._sessions.get(self.moment.session, ()):
             if group.live:
                 if group.since < self.moment.first and group.traits.fate != LEFT:
-                    self._become(group, group.traits._replace(fate=LEFT))
+                    pace = min(group.traits.pace, UNKNOWN)
+                    self._become(group, group.traits._replace(fate=LEFT, pace=pace))
                 mine.append(group)
         self._sessions[self.moment.session] = mine + self.open
         if len(self._sessions) > self._sweep_above:

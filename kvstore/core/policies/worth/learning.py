@@ -57,6 +57,8 @@ class Observer(Grouping):
         # matters little does not end the watch on what matters.
         self._watched: list[OrderedDict[bytes, Group]] = [OrderedDict() for _ in range(3)]
         self._counts: dict[Traits, Counts] = {}
+        self._counts_of: dict[Traits, Counts] = {}
+        """The same, by all traits."""
         self.seen = 0
         """Uses, ever."""
 
@@ -104,10 +106,9 @@ class Observer(Grouping):
         counts.reached[bucket] += 1
 
     def _of(self, traits: Traits) -> Counts:
-        traits = known_by(traits)
-        counts = self._counts.get(traits)
+        counts = self._counts_of.get(traits)
         if counts is None:
-            counts = self._counts[traits] = Counts()
+            counts = self._counts_of[traits] = self._counts.setdefault(known_by(traits), Counts())
         return counts
 
     def learn(self) -> Hazards:
@@ -142,7 +143,11 @@ class Hazards:
 
 
 def known_by(traits: Traits) -> Traits:
-    """What is told apart: of priority, only which side of the default it is on."""
+    """What is told apart: of priority, only which side of the default it is on. Where a
+    session is named it is what that does that tells when its blocks are used again, all
+    of them at once."""
+    if traits.pace:
+        return traits._replace(level=_side(traits.level), uses=0, last=False)
     return traits._replace(level=_side(traits.level))
 
 
@@ -151,7 +156,7 @@ def _side(level: int) -> int:
 
 
 def _alike(traits: Traits) -> Traits:
-    return traits._replace(kind=0, level=0, shared=False)
+    return traits._replace(kind=0, level=0, shared=False, pace=min(traits.pace, 1))
 
 
 def densities(hazard: list[float], oldest: int, shortest: float) -> list[float]:

@@ -8,6 +8,8 @@ most, lately, rules.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator
+from itertools import groupby
+from operator import attrgetter
 from zlib import crc32
 
 from kvstore.core.catalog import Replica
@@ -22,6 +24,7 @@ from kvstore.core.policies.worth.groups import (
     ENDED,
     EXPECTED,
     IDLE,
+    OPEN,
     PINNED,
     WAITING,
     Group,
@@ -29,6 +32,7 @@ from kvstore.core.policies.worth.groups import (
     Moment,
 )
 from kvstore.core.policies.worth.learning import Observer
+from kvstore.core.policies.worth.paces import Paces
 from kvstore.core.policies.worth.past import Past
 from kvstore.core.policies.worth.rules import LEVELS, OCTAVES, RULES, Learned
 from kvstore.core.policies.worth.shelves import Shelves
@@ -50,6 +54,8 @@ WATCHED_A_HELD = 8
 """How many times as many blocks as are held the sample is of, those that left included."""
 LEARN_EVERY = 512
 """Uses in the sample between two estimates, at least."""
+LEARN_REQUESTS = 64
+"""Requests between two estimates, at least: the blocks of one are used alike."""
 REMEMBERED_A_HELD = 4
 """How many times as many names of blocks that left are remembered as are held."""
 KEPT = 0.97
@@ -82,12 +88,14 @@ class Worth(EvictionPolicy):
             *(trial.shelves for trial in self._trials),
         ]
         self._past = Past()
+        self._paces = Paces()
         self._tenants = Tenants(OCTAVES)
         self._kinds: dict[Hashable, int] = {}
         self._begun: dict[Hashable, int] = {}
         """When each request began that may have more parts."""
         self._use: Use | None = None
         self._level = 0
+        self._pace = 0
         self._last = False
         """What comes next ends a prompt."""
         self._room = 0
@@ -97,6 +105,8 @@ class Worth(EvictionPolicy):
         self._batch: list[Seen] = []
         """Uses in the sample by this request."""
         self._until_learning = LEARN_EVERY
+        self._learned = 0
+        """When the last estimate was made."""
 
     def use(self, use: Use) -> None:
         before = self._use
@@ -110,7 +120,10 @@ class Worth(EvictionPolicy):
             first = self._begun.setdefault(use.request, now)
             if len(self._begun) > MOST_REQUESTS:
                 del self._begun[next(iter(self._begun))]
-        self._begin(Moment(now, first, use.now_ms, self._kind(use.category), use.session))
+        if first == now:
+            self._pace = self._paces.came(use.session, OPEN, use.now_ms)
+        kind = self._kind(use.category)
+        self._begin(Moment(now, first, use.now_ms, kind, use.session, self._pace))
         self._last = first == now
 
     def hint(
@@ -120,9 +133,12 @@ class Worth(EvictionPolicy):
         if expected_ms is not None and state in (SessionState.WAITING, SessionState.IDLE):
             octave = int(max(expected_ms, 0) / 1000).bit_length()
             fate = EXPECTED + min(octave, OCTAVES_OF_SECONDS)
+        pace = self._paces.tell(session, fate)
+        if fate == ENDED:
+            self._paces.forget(session)
         self._learn_of_uses()
         for grouping in self._groupings:
-            grouping.tell(session, fate)
+            grouping.tell(session, fate, pace)
 
     def insert(self, replica: Replica) -> None:
         self.insert_all((replica,))
@@ -147,37 +163,37 @@ class Worth(EvictionPolicy):
     def touch_run(self, replicas: Iterable[Replica]) -> None:
         if self._use is None:
             self._begin_unnamed()
-        shelves, mask = self._shelves, self._mask
-        first, session = shelves.moment.first, shelves.moment.session
-        ranges = self._use is not None and self._use.retention
-        level, until_ms = self._level, FOR_GOOD
-        old: Group | None = None
-        new: Group | None = None
-        for replica in replicas:
-            group: Group = replica.mark
-            if group.since >= first:
-                # By this very request, which has come to the blocks before its new ones.
+        for group, run in groupby(replicas, _group):
+            self._touch(group, list(run))
+
+    def _touch(self, group: Group, run: list[Replica]) -> None:
+        """Use some of a group, the deepest first."""
+        shelves = self._shelves
+        if group.since >= shelves.moment.first:
+            # By this very request, which has come to the blocks before its new ones.
+            for replica in run:
                 shelves.continued_by_latest(group, replica)
-                continue
-            last, self._last = self._last, False
-            if group is not old or last or ranges or new is None:
-                if old is not None and new is not None:
-                    shelves.moved(old, new)
-                if ranges:
-                    level, until_ms = self._priority(replica)
-                shared = group.traits.shared or group.session != session
-                new = shelves.group(group.count + 1, last, shared, level, until_ms)
-                old = group
-            group.live -= 1
-            shelves.size -= 1
-            shelves.enter(replica, new)
+            return
+        if self._last:
+            self._last = False
+            self._regroup(group, run[:1], last=True)
+            del run[:1]
+        if self._use is not None and self._use.retention:
+            for replica in run:
+                self._regroup(group, [replica], last=False)
+        elif run:
+            self._regroup(group, run, last=False)
+
+    def _regroup(self, group: Group, run: list[Replica], *, last: bool) -> None:
+        """Use blocks of a group that are alike."""
+        shelves, mask = self._shelves, self._mask
+        level, until_ms = self._priority(run[0])
+        shared = group.traits.shared or group.session != shelves.moment.session
+        new = shelves.group(group.count + 1, last, shared, level, until_ms)
+        shelves.move(run, group, new)
+        for replica in run:
             if not crc32(replica.block.stored_key) & mask:
                 self._note(replica, last, level, until_ms)
-            if last:
-                shelves.moved(group, new)
-                old = None
-        if old is not None and new is not None:
-            shelves.moved(old, new)
 
     def remove(self, replica: Replica) -> None:
         shelves = self._shelves
@@ -248,7 +264,9 @@ class Worth(EvictionPolicy):
                 trial.use(seen, count, shared, 2.0 ** (seen.level * OCTAVES))
         observer.keep(WATCHED_A_HELD * sampled)
         self._until_learning -= len(batch)
-        if self._until_learning <= 0:
+        now = self._shelves.moment.now
+        if self._until_learning <= 0 and now - self._learned >= LEARN_REQUESTS:
+            self._learned = now
             self._until_learning = max(LEARN_EVERY, len(observer) // 8)
             self._learn()
 
@@ -286,3 +304,6 @@ def _level(priority: int) -> int:
 
 def _depth(replica: Replica) -> int:
     return replica.block.depth
+
+
+_group = attrgetter("mark")

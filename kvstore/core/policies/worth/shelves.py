@@ -61,14 +61,29 @@ class Shelves(Grouping):
 
     def enter(self, item: Any, group: Group) -> None:
         """An item that is in no group comes into one of this request."""
-        if not group.live and len(self.open) > 1 and self.open[-1] is group:
-            deeper = self.open[-2]
-            if deeper.live and self._depth(deeper.items[-1]) > self._depth(item):
-                self.continues(deeper, group)
+        self._link(item, group)
         item.mark = group
         group.items.append(item)
         group.live += 1
         self.size += 1
+
+    def move(self, items: list[Any], group: Group, to: Group) -> None:
+        """Some of a group go into one of this request, the deepest first."""
+        self._link(items[0], to)
+        for item in items:
+            item.mark = to
+        to.items += items
+        to.live += len(items)
+        group.live -= len(items)
+        self._moved(group, to)
+
+    def _link(self, item: Any, group: Group) -> None:
+        """The request's latest group, which an item comes into, is what the one before
+        continues."""
+        if not group.live and len(self.open) > 1 and self.open[-1] is group:
+            deeper = self.open[-2]
+            if deeper.live and self._depth(deeper.items[-1]) > self._depth(item):
+                self.continues(deeper, group)
 
     def continued_by_latest(self, group: Group, item: Any) -> None:
         """What this request has brought continues an item of a group that it used
@@ -79,7 +94,7 @@ class Shelves(Grouping):
         if self._depth(latest.items[-1]) > self._depth(item):
             self.continues(latest, group)
 
-    def moved(self, group: Group, to: Group) -> None:
+    def _moved(self, group: Group, to: Group) -> None:
         """Some of a group are in `to` now: what is left of it, and what continued it,
         continues the first that any went to, which are the deepest of those that went."""
         parent = group.parent

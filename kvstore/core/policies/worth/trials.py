@@ -54,12 +54,11 @@ class Trial:
             assert old is not None
             if old.since == shelves.moment.now:
                 return
-            old.live -= 1
-            shelves.size -= 1
         group = shelves.group(count, seen.last, shared, seen.level, seen.until_ms)
-        shelves.enter(item, group)
-        if old is not None:
-            shelves.moved(old, group)
+        if old is None:
+            shelves.enter(item, group)
+        else:
+            shelves.move([item], old, group)
 
     def keep(self, most: int) -> None:
         """Let go of what there is beyond so many."""

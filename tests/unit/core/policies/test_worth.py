@@ -11,7 +11,9 @@ from kvstore.core.catalog import Replica
 from kvstore.core.policies import SessionState, Use
 from kvstore.core.policies.worth import Worth
 from kvstore.core.policies.worth.ages import AGES, BUCKETS, bucket_of
+from kvstore.core.policies.worth.groups import IDLE, OPEN, UNKNOWN, WAITING
 from kvstore.core.policies.worth.learning import densities
+from kvstore.core.policies.worth.paces import MOST_SESSIONS, Paces
 from kvstore.core.policies.worth.past import Past
 from kvstore.core.policies.worth.policy import MOST_WATCHED, WATCHED_A_HELD
 from kvstore.types import Retention
@@ -169,6 +171,54 @@ def test_what_an_ended_session_leaves_goes_first_once_that_is_known() -> None:
             policy.remove(victim)
             del held[victim.address]
     assert hits[False] > 0.99 * asked[False]
+
+
+def test_a_session_is_as_soon_back_as_it_was_when_it_did_the_same() -> None:
+    paces = Paces()
+    assert paces.came(None, OPEN, 0.0) == 0
+    assert paces.came("s", OPEN, 0.0) == paces.tell("s", WAITING) == UNKNOWN
+    now_ms = 0.0
+    for _ in range(8):
+        tool = paces.tell("s", WAITING)
+        now_ms += 4_000
+        paces.came("s", OPEN, now_ms)
+        person = paces.tell("s", IDLE)
+        now_ms += 300_000
+        paces.came("s", OPEN, now_ms)
+    assert (tool, person) == (UNKNOWN + 1 + 2, UNKNOWN + 1 + 8)
+    for number in range(MOST_SESSIONS):
+        paces.came(number, OPEN, now_ms)
+    assert paces.tell("s", WAITING) == UNKNOWN
+
+
+def paced(*, named: bool) -> float:
+    """Hits where 8 sessions at a time are back after 40 requests each, and 320 after 400, in
+    a tier with room for 12 of them. All end after six requests."""
+    policy = Worth()
+    held: dict[int, Replica] = {}
+    hits = asked = slow = 0
+    for turn in range(12_000):
+        number, round_ = turn % 40, turn // 40
+        if number >= 8:
+            slow += 1
+            number, round_ = 8 + slow % 320, slow // 320
+        session = 1 + number + 328 * ((round_ + number) // 6)
+        blocks = range(session * 100, session * 100 + 4)
+        if turn > 8000:
+            hits += sum(number in held for number in blocks)
+            asked += 4
+        prompt(policy, held, blocks, Use(now_ms=turn * 1000, session=session if named else None))
+        for _ in range(max(0, len(held) - 48)):
+            victim = next(policy.candidates())
+            policy.remove(victim)
+            del held[victim.address]
+    return hits / asked
+
+
+def test_sessions_that_are_back_soon_are_kept_before_those_that_take_long() -> None:
+    told = paced(named=True)
+    assert told > 0.7 * 8 / 40 * 5 / 6
+    assert told > 1.5 * paced(named=False)
 
 
 def test_a_pinned_session_outlives_others_and_one_that_is_not_known_changes_nothing() -> None:
