@@ -314,9 +314,21 @@ class AsyncClient:
         """
         return await self._run(connecting.write_slots(self._core, slots, addresses, nbytes, write))
 
-    async def prefetch(self, layouts: Layout | Sequence[Layout], keys: Sequence[bytes]) -> int:
-        """Ask for a chain to be brought up into DRAM; how many blocks are on the way."""
-        return await self._run(calls.prefetch(self._core, [chain_of(layouts, keys)]))
+    async def prefetch(
+        self,
+        layouts: Layout | Sequence[Layout],
+        keys: Sequence[bytes],
+        *,
+        within_ms: int = 0,
+        reuse: Reuse = NO_REUSE,
+    ) -> int:
+        """Ask for a chain to be brought up into DRAM; how many blocks are on the way.
+
+        `within_ms`: until then what there is no room for yet is tried again, and what has
+        not begun by then does not; 0: it is not tried again.
+        """
+        chains = [chain_of(layouts, keys, reuse)]
+        return await self._run(calls.prefetch(self._core, chains, within_ms))
 
     async def hint(
         self, session: bytes, state: SessionState, *, expected_ms: int | None = None

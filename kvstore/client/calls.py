@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from google.protobuf.message import Message
 
 _WAIT_SHARE = 0.8
+_MOST_MS = (1 << 32) - 1
 
 
 def server_info(core: Core) -> Flow[ServerInfo]:
@@ -327,9 +328,12 @@ def give_up(core: Core, slots: Sequence[int]) -> Flow[None]:
         return
 
 
-def prefetch(core: Core, chains: Sequence[ChainQuery]) -> Flow[int]:
+def prefetch(core: Core, chains: Sequence[ChainQuery], within_ms: int) -> Flow[int]:
+    if not 0 <= within_ms <= _MOST_MS:
+        raise BadRequest(f"within_ms is 0 to {_MOST_MS}, not {within_ms}")
+
     def request() -> Message:
-        return pb.PrefetchRequest(chains=wire.chain_messages(chains))
+        return pb.PrefetchRequest(chains=wire.chain_messages(chains), within_ms=within_ms)
 
     response, _ = yield from call(core, Budget(core.timeout_s), "Prefetch", request)
     return cast(pb.PrefetchResponse, response).started

@@ -310,9 +310,23 @@ class Client:
         """
         return self._run(connecting.write_slots(self._core, slots, addresses, nbytes, write))
 
-    def prefetch(self, layouts: Layout | Sequence[Layout], keys: Sequence[bytes]) -> int:
-        """Ask for a chain to be brought up into DRAM; how many blocks are on the way."""
-        return self._run(calls.prefetch(self._core, [chain_of(layouts, keys)]))
+    def prefetch(
+        self,
+        layouts: Layout | Sequence[Layout],
+        keys: Sequence[bytes],
+        *,
+        within_ms: int = 0,
+        reuse: Reuse = NO_REUSE,
+    ) -> int:
+        """Ask for a chain to be brought up into DRAM; how many blocks are on the way.
+
+        `within_ms`: until then what there is no room for yet is tried again, and what has
+        not begun by then does not; 0: it is not tried again.
+        """
+        return self.prefetch_many([chain_of(layouts, keys, reuse)], within_ms)
+
+    def prefetch_many(self, chains: Sequence[ChainQuery], within_ms: int = 0) -> int:
+        return self._run(calls.prefetch(self._core, chains, within_ms))
 
     def hint(self, session: bytes, state: SessionState, *, expected_ms: int | None = None) -> None:
         """Say what a session of `Reuse` does once it is answered; `expected_ms`: in how

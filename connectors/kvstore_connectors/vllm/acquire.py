@@ -42,6 +42,9 @@ MAX_KEYS = 65536
 asked for in parts."""
 
 MAX_CHAINS = 1024
+FORESEEN_MS = 60_000
+"""For how long a prompt that waits to be asked for is worth prefetching."""
+MAX_FORESEEN = 1024
 _THREADS = 3
 _TRIES = 3
 """Positions tried for one ticket."""
@@ -130,6 +133,7 @@ class AcquireQueue:
         self._first_columns: tuple[Attached | None, list[bytes]] = (None, [])
         self._asked: deque[Ticket] = deque()
         self._returned: deque[Held] = deque()
+        self._foreseen: deque[Wanted] = deque(maxlen=MAX_FORESEEN)
         self._answers = 0
         self._seen_answers = 0
         self._closing = False
@@ -179,6 +183,12 @@ class AcquireQueue:
             self._asked.append(ticket)
         return ticket
 
+    def foresee(self, wanted: Wanted) -> None:
+        """Have it brought up into the server's memory, from the next `wake` on, as far as
+        there is time and room."""
+        with self._work:
+            self._foreseen.append(wanted)
+
     def cancel(self, ticket: Ticket) -> None:
         """The answer is no longer wanted; a lease that it brings is given back."""
         with self._work:
@@ -198,7 +208,7 @@ class AcquireQueue:
     def wake(self) -> None:
         """See to what was submitted and released. Waking a thread costs the engine's more
         than all the rest, so it is done once for many."""
-        if self._asked or self._returned:
+        if self._asked or self._returned or self._foreseen:
             with self._work:
                 self._work.notify()
 
@@ -220,23 +230,31 @@ class AcquireQueue:
     def _run(self) -> None:
         while True:
             with self._work:
-                self._work.wait_for(lambda: self._closing or self._asked or self._returned)
+                self._work.wait_for(lambda: self._closing or self._has_work())
                 if self._closing:
                     return
                 tickets = self._take_asked()
                 returned = [] if tickets else self._take_returned()
-                if self._asked or self._returned:
+                foreseen = None
+                if not tickets and not returned and self._foreseen:
+                    foreseen = self._foreseen.popleft()
+                if self._has_work():
                     self._work.notify()
             answered = False
             try:
                 if tickets:
                     self._acquire(tickets)
+                elif foreseen is not None:
+                    self._prefetch(foreseen)
                 else:
                     self._release(returned)
                 answered = True
             finally:
                 if not answered:
                     self._answer(tickets)
+
+    def _has_work(self) -> bool:
+        return bool(self._asked or self._returned or self._foreseen)
 
     def _count_error(self) -> None:
         with self._work:
@@ -283,15 +301,42 @@ class AcquireQueue:
 
     def _ask(self, attached: Attached, ticket: Ticket, limit: int) -> _Ask:
         """What to ask for, to resume at the longest position up to `limit`."""
-        position = full = limit
-        if self._bands.partial:
-            look = self._look(attached)
-            seen = full_position(self._bands, ticket.wanted, limit, look)
-            if seen is not None:
-                full, position = seen, longest_position(self._bands, ticket.wanted, seen, look)
+        position, full = self._position(attached, ticket.wanted, limit)
         columns = partial(_layout_ids, attached, self._bands)
         made = queries(self._bands, ticket.wanted, position, columns, MAX_KEYS)
         return _Ask(ticket, position, full, made)
+
+    def _position(self, attached: Attached, wanted: Wanted, limit: int) -> tuple[int, int]:
+        """Up to `limit`, how far to ask for, and how far full attention is held, as far as
+        can be seen."""
+        if self._bands.partial:
+            look = self._look(attached)
+            seen = full_position(self._bands, wanted, limit, look)
+            if seen is not None:
+                return longest_position(self._bands, wanted, seen, look), seen
+        return limit, limit
+
+    def _prefetch(self, wanted: Wanted) -> None:
+        """Ask for what is held and not in the server's memory; where all of it is, nothing
+        is asked."""
+        with self._link.borrow() as attached:
+            if attached is None:
+                return
+            columns = partial(_layout_ids, attached, self._bands)
+            position, _ = self._position(attached, wanted, wanted.limit)
+            chains: list[ChainQuery] = []
+            for query in queries(self._bands, wanted, position, columns, MAX_KEYS):
+                chain = query.chain
+                seen = attached.client.peek(chain.layout_ids, chain.keys)
+                if seen is not None and seen.in_dram < seen.held:
+                    chains.append(chain._replace(keys=chain.keys[: seen.held]))
+            try:
+                for batch in _batches(chains):
+                    attached.client.prefetch_many(batch, within_ms=FORESEEN_MS)
+            except KVStoreError as error:
+                self._count_error()
+                if is_loss(error):
+                    self._link.failed(attached, error)
 
     def _look(self, attached: Attached) -> Callable[[Band, Sequence[bytes]], int | None]:
         def look(band: Band, keys: Sequence[bytes]) -> int | None:

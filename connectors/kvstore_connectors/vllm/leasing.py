@@ -12,6 +12,9 @@ because the request is computed anew. Until an answer has come the request is sk
 A new prompt, of which the store has nothing, is the usual case: a look at the store's
 directory ends its way at once.
 
+A request that vLLM has not come to in the step after it came waits behind others. What lies
+behind the server's memory of its prompt is then prefetched.
+
 A prompt that another vLLM is storing (`handover`) is offered whole, without a lease, as
 soon as the first of it has come: the workers follow. Where windows or states are needed
 too, or a load that fails would fail the request, it is leased like any other when all has
@@ -21,6 +24,7 @@ come.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 from kvstore_connectors.vllm.acquire import AcquireQueue, Held, Ticket, TicketState
 from kvstore_connectors.vllm.groups import Bands
@@ -95,6 +99,14 @@ class Leasing:
             return self.end(tracked)
         tracked.local_tokens = computed
         return held.tokens - computed
+
+    def foresee(self, new: Sequence[Tracked]) -> None:
+        """A step has been planned since these came: those that it did not come to will be
+        asked about later."""
+        for tracked in new:
+            begun = tracked.done or tracked.ticket is not None or tracked.held is not None
+            if not begun and tracked.coming is None and self._link.up:
+                self._queue.foresee(self._wanted(tracked, 0))
 
     def take(self, tracked: Tracked) -> Held | None:
         """What was offered is being loaded: its lease, which is the caller's to give back,

@@ -110,6 +110,8 @@ class SchedulerSide:
         # another vLLM has none here.
         self._loading: dict[str, Held | None] = {}
         self._dram_tokens: dict[str, int] = {}
+        # Requests that came since the last step.
+        self._new: list[Tracked] = []
         self._known_generation = link.generation
         self._meta = StepMetadata()
 
@@ -136,7 +138,7 @@ class SchedulerSide:
         if loadable and request.kv_transfer_params is not None:
             params, now_s = request.kv_transfer_params, time.monotonic()
             coming = Coming.of(params, loadable, self._handover_s, now_s)
-        self._tracked[request.request_id] = Tracked(
+        tracked = self._tracked[request.request_id] = Tracked(
             request=request,
             prompt_tokens=tokens,
             loadable=loadable,
@@ -148,6 +150,8 @@ class SchedulerSide:
             urgency=urgency_of(request),
             adapter=adapter,
         )
+        if loadable:
+            self._new.append(tracked)
 
     def _find_adapter(self, waiting: _Adapted) -> bool:
         """Whether it is known what the request is computed with: then it is like any other."""
@@ -311,6 +315,9 @@ class SchedulerSide:
                 self._leasing.end(self._tracked[request_id])
         if self._stores and self._link.up:
             self._meta.stores = self._storing.jobs(output, self._tracked)
+        if self._new:
+            new, self._new = self._new, []
+            self._leasing.foresee(new)
         self._queue.wake()
         idle = output.total_num_scheduled_tokens == 0
         if idle and not self._loading and not self._meta.loads and self._awaits_answer():

@@ -173,6 +173,7 @@ class FakeQueue:
         self._bands = bands
         self.tickets: list[Ticket] = []
         self.out: dict[int, Held] = {}
+        self.foreseen: list[Wanted] = []
         self.waits = 0
         self.prefill = PrefillMeter()
         self.seen: int | None = None
@@ -189,6 +190,9 @@ class FakeQueue:
         ticket = Ticket(wanted, now_s, now_s, TicketState.SENT)
         self.tickets.append(ticket)
         return ticket
+
+    def foresee(self, wanted: Wanted) -> None:
+        self.foreseen.append(wanted)
 
     def wake(self) -> None:
         pass
@@ -267,6 +271,9 @@ class FakeStore:
         """Blocks that some layouts lack: (layout id, key)."""
         self.committed: list[tuple[bytes, bytes]] = []
         self.shows_directory = False
+        self.behind: set[bytes] = set()
+        """Keys of blocks that are not in memory."""
+        self.prefetched: list[ChainQuery] = []
         self.acquired: list[list[ChainQuery]] = []
         self.hints: list[Hints] = []
         self.slots: dict[int, bytearray] = {}
@@ -326,8 +333,14 @@ class FakeStore:
     def peek(self, layout_ids: Sequence[bytes], keys: Sequence[bytes]) -> ChainPresence | None:
         if not self.shows_directory:
             return None
-        held = len(self._found(ChainQuery(layout_ids, keys)))
-        return ChainPresence(held, held)
+        found = self._found(ChainQuery(layout_ids, keys))
+        in_dram = itertools.takewhile(lambda key: key not in self.behind, found)
+        return ChainPresence(len(found), len(list(in_dram)))
+
+    def prefetch_many(self, chains: Sequence[ChainQuery], within_ms: int = 0) -> int:
+        self._pass("prefetch")
+        self.prefetched += chains
+        return len(chains)
 
     def acquire_many(
         self, chains: Sequence[ChainQuery], wait_ms: int, hints: Hints = NO_HINTS

@@ -210,6 +210,23 @@ def test_the_store_is_told_how_fast_the_engine_computes(
     assert [hints.tokens_per_s for hints in store.hints] == [0.0, 12_345.0]
 
 
+def test_of_what_is_foreseen_that_is_prefetched_which_is_held_and_not_in_memory(
+    store: FakeStore, queue: AcquireQueue
+) -> None:
+    store.shows_directory = True
+    store.blocks = dict.fromkeys((b"a", b"b", b"c"), bytes(64))
+    store.behind = {b"b"}
+    for keys in ((b"a",), (b"a", b"b", b"x"), (b"y",), (b"b", b"c")):
+        queue.foresee(wanted(*keys))
+    queue.wake()
+    eventually(lambda: len(store.prefetched) == 2)
+    assert sorted(chain.keys for chain in store.prefetched) == [[b"a", b"b"], [b"b", b"c"]]
+    store.error = Unavailable("gone")
+    queue.foresee(wanted(b"b"))
+    queue.wake()
+    eventually(lambda: queue.errors == 1)
+
+
 def test_an_answer_nobody_waits_for_any_more_gives_its_lease_back(
     store: FakeStore, queue: AcquireQueue
 ) -> None:

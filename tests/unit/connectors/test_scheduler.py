@@ -95,6 +95,26 @@ def test_matching_waits_for_the_answer_then_offers_whole_blocks(world: World) ->
     assert world.match(request, BLOCK_TOKENS) == (2 * BLOCK_TOKENS, True)
 
 
+def test_what_a_request_needs_that_waits_behind_others_is_foreseen_once(world: World) -> None:
+    served, waiting = world.request(seed=1), world.request(seed=2)
+    world.match(served)
+    world.meta()
+    world.meta()
+    assert [wanted.keys[BLOCK_TOKENS] for wanted in world.queue.foreseen] == [waiting.block_hashes]
+    assert world.queue.foreseen[0].floor == 0
+
+
+def test_nothing_is_foreseen_without_a_store_or_for_who_does_not_load(world: World) -> None:
+    world.link.up = False
+    world.request()
+    world.meta()
+    assert not world.queue.foreseen
+    storing = World(loads=False)
+    storing.request()
+    storing.meta()
+    assert not storing.queue.foreseen
+
+
 def test_at_least_one_token_is_left_to_compute(world: World) -> None:
     request = world.request(tokens=4 * BLOCK_TOKENS)
     world.match(request)
