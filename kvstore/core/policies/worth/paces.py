@@ -50,13 +50,18 @@ class Paces:
         self._sessions[session] = known
         return _pace(known)
 
+    def of(self, session: Hashable) -> int:
+        if session is None:
+            return 0
+        known = self._sessions.get(session)
+        return UNKNOWN if known is None else _pace(known)
+
     def tell(self, session: Hashable, fate: int) -> int:
         """What a session does from now on; its pace then."""
         known = self._sessions.get(session)
-        if known is None:
-            return UNKNOWN
-        known.fate = fate
-        return _pace(known)
+        if known is not None:
+            known.fate = fate
+        return self.of(session)
 
     def forget(self, session: Hashable) -> None:
         self._sessions.pop(session, None)

@@ -95,7 +95,6 @@ class Worth(EvictionPolicy):
         """When each request began that may have more parts."""
         self._use: Use | None = None
         self._level = 0
-        self._pace = 0
         self._last = False
         """What comes next ends a prompt."""
         self._room = 0
@@ -120,10 +119,12 @@ class Worth(EvictionPolicy):
             first = self._begun.setdefault(use.request, now)
             if len(self._begun) > MOST_REQUESTS:
                 del self._begun[next(iter(self._begun))]
+        session, kind = use.session, self._kind(use.category)
         if first == now:
-            self._pace = self._paces.came(use.session, OPEN, use.now_ms)
-        kind = self._kind(use.category)
-        self._begin(Moment(now, first, use.now_ms, kind, use.session, self._pace))
+            pace = self._paces.came(session, OPEN, use.now_ms)
+        else:
+            pace = self._paces.of(session)
+        self._begin(Moment(now, first, use.now_ms, kind, session, pace))
         self._last = first == now
 
     def hint(

@@ -258,6 +258,18 @@ def test_the_parts_of_one_request_are_one_use() -> None:
     assert {each.mark.count for each in held.values()} == {2}
 
 
+def test_a_later_part_of_a_request_is_of_its_own_session() -> None:
+    policy = Worth()
+    held: dict[int, Replica] = {}
+    for turn in range(4):
+        prompt(policy, held, [100], Use(now_ms=turn * 4000, session="s"))
+    prompt(policy, held, [100, 101], Use(now_ms=16_000, session="s", request="r"))
+    prompt(policy, held, [200], Use(now_ms=16_001, request="q"))
+    prompt(policy, held, [102], Use(now_ms=16_002, session="s", request="r"))
+    paces = {number: each.mark.traits.pace for number, each in held.items()}
+    assert paces == {100: 4, 101: 4, 102: 4, 200: 0}
+
+
 def test_uses_of_what_left_are_remembered() -> None:
     past = Past()
     past.make_room(10_000)
