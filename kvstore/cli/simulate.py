@@ -56,8 +56,9 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
         "--tiers",
         type=simulate_stack.tiers,
         action="append",
-        metavar="dram=SIZE,nvme=SIZE",
-        help="simulate the whole stack with tiers of these sizes instead; more than once for more",
+        metavar="dram=SIZE,nvme=SIZE,endurance=SIZE",
+        help="simulate the whole stack with tiers of these sizes instead, and so many bytes a day"
+        " that may be written to NVMe; more than once for more",
     )
     parser.add_argument(
         "--machine",

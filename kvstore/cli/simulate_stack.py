@@ -38,18 +38,20 @@ REAL = {"parameters": 1e6, "kv_bytes": 64.0, "mfu": 1.0}
 
 
 def tiers(text: str) -> Tiers:
-    """Of "dram=64GiB,nvme=1TiB"."""
+    """Of "dram=64GiB,nvme=1TiB,endurance=2TB"."""
     from kvstore.sim.machine import Tiers
 
     sizes = {}
-    for name, value in _pairs(text, ("dram", "nvme")):
+    for name, value in _pairs(text, ("dram", "nvme", "endurance")):
         try:
             sizes[name] = parse_size(value)
         except ValueError as error:
             raise argparse.ArgumentTypeError(f"{name}: {error}") from error
     if not sizes.get("dram"):
         raise argparse.ArgumentTypeError("say how large DRAM is, as in dram=64GiB,nvme=1TiB")
-    return Tiers(sizes["dram"], sizes.get("nvme", 0))
+    if "endurance" in sizes and not (sizes["endurance"] and sizes.get("nvme")):
+        raise argparse.ArgumentTypeError("endurance is what may be written to nvme a day")
+    return Tiers(sizes["dram"], sizes.get("nvme", 0), sizes.get("endurance", 0))
 
 
 def stated(text: str) -> Stated:

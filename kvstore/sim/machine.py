@@ -21,10 +21,11 @@ most."""
 
 
 class Tiers(NamedTuple):
-    """`nvme_bytes`: 0 for none."""
+    """`nvme_bytes`: 0 for none. `nvme_bytes_per_day`: that may be written there; 0: any."""
 
     dram_bytes: int
     nvme_bytes: int = 0
+    nvme_bytes_per_day: int = 0
 
 
 class Machine(NamedTuple):

@@ -45,6 +45,7 @@ class Stack:
             dram=room.dram,
             nvme=room.nvme,
             nvme_slot_bytes=None if room.nvme is None else nvme_slot_bytes,
+            nvme_bytes_per_day=tiers.nvme_bytes_per_day,
         )
         layout = self.planner.catalog.layout(TENANT, self.planner.register_layout(TENANT, spec))
         session = self.planner.open_session(b"simulated", TENANT, local=True)

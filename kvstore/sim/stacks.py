@@ -104,6 +104,7 @@ def _row(
         "policy": run.policy,
         "dram_bytes": run.tiers.dram_bytes,
         "nvme_bytes": run.tiers.nvme_bytes,
+        "nvme_bytes_per_day": run.tiers.nvme_bytes_per_day,
         "block_bytes": stack.room.block_bytes,
         "dram_blocks": stack.room.dram_blocks,
         "nvme_blocks": stack.room.nvme_blocks,

@@ -124,6 +124,7 @@ def test_with_tiers_tables_are_shown_and_plots_drawn(
         ("--tiers", "dram=1GiB,nvm=1TiB", "did you mean nvme"),
         ("--tiers", "dram=1GiB,dram=2GiB", "say dram once"),
         ("--tiers", "dram=-1GiB", "is not a size"),
+        ("--tiers", "dram=1GiB,endurance=1TB", "endurance is what may be written to nvme"),
         ("--machine", "engines=0", "is not from 1 to 1024"),
         ("--machine", "mfu=2", "is not above 0"),
         ("--machine", "gpi=h100", "did you mean gpu"),

@@ -176,6 +176,14 @@ def test_writes_are_counted_against_the_drive() -> None:
     assert row["nvme_drive_writes_a_day"] == pytest.approx(per_day, abs=1e-4)
 
 
+def test_no_more_is_written_than_the_drive_may_take() -> None:
+    trace = asked(*((6e4 * n, 8 * n, 8 * n + 8) for n in range(30)))
+    sizes = tiers(32, 100)
+    limited = sizes._replace(nvme_bytes_per_day=40 * nvme_slot_bytes(BLOCK))
+    free, spared = sweep_stacks(trace, [Run("lru", s) for s in (sizes, limited)], MACHINE, 1)
+    assert spared["nvme_written_bytes"] <= 40 * nvme_slot_bytes(BLOCK) < free["nvme_written_bytes"]
+
+
 @pytest.mark.parametrize(
     ("sizes", "said"),
     [
