@@ -15,6 +15,11 @@ from typing import NamedTuple
 from kvstore.core.learned import Prediction
 from kvstore.types import Refusal
 
+WORTH_IT = 0.9
+"""Of the time to compute it a load may take so much. It is copied on when it is there; what
+engines tell is how fast they compute what comes after it, deeper in a prompt, where a token
+costs more; and a little that is won is not worth what may go wrong."""
+
 
 class Choice(NamedTuple):
     """Load so many positions, which takes `prediction`. `refusal`: why not more."""
@@ -42,7 +47,7 @@ def choose(
     if positions <= 0 or not works_ns[positions]:
         return Choice(max(0, positions), Prediction(0.0, 0.0), refusal)
     said = ready(works_ns[positions])
-    if compute_ns and said.ns + said.error_ns >= positions * compute_ns:
+    if compute_ns and said.ns + said.error_ns >= positions * compute_ns * WORTH_IT:
         return Choice(0, said, Refusal.RECOMPUTE)
     return Choice(positions, said, refusal)
 

@@ -7,8 +7,12 @@ remembers.
 
 Of a link two ratios are learned. *Turnaround* is from the start of a batch of copies to
 its end, beside those that run at the same time. *Pace* is what the link as a whole takes
-for the work that goes through it while more is waiting. A batch is ready once all before
-it has gone through at that pace, and its own turnaround is over.
+for the work that goes through it while more is waiting; where that was hardly ever so, a
+batch's share of the link tells. A batch is ready once all before it has gone through at
+that pace, and its own turnaround is over.
+
+What was learned long ago goes on to count until somebody measures again, and then for
+little: the next few say what holds now.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 REMEMBERED = 63
-FEW = 5
+FEW = 4
 """Fewer of a size say less than all sizes together."""
 WINDOW = 8
 """Ends that a pace is measured over: copies that run at the same time end in bursts."""
@@ -73,6 +77,14 @@ class Ratios:
         for _ in range(FEW):
             self.add(ratio)
 
+    def fade(self) -> None:
+        """What was measured so far counts for no more than one."""
+        if self._sorted:
+            median = self.median
+            self._latest.clear()
+            self._sorted.clear()
+            self.add(median)
+
     @property
     def median(self) -> float:
         return self._sorted[len(self._sorted) // 2] if self._sorted else 1.0
@@ -101,9 +113,7 @@ class LinkCost:
 
     def stale(self, now_ns: int) -> bool:
         """Nothing was measured for so long that what was learned may not hold any more."""
-        if self._noted_ns is None:
-            self._noted_ns = now_ns
-        return now_ns - self._noted_ns >= STALE_NS
+        return self._noted_ns is None or now_ns - self._noted_ns >= STALE_NS
 
     def turnaround(self, work_ns: int) -> Prediction:
         """From a batch's start to its end."""
@@ -116,16 +126,24 @@ class LinkCost:
         """Until so much work has gone through, one thing after the other."""
         return Prediction(self._pace.median * work_ns, self._pace.spread * work_ns)
 
-    def note(self, work_ns: int, taken_ns: int, said_ns: float, now_ns: int) -> None:
-        """A batch has ended well, for which `said_ns` was predicted."""
+    def note(
+        self, work_ns: int, taken_ns: int, said_ns: float, now_ns: int, beside: int = 1
+    ) -> None:
+        """A batch has ended well, for which `said_ns` was predicted. `beside`: batches that
+        ran at the same time, it among them."""
         if taken_ns <= 0:
             return
+        if self.stale(now_ns):
+            for ratios in (self._any, self._pace, *self._by_size.values()):
+                ratios.fade()
         self._noted_ns = now_ns
         self.predicted_ns += said_ns
         self.actual_ns += taken_ns
         self.error_ns += abs(said_ns - taken_ns)
         self._any.add(taken_ns / work_ns)
         self._by_size.setdefault(_size(work_ns), Ratios()).add(taken_ns / work_ns)
+        if len(self._pace) < FEW:
+            self._pace.add(taken_ns / work_ns / beside)
 
     def note_pace(self, work_ns: int, taken_ns: int) -> None:
         """So much went through in so long, while more was waiting."""

@@ -32,7 +32,7 @@ from kvstore.core.residency import Residency
 from kvstore.core.sessions import Lease, Session
 from kvstore.core.space import SpaceClass
 from kvstore.core.tickets import AcquireTicket, ChainClaim
-from kvstore.core.transfers import TransferClass, Wish
+from kvstore.core.transfers import BATCH_BLOCKS, BATCH_BYTES, TransferClass, Wish
 from kvstore.core.uses import use_of
 from kvstore.errors import ForeignLease, LeaseExpired, TooMany
 from kvstore.types import NO_HINTS, ChainQuery, Hints, LeaseGrant, Refusal, Tier
@@ -43,6 +43,9 @@ leased. Bounds memory."""
 
 LOOKED_AHEAD = 64
 """Positions counted before looking whether to go on."""
+PROBED_BYTES = 4 * BATCH_BYTES
+PROBED_BLOCKS = BATCH_BLOCKS
+"""What tells how fast NVMe is, where nobody waits for it: as many batches as run at a time."""
 GRACE_NS = 5_000_000
 """A prediction is not wrong for so little."""
 
@@ -176,10 +179,28 @@ class Leases:
             return
         choice = choose(works_ns, ready, left_ns, ticket.compute_ns)
         if choice.refusal is not None:
+            if not choice.positions:
+                yield from self._probe(claim, wish.asked_ns)
             self._refuse(claim, claim.claimed + choice.positions, choice.refusal)
         if ticket.compute_ns and choice.positions:
             doubt_ns = wish.asked_ns + _doubtful_ns(choice.prediction)
             ticket.doubt_ns = max(ticket.doubt_ns or 0, doubt_ns)
+
+    def _probe(self, claim: ChainClaim, now_ns: int) -> Chore:
+        """Nobody has measured for some time whether what is refused is as slow as it was:
+        a few batches are brought up that nobody waits for."""
+        link = self._residency.transfers
+        if link.depth(TransferClass.DEMAND) or not link.costs[Tier.DRAM].stale(now_ns):
+            return
+        wish, left = Wish(TransferClass.DEMAND, now_ns, priority=0), PROBED_BYTES
+        for key in islice(claim.keys, claim.claimed, claim.claimed + PROBED_BLOCKS):
+            block = self._catalog.find(claim.layouts[0], key)
+            if left <= 0 or block is None or block.dram is not None or not is_ready(block.nvme):
+                return
+            if not isinstance(self._residency.bring_up(block, wish), Replica):
+                return
+            left -= block.layout.block_bytes
+            yield NAMED + CHANGED
 
     def _work_ns(self, layouts: list[Layout], key: bytes) -> int | None:
         """The work of bringing up a position; None where it is not held."""
@@ -191,6 +212,9 @@ class Leases:
             if block.dram is None:
                 nominal = self._residency.transfers.costs[Tier.DRAM].nominal
                 work_ns += nominal.work_ns(layout.block_bytes)
+            elif block.dram.state is State.FILLING:
+                # What there is to do for it is queued already.
+                work_ns += 1
         return work_ns
 
     def _refuse(self, claim: ChainClaim, most: int, why: Refusal) -> None:
@@ -294,8 +318,7 @@ class Leases:
             ticket.doubt_ns = None
             return
         link = self._residency.transfers
-        said = link.ready(Tier.DRAM, ticket.session.tenant, ticket.wish.priority, now_ns, 1)
-        left = said._replace(ns=said.ns + max(0.0, link.overdue_ns(now_ns)))
+        left = link.ready(Tier.DRAM, ticket.session.tenant, ticket.wish.priority, now_ns, 1)
         layouts = max(len(claim.layouts) for claim in ticket.claims)
         # Every time that it was wrong it has to be twice as good to be believed again.
         least_ns = (1 << ticket.doubts) * (left.ns + left.error_ns)

@@ -121,6 +121,8 @@ class Batch:
     going: int
     """Transfers that have not ended."""
     well: bool = True
+    beside: int = 1
+    """Batches that ran at the same time, it among them."""
 
     @property
     def transfer_class(self) -> TransferClass:
@@ -182,9 +184,10 @@ class Link:
         running = sum(b.going for b in self._running if b.transfer_class is transfer_class)
         return self._queued[transfer_class] + running
 
-    def overdue_ns(self, now_ns: int) -> float:
+    def late_ns(self, into: Tier, now_ns: int) -> float:
         """By how much what runs has taken longer than was predicted, at most."""
-        return max((now_ns - b.began_ns - b.said_ns for b in self._running), default=0.0)
+        running = (batch for batch in self._running if batch.transfers[0].into is into)
+        return max([0.0, *(now_ns - batch.began_ns - batch.said_ns for batch in running)])
 
     def oldest_ns(self) -> int | None:
         """When the oldest of what runs began."""
@@ -239,8 +242,8 @@ class Link:
         self, into: Tier, tenant: str, priority: int, now_ns: int, work_ns: int
     ) -> Prediction:
         """How long until demand of so much work, asked for now, would have gone through.
-        Costs nothing to ask, however much is queued. Where nothing was measured for some
-        time it is what the link nominally does: somebody has to try."""
+        Costs nothing to ask, however much is queued. What is late already may be as late
+        again."""
         lanes = self._lanes[TransferClass.DEMAND]
         own = lanes.get(tenant)
         mine = sum(w for p, w in own.work.items() if p >= priority) if own is not None else 0
@@ -255,10 +258,9 @@ class Link:
         last_ns = min(work_ns, self._batch_work())
         cost = self.costs[into]
         wait_ns = int((ahead + mine + theirs + work_ns - last_ns) / (1 - owed))
-        if cost.stale(now_ns):
-            return Prediction(wait_ns + last_ns, 0.0)
         wait, last = cost.passing(wait_ns), cost.turnaround(last_ns)
-        return Prediction(wait.ns + last.ns, wait.error_ns + last.error_ns)
+        late_ns = self.late_ns(into, now_ns)
+        return Prediction(wait.ns + last.ns + late_ns, wait.error_ns + last.error_ns + late_ns)
 
     def queued_bytes(self, transfer_class: TransferClass) -> int:
         return self._queued_bytes[transfer_class]
@@ -274,6 +276,9 @@ class Link:
                 break
             self._running.append(batch)
             begun.append(batch)
+        if begun:
+            for batch in self._running:
+                batch.beside = max(batch.beside, len(self._running))
         if any(self._queued.values()):
             if self._busy_since_ns is None:
                 self._busy_since_ns = now_ns
@@ -314,7 +319,8 @@ class Link:
     def _note(self, batch: Batch, now_ns: int) -> None:
         self.breaker.answered(batch.began_ns, now_ns)
         into = batch.transfers[0].into
-        self.costs[into].note(batch.work_ns, now_ns - batch.began_ns, batch.said_ns, now_ns)
+        taken_ns = now_ns - batch.began_ns
+        self.costs[into].note(batch.work_ns, taken_ns, batch.said_ns, now_ns, batch.beside)
         if self._busy_since_ns is None:
             return
         self._passed[into] = self._passed.get(into, 0) + batch.work_ns

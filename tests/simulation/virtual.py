@@ -1,5 +1,5 @@
-"""An event loop whose time passes only when nobody has anything to do, and whose
-threads take turns with it: the same seed runs the same way, and an hour costs seconds.
+"""A loop in virtual time whose threads take turns with it: the same seed runs the same way,
+and an hour costs seconds.
 
 Work handed to an executor is done in one piece, at the beginning or at the end of the
 time it is said to take; both come from the seed. So may a drive that hangs.
@@ -13,41 +13,17 @@ from collections.abc import Callable
 from typing import Any
 
 from kvstore.tiers.faulty import Crash
+from kvstore_benchmarks import virtual
 
 HANG_S = 20.0
 
 
-class NothingToDo(Exception):
-    """Everybody waits for something that will not happen."""
-
-
-class VirtualLoop(asyncio.BaseEventLoop):
+class VirtualLoop(virtual.VirtualLoop):
     def __init__(self, rng: random.Random) -> None:
         super().__init__()
         self.crashed = False
         self._over = False
         self._rng = rng
-        self._seconds = 1.0
-        self._selector = self
-
-    def now_ns(self) -> int:
-        """The loop is the store's `Clock` too."""
-        return int(self._seconds * 1e9)
-
-    def time(self) -> float:
-        return self._seconds
-
-    def select(self, timeout: float | None) -> list[Any]:
-        if timeout is None:
-            raise NothingToDo
-        self._seconds += max(0.0, timeout)
-        return []
-
-    def _process_events(self, event_list: list[Any]) -> None:
-        return None
-
-    def _write_to_self(self) -> None:
-        return None
 
     def run_in_executor(  # type: ignore[override]
         self, executor: object, func: Callable[..., Any], *args: Any

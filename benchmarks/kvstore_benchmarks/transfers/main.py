@@ -21,6 +21,7 @@ from kvstore_benchmarks.figures import finite, machine, percentile, ratio
 from kvstore_benchmarks.present import present
 from kvstore_benchmarks.progress import Progress
 from kvstore_benchmarks.transfers.devices import Device, Modelled, Real
+from kvstore_benchmarks.transfers.first_token import CASES, figures_of
 from kvstore_benchmarks.transfers.rivals import Queue, fifo, strict
 from kvstore_benchmarks.transfers.run import (
     BACKGROUND,
@@ -48,18 +49,20 @@ ORDERS = ("ours", "fifo", "strict")
 @dataclass(frozen=True, slots=True)
 class Options:
     """`loads`: of demand, as parts of what the device reads. `seconds`: of each
-    measurement on the drive that is there, `modelled_s` on the one that is calculated.
-    `drive`: "modelled", "real" or "both"."""
+    measurement on the drive that is there, `modelled_s` on the one that is calculated, and
+    `requests` of each case of times to the first token. `drive`: "modelled", "real" or
+    "both"."""
 
     loads: tuple[float, ...] = (0.3, 0.6, 0.8, 0.9, 0.95, 1.05)
     real_loads: tuple[float, ...] = (0.6, 0.95)
     seconds: float = 6.0
     modelled_s: float = 40.0
+    requests: int = 100
     drive: str = "both"
     folder: Path | None = None
 
 
-QUICK = Options(loads=(0.5, 0.95), real_loads=(0.95,), seconds=0.5, modelled_s=5.0)
+QUICK = Options(loads=(0.5, 0.95), real_loads=(0.95,), seconds=0.5, modelled_s=5.0, requests=40)
 
 
 def run(options: Options, *, as_object: bool, plots: Path | None) -> int:
@@ -81,6 +84,7 @@ def _figures(options: Options, step: Progress) -> dict[str, Any]:
         figures["devices"]["modelled"] = _on(
             Modelled(*MODELLED), options.loads, seconds, step, "modelled"
         )
+        figures["first_token"] = _first_tokens(options.requests, step)
     if options.drive != "modelled":
         parent = options.folder or default_data_path().parent
         parent.mkdir(parents=True, exist_ok=True)
@@ -92,6 +96,14 @@ def _figures(options: Options, step: Progress) -> dict[str, Any]:
             figures["devices"]["real"] = _on(
                 device, options.real_loads, options.seconds, step, "real"
             )
+    return figures
+
+
+def _first_tokens(requests: int, step: Progress) -> dict[str, Any]:
+    figures = {}
+    for case in CASES:
+        step(f"first token: {case.name}")
+        figures[case.name] = figures_of(case, requests, SEED)
     return figures
 
 
@@ -204,6 +216,9 @@ ROWS = (
 )
 
 
+RATIOS = ("ratio_p50", "ratio_p99", "ratio_worst", "ratio_mean", "time_saved", "given")
+
+
 def _show(figures: dict[str, Any], console: Console) -> None:
     for name, device in figures["devices"].items():
         speeds = f"reads {device['read_gbps']} GB/s, writes {device['write_gbps']} GB/s"
@@ -223,3 +238,11 @@ def _show(figures: dict[str, Any], console: Console) -> None:
             f"tenants 3:1 get {tenants['ratio']}:1; alone {tenants['a_alone_part']:.0%} "
             f"and {tenants['b_alone_part']:.0%} of the device"
         )
+    if "first_token" in figures:
+        table = Table(title="time to the first token, over that of computing everything")
+        table.add_column("")
+        for name in ("p50", "p99", "worst", "mean", "time saved", "given of what is held"):
+            table.add_column(name, justify="right")
+        for name, case in figures["first_token"].items():
+            table.add_row(name, *(f"{case[row]:g}" for row in RATIOS))
+        console.print(table)

@@ -13,10 +13,22 @@ from kvstore_benchmarks.transfers.main import Options
 
 
 @pytest.fixture(scope="module")
-def drive() -> dict[str, Any]:
-    options = Options(loads=(0.95, 1.05), modelled_s=2.0, drive="modelled")
-    figures: dict[str, Any] = main._figures(options, lambda step: None)["devices"]["modelled"]
-    return figures
+def figures() -> dict[str, Any]:
+    options = Options(loads=(0.95, 1.05), modelled_s=2.0, requests=8, drive="modelled")
+    return main._figures(options, lambda step: None)
+
+
+@pytest.fixture
+def drive(figures: dict[str, Any]) -> dict[str, Any]:
+    measured: dict[str, Any] = figures["devices"]["modelled"]
+    return measured
+
+
+@pytest.mark.parametrize("case", ["slow disk", "slow disk, slow GPU", "cold cache"])
+def test_a_store_that_cannot_help_costs_no_more_than_asking_it(
+    figures: dict[str, Any], case: str
+) -> None:
+    assert figures["first_token"][case]["ratio_worst"] <= 1.02
 
 
 def test_loads_that_matter_are_hardly_slower_under_load(drive: dict[str, Any]) -> None:

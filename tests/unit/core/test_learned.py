@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from kvstore.core.learned import FEW, REMEMBERED, LinkCost, PrefillSpeeds, Speed
+from kvstore.core.learned import FEW, REMEMBERED, STALE_NS, LinkCost, PrefillSpeeds, Speed
 
 WORK = 1_000_000
 LAYOUT = b"l" * 16
@@ -22,6 +22,20 @@ def test_costs_follow_a_link_that_slows_down_but_not_a_few_hiccups() -> None:
     for _ in range(REMEMBERED // 2 + 1):
         cost.note(WORK, 20 * WORK, 0, 0)
     assert cost.turnaround(WORK).ns > 10 * WORK
+
+
+def test_what_was_learned_long_ago_counts_for_little_once_somebody_measures() -> None:
+    cost = LinkCost(Speed(1e-4, 1e9))
+    for _ in range(REMEMBERED):
+        cost.note(WORK, 20 * WORK, 0, 0)
+        cost.note_pace(WORK, 20 * WORK)
+    assert not cost.stale(STALE_NS - 1)
+    assert cost.stale(STALE_NS)
+    assert cost.turnaround(WORK).ns == cost.passing(WORK).ns == 20 * WORK
+    for _ in range(FEW - 1):
+        cost.note(WORK, 4 * WORK, 0, STALE_NS, beside=4)
+    assert cost.turnaround(WORK).ns == 4 * WORK
+    assert cost.passing(WORK).ns == WORK
 
 
 def test_a_size_that_was_not_measured_costs_what_all_sizes_do() -> None:

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 
 from kvstore.core import transfers
-from kvstore.core.choice import choose, is_settled
+from kvstore.core.choice import WORTH_IT, choose, is_settled
 from kvstore.core.learned import STALE_NS, Prediction
 from kvstore.core.tickets import AcquireTicket
 from kvstore.core.transfers import TransferClass
@@ -84,8 +84,9 @@ def test_the_best_of_loading_and_computing_is_chosen_within_the_deadline() -> No
         load = partial(_ready, wait, pace)
         works = [k * work_ns for k in range(positions + 1)]
         choice = choose(works, load, left_ns, compute_ns)
-        times = [positions * compute_ns] + [
-            load(works[k]).ns + (positions - k) * compute_ns
+        computed_ns = WORTH_IT * compute_ns
+        times = [positions * computed_ns] + [
+            load(works[k]).ns + (positions - k) * computed_ns
             for k in range(1, positions + 1)
             if left_ns is None or load(works[k]).ns <= left_ns
         ]
@@ -124,7 +125,6 @@ def test_what_cannot_be_there_in_time_is_refused_at_once(rig: Rig) -> None:
     assert ticket.answer is not None, "at once"
     assert ticket.answer[0].held == 0
     assert ticket.answer[0].refusal is Refusal.LATE
-    assert not rig.copies
     assert rig.refused == {Refusal.LATE: 1}
 
 
@@ -156,7 +156,17 @@ def test_computing_is_preferred_where_it_is_faster(rig: Rig) -> None:
     assert ticket.answer is not None
     assert ticket.answer[0].refusal is Refusal.RECOMPUTE
     assert rig.refused == {Refusal.RECOMPUTE: 1}
-    assert not rig.copies
+
+
+def test_what_is_hardly_worth_it_is_not_done(rig: Rig) -> None:
+    def loaded(part: float) -> bool:
+        """Where computing takes `part` of what loading does."""
+        compute_ns = part * _ready(50, 1.0, 800).ns / 8
+        works = [100 * k for k in range(9)]
+        return choose(works, partial(_ready, 50, 1.0), None, compute_ns).positions == 8
+
+    assert not loaded(1.05)
+    assert loaded(1.2)
 
 
 def test_loading_is_preferred_where_it_is_faster(rig: Rig) -> None:
@@ -179,7 +189,7 @@ def test_who_has_not_measured_goes_by_what_others_said(rig: Rig) -> None:
     assert ticket.answer[0].refusal is Refusal.RECOMPUTE
 
 
-def test_a_link_that_became_slow_is_not_waited_for_and_is_tried_again_later(rig: Rig) -> None:
+def test_a_link_that_became_slow_is_tried_again_later_and_nobody_waits(rig: Rig) -> None:
     hints = Hints(tokens_per_s=16 / 0.004)  # A position costs 4 ms.
     for _ in range(12):
         assert rig.take(rig.ask(hints), each_ms=0.1).held == BLOCKS
@@ -191,8 +201,27 @@ def test_a_link_that_became_slow_is_not_waited_for_and_is_tried_again_later(rig:
         refused += ticket.answer is not None and ticket.answer[0].held == 0
         rig.drop_from_dram()
     assert refused > 3, "it is ten times slower than computing"
+    assert not rig.copies
     rig.now_ns += STALE_NS
+    ticket = rig.ask(hints)
+    assert ticket.answer is not None and ticket.answer[0].held == 0
+    assert rig.copies
+    rig.take(ticket, each_ms=0.1)
+    rig.drop_from_dram()
     assert rig.take(rig.ask(hints), each_ms=0.1).held == BLOCKS
+
+
+def test_who_comes_while_a_drive_hangs_does_not_count_on_it(rig: Rig) -> None:
+    hints = Hints(tokens_per_s=16 / 0.004)
+    for _ in range(12):
+        rig.take(rig.ask(hints), each_ms=0.1)
+        rig.drop_from_dram()
+    waiting = rig.ask(hints)
+    assert waiting.answer is None
+    rig.now_ns += 100_000_000
+    other = rig.ask(hints)
+    assert other.answer is not None
+    assert other.answer[0].refusal is Refusal.RECOMPUTE
 
 
 def test_what_takes_longer_than_was_predicted_is_given_up_and_what_came_is_kept(rig: Rig) -> None:
