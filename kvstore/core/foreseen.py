@@ -13,8 +13,10 @@ from kvstore.core.space import SpaceClass
 
 REMEMBERED = 4096
 """Blocks that a reason to foresee is judged by, about."""
-TRUSTED = 256
+TRUSTED = 64
 """Blocks that one counts as having been right about before it was tried."""
+RIGHT, SURE = 0.9, 0.95
+"""Whose part is less than the first gets the least room, and all of it from the second on."""
 LEAST = 1 / 64
 """Of the room, for who was never right: it may be, one day."""
 
@@ -35,8 +37,8 @@ class Reason:
 
     @property
     def room(self) -> float:
-        """The part of the room that it gets: a sixteenth where every second block is wasted."""
-        return max(LEAST, self.right**4)
+        """The part of the room that it gets."""
+        return max(LEAST, min(1.0, (self.right - RIGHT) / (SURE - RIGHT)))
 
     def note(self, *, used: bool) -> None:
         self._used *= 1 - 1 / REMEMBERED

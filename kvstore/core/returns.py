@@ -71,7 +71,7 @@ class Returns:
         self._catalog: Catalog = residency.catalog
         self._known: OrderedDict[Hashable, Known] = OrderedDict()
         self._delays: dict[Hashable, Delays] = {}
-        self._reasons: dict[str, Reason] = {}
+        self._reasons: dict[Hashable, Reason] = {}
         # When to bring something up; and (at the end) when not to expect it any more.
         self._due: list[tuple[int, int, Known, Absence]] = []
         self._order = count()
@@ -124,8 +124,7 @@ class Returns:
         return back
 
     def _remember(self, name: Hashable, tenant: str, reuse: Reuse, now_ns: int) -> Known:
-        reason = self._reasons.setdefault(tenant, Reason())
-        known = Known(name, reason, reuse.request, use_of(reuse, tenant, now_ns))
+        known = Known(name, Reason(), reuse.request, use_of(reuse, tenant, now_ns))
         self._known[name] = known
         self._known.move_to_end(name)
         if len(self._known) > MOST_SESSIONS:
@@ -153,6 +152,7 @@ class Returns:
                 over_ns = min(GONE * expected_ns, LONGEST_NS)
             kind = (known.use.tenant, state, told)
             delays = self._delays.setdefault(kind, Delays(told=told))
+            known.reason = self._reasons.setdefault(kind, Reason())
             self._expect(known, Absence(now_ns, expected_ns, now_ns + over_ns, delays))
         return None
 
