@@ -1,4 +1,4 @@
-"""`kvstore bench local`, `clients`, `index`, `gpu`, `transfers`, `vllm` and `serve`."""
+"""`kvstore bench local`, `clients`, `index`, `gpu`, `transfers`, `prefetch`, `vllm` and `serve`."""
 
 from __future__ import annotations
 
@@ -62,6 +62,20 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
         metavar="X,X",
         help="demand, as parts of what a drive reads; default: 0.3,0.6,0.8,0.9,0.95,1.05",
     )
+    prefetch = which.add_parser("prefetch", help="what prefetches do for agents' sessions")
+    prefetch.add_argument(
+        "trace", type=Path, metavar="TRACE", help="sessions, in a format of docs/simulator.md"
+    )
+    prefetch.add_argument(
+        "--dram-gib", type=float, default=32.0, metavar="N", help="memory for blocks; default: 32"
+    )
+    prefetch.add_argument(
+        "--session-rate", type=float, default=0.02, metavar="R",
+        help="sessions that begin a second; default: 0.02",
+    )  # fmt: skip
+    prefetch.add_argument(
+        "--requests", type=int, default=1500, metavar="N", help="the first so many; default: 1500"
+    )
     gpu = which.add_parser("gpu", help="copies to and from a GPU against plain pinned ones")
     gpu.add_argument(
         "--gigabytes",
@@ -85,7 +99,7 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
         benchmark.add_argument(
             "--plots", type=Path, metavar="DIR", help="draw the figures there, as PNG"
         )
-    for benchmark in (local, clients, index, transfers, gpu, vllm, serve):
+    for benchmark in (local, clients, index, transfers, prefetch, gpu, vllm, serve):
         benchmark.add_argument("--json", action="store_true", help="print one object")
         benchmark.add_argument("--quick", action="store_true", help="a try-out, not a measurement")
     for benchmark in (local, clients, index, transfers, vllm, serve):
@@ -136,6 +150,13 @@ def run(args: argparse.Namespace) -> int:
         if args.loads:
             orders = replace(orders, loads=args.loads, real_loads=args.loads)
         return run_transfers(orders, as_object=args.json, plots=args.plots)
+    if args.benchmark == "prefetch":
+        from kvstore_benchmarks.prefetch.main import Options as Agents
+        from kvstore_benchmarks.prefetch.main import run as run_prefetch
+
+        requests = 100 if args.quick else args.requests
+        agents = Agents(args.trace, args.dram_gib, args.session_rate, requests)
+        return run_prefetch(agents, as_object=args.json)
     if args.benchmark == "gpu":
         from kvstore_benchmarks.gpu.main import run as run_gpu
         from kvstore_benchmarks.gpu.measure import QUICK as SMALL

@@ -1,0 +1,1 @@
+"""What do prefetches do for the loads of agents' sessions, where DRAM is small?"""
