@@ -352,18 +352,21 @@ class Life:
         self.done += len(keys)
         wait_ms = self.rng.choice([0, 50, 5000])
         dropped = frozenset(self._dropped)
+        names = [(session.tenant, layout, key) for key in keys]
+        asked = [self._held.get(name) for name in names]
         grant = (await store.acquire(session, [ChainQuery([layout_id], keys)], wait_ms))[0]
         for index in range(grant.held):
-            name = (session.tenant, layout, keys[index])
+            # It may tell of any moment of the call: others clear and store meanwhile.
+            meanwhile = self._held.get(names[index]) != asked[index]
             if self._is_right(session, grant, index, dropped):
-                self._check(name, session, grant, index)
+                held = asked[index] if meanwhile else None
+                self._check(names[index], session, grant, index, asked=held)
         if grant.held:
             if self.rng.random() < 0.2:
                 await asyncio.sleep(self.rng.expovariate(1 / 0.01))
                 for index in range(grant.held):
-                    name = (session.tenant, layout, keys[index])
                     if self._is_right(session, grant, index, frozenset()):
-                        self._check(name, session, grant, index, again=True)
+                        self._check(names[index], session, grant, index, again=True)
             await self._let_memory_fail(session, layout, grant)
             store.release(session, [grant.lease_id])
 
@@ -408,8 +411,16 @@ class Life:
             self._dropped.update(damaged)
 
     def _check(
-        self, name: Name, session: Session, grant: LeaseGrant, index: int, *, again: bool = False
+        self,
+        name: Name,
+        session: Session,
+        grant: LeaseGrant,
+        index: int,
+        *,
+        again: bool = False,
+        asked: Held | None = None,
     ) -> None:
+        """`asked`: what might have been answered when it was, where that has changed."""
         data = bytes(self._store.lease_view(session, grant.lease_id, index))
         version = int.from_bytes(data[:8], "little")
         self.trace.update(data[:8])
@@ -419,6 +430,8 @@ class Life:
         if again:
             if version not in {held.current, *held.others}:
                 return  # It was cleared while it was leased.
+        elif asked is not None and version in {asked.current, *asked.others} - {held.current}:
+            pass
         elif held.current is not None:
             if version != held.current:
                 raise Wrong(f"{name}: version {version}, not {held.current}")
