@@ -106,8 +106,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _engine(args: argparse.Namespace) -> Engine:
-    from kvstore.plan.machine import Engine
     from kvstore.parts import find, find_model, load_parts
+    from kvstore.plan.machine import Engine
 
     parts = load_parts(args.parts)
     return Engine(

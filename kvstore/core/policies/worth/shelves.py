@@ -104,6 +104,9 @@ class Shelves(Grouping):
         if group.live:
             self.continues(group, to)
         elif group.kids:
+            if self._follows(to, group):
+                # It would continue itself through them.
+                self._part(to)
             group.into = to
             to.kids += group.kids
             group.kids = 0
@@ -121,9 +124,7 @@ class Shelves(Grouping):
             group.items = []
             group.head = 0
             group.spot = None
-            parent, group.parent = _parent(group), None
-            if parent is not None:
-                self._childless(parent)
+            self._part(group)
         elif group.spot is not None:
             items, head = group.items, group.head
             if items[head].mark is not group:
@@ -134,14 +135,29 @@ class Shelves(Grouping):
                 _gather(group)
 
     def continues(self, group: Group, parent: Group) -> None:
-        """What the group's blocks continue."""
+        """What the group's blocks continue, unless it is the other way round: a request of
+        several chains may say both, and groups in a ring could never leave."""
         before = _parent(group)
-        if before is not parent:
+        if before is not parent and not self._follows(parent, group):
             group.parent = parent
             parent.kids += 1
             parent.spot = None
             if before is not None:
                 self._childless(before)
+
+    def _follows(self, group: Group, other: Group) -> bool:
+        """Whether a group continues another, or is it. Only what this request has used can
+        come to continue what was not used before it."""
+        at: Group | None = group
+        while at is not None and at is not other:
+            at = _parent(at) if at.since == self.moment.now else None
+        return at is other
+
+    def _part(self, group: Group) -> None:
+        """It continues nothing any more."""
+        parent, group.parent = _parent(group), None
+        if parent is not None:
+            self._childless(parent)
 
     def closed(self, group: Group) -> None:
         if not group.kids:
