@@ -206,6 +206,9 @@ class Worth(EvictionPolicy):
         self._life += (shelves.moment.now - group.since - self._life) / 1000
         shelves.leave(replica)
 
+    def worth(self, replica: Replica) -> float:
+        return self._shelves.grade_of(replica)
+
     def candidates(self) -> Iterator[Replica]:
         return iter(self._shelves)
 

@@ -145,6 +145,14 @@ class Shelves(Grouping):
             if before is not None:
                 self._childless(before)
 
+    def grade_of(self, item: Any) -> int:
+        """What is thought of an item that is held, whatever continues it: the more, the
+        later it would go."""
+        return self._grade_of(item.mark)
+
+    def _grade_of(self, group: Group) -> int:
+        return self._column(group.traits).grades[bucket_of(self.moment.now - group.since)]
+
     def _follows(self, group: Group, other: Group) -> bool:
         """Whether a group continues another, or is it. Only what this request has used can
         come to continue what was not used before it."""
@@ -216,9 +224,7 @@ class Shelves(Grouping):
         if parent is not None:
             kids[parent] = kids.get(parent, parent.kids) - 1
             if not kids[parent] and parent.since < self.moment.now:
-                bucket = bucket_of(self.moment.now - parent.since)
-                grade = self._column(parent.traits).grades[bucket]
-                heappush(freed, (grade, next(self._order), parent))
+                heappush(freed, (self._grade_of(parent), next(self._order), parent))
 
     def _at(self, grade: int) -> list[tuple[Column, int]]:
         """The places of a grade where groups stand."""

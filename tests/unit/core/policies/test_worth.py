@@ -171,6 +171,10 @@ def test_what_an_ended_session_leaves_goes_first_once_that_is_known() -> None:
             policy.remove(victim)
             del held[victim.address]
     assert hits[False] > 0.99 * asked[False]
+    # Who asks what a block is worth, as the budget of a drive does, hears the same.
+    ended = [policy.worth(each) for number, each in held.items() if number >= 100_000]
+    alive = [policy.worth(each) for number, each in held.items() if number < 100_000]
+    assert ended and max(ended) < min(alive)
 
 
 def test_a_session_is_as_soon_back_as_it_was_when_it_did_the_same() -> None:
