@@ -327,7 +327,10 @@ class AsyncClient:
         `within_ms`: until then what there is no room for yet is tried again, and what has
         not begun by then does not; 0: it is not tried again.
         """
-        chains = [chain_of(layouts, keys, reuse)]
+        return await self.prefetch_many([chain_of(layouts, keys, reuse)], within_ms)
+
+    async def prefetch_many(self, chains: Sequence[ChainQuery], within_ms: int = 0) -> int:
+        """`prefetch` for several chains in one call; how many blocks are on the way."""
         return await self._run(calls.prefetch(self._core, chains, within_ms))
 
     async def hint(

@@ -326,6 +326,7 @@ class Client:
         return self.prefetch_many([chain_of(layouts, keys, reuse)], within_ms)
 
     def prefetch_many(self, chains: Sequence[ChainQuery], within_ms: int = 0) -> int:
+        """`prefetch` for several chains in one call; how many blocks are on the way."""
         return self._run(calls.prefetch(self._core, chains, within_ms))
 
     def hint(self, session: bytes, state: SessionState, *, expected_ms: int | None = None) -> None:
