@@ -76,7 +76,8 @@ class StepMetadata(KVConnectorMetadata):
     have ended, whose loads need not wait for what is still to come. `idle`: the step
     computes nothing, so waiting costs nobody. `salt`: part of the layouts; changes
     when the engine forgets its cache. `adapters`: by request, of those with loads or
-    stores here, with which adapter their keys say that they are computed.
+    stores here, with which adapter their keys say that they are computed. `prefill`: a
+    number to be sent back when the step is over; 0: none.
     """
 
     loads: list[LoadJob] = field(default_factory=list)
@@ -86,6 +87,7 @@ class StepMetadata(KVConnectorMetadata):
     idle: bool = False
     salt: str = ""
     adapters: dict[str, Adapter] = field(default_factory=dict)
+    prefill: int = 0
 
 
 @dataclass(slots=True)
@@ -99,10 +101,12 @@ class JobReport:
 @dataclass
 class WorkerReport(KVConnectorWorkerMetadata):
     """`jobs`: stores that no longer read their blocks, by job id. `adapters`: identities of
-    the LoRA adapters that were loaded, by vLLM's number and worker."""
+    the LoRA adapters that were loaded, by vLLM's number and worker. `prefill`: the number
+    of the step that is over, as in `StepMetadata`."""
 
     jobs: dict[int, JobReport] = field(default_factory=dict)
     adapters: dict[int, dict[int, bytes]] = field(default_factory=dict)
+    prefill: int = 0
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> WorkerReport:
         assert isinstance(other, WorkerReport)
@@ -116,4 +120,4 @@ class WorkerReport(KVConnectorWorkerMetadata):
         adapters = dict(self.adapters)
         for number, identities in other.adapters.items():
             adapters[number] = adapters.get(number, {}) | identities
-        return WorkerReport(merged, adapters)
+        return WorkerReport(merged, adapters, max(self.prefill, other.prefill))

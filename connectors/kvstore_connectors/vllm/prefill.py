@@ -2,7 +2,8 @@
 
 Measured from step to step: a step that computes many tokens is a prefill, whatever else
 it does. Steps overlap where the engine schedules ahead; a step then counts from the end of
-the one before.
+the one before. Not every step's end is told (where the workers have nothing to say, it is
+not), so each prefill has a number, which the workers send back.
 """
 
 from __future__ import annotations
@@ -25,22 +26,26 @@ class PrefillMeter:
         self.tokens_per_s = 0.0
         """The median of the latest; 0.0 before the first."""
         self._now_s = now_s
-        self._begun: deque[tuple[int, float]] = deque(maxlen=MOST_AHEAD)
+        self._number = 0
+        self._begun: deque[tuple[int, int, float]] = deque(maxlen=MOST_AHEAD)
         self._ended_s = 0.0
         self._latest: deque[float] = deque(maxlen=REMEMBERED)
 
-    def begin(self, tokens: int) -> None:
-        """A step of so many tokens is scheduled."""
-        self._begun.append((tokens, self._now_s()))
+    def begin(self, tokens: int) -> int:
+        """A step of so many tokens is scheduled. Its number; 0 where it is no prefill."""
+        if tokens < LEAST_TOKENS:
+            return 0
+        self._number += 1
+        self._begun.append((self._number, tokens, self._now_s()))
+        return self._number
 
-    def end(self) -> None:
-        """The oldest step that has begun is over."""
-        if not self._begun:
-            return
-        tokens, began_s = self._begun.popleft()
+    def end(self, number: int) -> None:
+        """A step is over: the prefill of this number, or another (0)."""
         now_s = self._now_s()
-        taken_s = now_s - max(began_s, self._ended_s)
+        while self._begun and self._begun[0][0] <= number:
+            begun, tokens, began_s = self._begun.popleft()
+            taken_s = now_s - max(began_s, self._ended_s)
+            if begun == number and taken_s > 0:
+                self._latest.append(tokens / taken_s)
+                self.tokens_per_s = statistics.median(self._latest)
         self._ended_s = now_s
-        if tokens >= LEAST_TOKENS and taken_s > 0:
-            self._latest.append(tokens / taken_s)
-            self.tokens_per_s = statistics.median(self._latest)

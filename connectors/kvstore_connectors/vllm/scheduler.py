@@ -297,7 +297,7 @@ class SchedulerSide:
     # -- steps ------------------------------------------------------------------
 
     def build_meta(self, output: SchedulerOutput) -> StepMetadata:
-        self._queue.prefill.begin(output.total_num_scheduled_tokens)
+        prefill = self._queue.prefill.begin(output.total_num_scheduled_tokens)
         if self._known_generation != self._link.generation:
             self._known_generation = self._link.generation
             self._orders.forget()
@@ -324,6 +324,7 @@ class SchedulerSide:
             self._queue.wait_answer(IDLE_WAIT_S)
         meta, self._meta = self._meta, StepMetadata()
         meta.idle = idle
+        meta.prefill = prefill
         meta.salt = self._salt
         for store in meta.stores:
             adapter = self._tracked[store.request_id].adapter
@@ -338,7 +339,9 @@ class SchedulerSide:
         )
 
     def update_output(self, output: KVConnectorOutput) -> None:
-        self._queue.prefill.end()
+        report = output.kv_connector_worker_meta
+        report = report if isinstance(report, WorkerReport) else None
+        self._queue.prefill.end(report.prefill if report is not None else 0)
         for request_id in output.finished_recving or ():
             held = self._loading.pop(request_id, None)
             if held is not None:
@@ -347,8 +350,7 @@ class SchedulerSide:
             if tracked is not None:
                 tracked.loading = False
         self._queue.wake()
-        report = output.kv_connector_worker_meta
-        if isinstance(report, WorkerReport):
+        if report is not None:
             self._orders.reported(report)
             self._adapters.heard(report.adapters)
 

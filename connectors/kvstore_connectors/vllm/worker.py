@@ -69,6 +69,7 @@ class WorkerSide:
         # with equal KV stores them, or its KV cache is not what was expected.
         self._not_mine: dict[int, JobReport] = {}
         self._refused: set[str] = set()
+        self._prefill = 0
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """A KV cache that is not as configured is left alone: every order fails."""
@@ -104,6 +105,7 @@ class WorkerSide:
             self._link.change_layouts(self._specs_for(meta.salt))
 
     def start_loads(self, meta: StepMetadata) -> None:
+        self._prefill = meta.prefill
         if self._loader is not None:
             self._loader.give_up(meta.unwanted)
         for job in meta.loads:
@@ -152,9 +154,11 @@ class WorkerSide:
         if self._saver is not None:
             jobs.update(self._saver.take_reports())
         loaded = {} if self._adapters is None else self._adapters.take_news()
-        if not jobs and not loaded:
+        prefill, self._prefill = self._prefill, 0
+        if not jobs and not loaded and not prefill:
             return None
-        return WorkerReport(jobs, {number: {self._rank: each} for number, each in loaded.items()})
+        adapters = {number: {self._rank: each} for number, each in loaded.items()}
+        return WorkerReport(jobs, adapters, prefill)
 
     def take_stats(self) -> ConnectorStats | None:
         total: ConnectorStats | None = None

@@ -72,3 +72,4 @@ def test_reports_of_all_ranks_add_up() -> None:
     other = WorkerReport({1: JobReport(1, True), 3: JobReport(1, False)})
     merged = one.aggregate(other).jobs
     assert merged == {1: JobReport(2, True), 2: JobReport(1, False), 3: JobReport(1, False)}
+    assert WorkerReport(prefill=7).aggregate(WorkerReport(prefill=7)).prefill == 7

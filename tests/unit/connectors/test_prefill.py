@@ -25,9 +25,9 @@ def meter(clock: Clock) -> PrefillMeter:
 
 
 def step(meter: PrefillMeter, clock: Clock, tokens: int, seconds: float) -> None:
-    meter.begin(tokens)
+    number = meter.begin(tokens)
     clock.now_s += seconds
-    meter.end()
+    meter.end(number)
 
 
 def test_before_the_first_prefill_nothing_is_claimed(meter: PrefillMeter, clock: Clock) -> None:
@@ -50,16 +50,32 @@ def test_time_without_steps_is_not_counted(meter: PrefillMeter, clock: Clock) ->
 
 
 def test_steps_that_overlap_are_counted_once(meter: PrefillMeter, clock: Clock) -> None:
-    meter.begin(1000)
+    number = meter.begin(1000)
     for _ in range(9):
-        meter.begin(1000)
+        following = meter.begin(1000)
         clock.now_s += 0.1
-        meter.end()
+        meter.end(number)
+        number = following
     assert meter.tokens_per_s == pytest.approx(10_000)
 
 
-def test_ends_of_steps_that_nobody_began_are_ignored(meter: PrefillMeter, clock: Clock) -> None:
-    meter.end()
-    meter.begin(0)
-    meter.end()
-    assert meter.tokens_per_s == 0.0
+def test_ends_that_are_not_told_do_not_shift_those_that_are(
+    meter: PrefillMeter, clock: Clock
+) -> None:
+    """A prefill that is taken for the short step after it looks very fast, and then nothing
+    is loaded that computing seems to beat."""
+    for _ in range(9):
+        # Of steps without work some ends are told, others not.
+        assert meter.begin(0) == 0
+        number = meter.begin(1000)
+        clock.now_s += 0.1
+        meter.end(number)
+        meter.begin(1)
+        clock.now_s += 0.001
+        meter.end(0)
+        meter.end(0)
+    lost = meter.begin(1000)
+    clock.now_s += 0.001
+    step(meter, clock, 1000, 0.1)
+    meter.end(lost)
+    assert meter.tokens_per_s == pytest.approx(10_000)

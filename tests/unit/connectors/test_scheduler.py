@@ -682,7 +682,9 @@ def test_a_thousand_random_requests_leak_nothing(seed: int) -> None:
 def test_the_engines_prefill_is_measured_from_step_to_step(world: World) -> None:
     request = world.request(tokens=1024 * BLOCK_TOKENS)
     world.match(request)
-    world.compute(request, 512, [1])
-    assert world.queue.prefill.tokens_per_s == 0.0
+    meta = world.compute(request, 512, [1])
     world.report()
+    assert world.queue.prefill.tokens_per_s == 0.0, "the end of another step"
+    report = WorkerReport(prefill=meta.prefill)
+    world.side.update_output(outcome(kv_connector_worker_meta=report))
     assert world.queue.prefill.tokens_per_s > 0.0

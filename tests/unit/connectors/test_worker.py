@@ -123,3 +123,11 @@ def test_only_an_idle_step_waits_for_copies(rank: Rank, monkeypatch: pytest.Monk
     rank.side.take_loaded(StepMetadata(idle=True))
     assert rank.side.take_report() is not None
     assert time.monotonic() - started_s < 4
+
+
+def test_the_end_of_a_prefill_is_told_once(rank: Rank) -> None:
+    rank.side.start_loads(StepMetadata(prefill=7))
+    report = rank.side.take_report()
+    assert report is not None and report.prefill == 7
+    rank.side.start_loads(StepMetadata())
+    assert rank.side.take_report() is None
