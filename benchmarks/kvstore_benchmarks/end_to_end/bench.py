@@ -91,6 +91,8 @@ def faults(measured: Measured) -> list[str]:
     found = []
     if not all(r.agree for r in measured.rounds):
         found.append("a warm answer's log-probabilities differ from those of vLLM's own hit")
+    if any(r.handed_tier != "DRAM" for r in measured.rounds):
+        found.append("a prompt was computed again that had been handed over")
     tiers = {r.tiers for r in measured.rounds}
     if tiers != {("DRAM", "NVMe")}:
         found.append(f"warm requests were served from {sorted(tiers)}")

@@ -55,6 +55,8 @@ class Round:
     """Where the blocks of the two warm requests came from."""
     agree: bool
     """Warm and handed over answers have exactly the log-probabilities of an own prefix hit."""
+    handed_tier: str
+    """Where the blocks of the one that was handed over came from."""
     handed_over: float
     """In the third engine, asked as soon as the other one has answered."""
     handed_over_local: float
@@ -125,7 +127,7 @@ def _round(
     watch: Watch,
     tokens: list[int],
     copies: _Copies,
-    handed: tuple[Answer, Answer],
+    handed: tuple[Answer, Answer, str],
     without_first: bool,
 ) -> Round:
     if without_first:
@@ -144,7 +146,7 @@ def _round(
     if not without_first:
         alone = _alone(without, tokens)
     cold_alone, local_alone = alone
-    handed_over, handed_over_local = handed
+    handed_over, handed_over_local, handed_tier = handed
     return Round(
         cold_without=cold_alone.first_token_s,
         local_without=local_alone.first_token_s,
@@ -158,8 +160,8 @@ def _round(
         memcpy=memcpy,
         tiers=(dram_tier, nvme_tier),
         agree=all(difference(warm, local_alone) == 0 for warm in (dram, nvme))
-        and difference(handed_over, handed_over_local) == 0
-        and handed_over.cached_tokens == handed_over_local.cached_tokens,
+        and difference(handed_over, handed_over_local) == 0,
+        handed_tier=handed_tier,
         handed_over=handed_over.first_token_s,
         handed_over_local=handed_over_local.first_token_s,
     )
@@ -167,14 +169,16 @@ def _round(
 
 def _hand_over(
     prefill: EngineChild, decode: EngineChild, watch: Watch, tokens: list[int]
-) -> tuple[Answer, Answer]:
-    """As a proxy does it, and then decode's own prefix hit."""
+) -> tuple[Answer, Answer, str]:
+    """As a proxy does it, and then decode's own prefix hit. And the tier that it came from:
+    of such requests vLLM says itself only what prefill had cached."""
     computed = prefill.generate(tokens, answer_tokens=1, handover=FOR_DECODE)
     handed = decode.generate(tokens, handover=computed.handover)
     local = decode.generate(tokens)
     watch.wait_stored(len(tokens) // BLOCK_TOKENS, prefill.idle)
+    tier = watch.hits().tier
     watch.mark()
-    return handed, local
+    return handed, local, tier
 
 
 def _alone(without: EngineChild, tokens: list[int]) -> tuple[Answer, Answer]:

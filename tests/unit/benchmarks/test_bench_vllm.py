@@ -22,6 +22,7 @@ ROUND = Round(
     memcpy=0.025,
     tiers=("DRAM", "NVMe"),
     agree=True,
+    handed_tier="DRAM",
     handed_over=0.14,
     handed_over_local=0.1,
 )
@@ -46,6 +47,7 @@ def test_a_wrong_answer_or_tier_spoils_the_figures() -> None:
     assert faults(measured(ROUND)) == []
     assert len(faults(measured(ROUND, replace(ROUND, agree=False)))) == 1
     assert len(faults(measured(ROUND, replace(ROUND, tiers=("DRAM", "DRAM"))))) == 1
+    assert len(faults(measured(replace(ROUND, handed_tier="none")))) == 1
 
 
 def test_the_object_has_every_sample() -> None:
