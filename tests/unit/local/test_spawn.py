@@ -28,7 +28,8 @@ if "--fail" in sys.argv:
     print("data directory is not writable", file=sys.stderr)
     sys.exit(3)
 if "--hang" in sys.argv:
-    time.sleep(60)
+    time.sleep(20)
+    sys.exit()
 time.sleep(0.3)
 listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 listener.bind(path + ".attach")
