@@ -47,17 +47,22 @@ class NoPlots(KVStoreError):
     """matplotlib is not installed."""
 
 
+def figure_into(folder: Path) -> type[Figure]:
+    """matplotlib's `Figure`, and the folder made. Raises `NoPlots`."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise NoPlots("plots need matplotlib: pip install 'tiered-kvstore[bench]'") from error
+    folder.mkdir(parents=True, exist_ok=True)
+    return Figure
+
+
 class Plots:
     """Draws into a folder, which is made. Raises `NoPlots`."""
 
     def __init__(self, folder: Path) -> None:
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise NoPlots("plots need matplotlib: pip install 'tiered-kvstore[bench]'") from error
-        self._figure = Figure
+        self._figure = figure_into(folder)
         self._folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
 
     def local(self, figures: dict[str, Any]) -> None:
         """`kvstore bench local`: bandwidth.png, lookup.png, local.json."""

@@ -14,12 +14,12 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from kvstore.client.sync import Client
 from kvstore.config import default_data_path
 from kvstore.errors import KVStoreError, Unavailable
+from kvstore_benchmarks.closing import Closing
 
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 60.0
@@ -29,7 +29,7 @@ _POLL_S = 0.05
 _LOG_TAIL_LINES = 8
 
 
-class Server:
+class Server(Closing):
     """`python -m kvstore_server` as a child process. A context manager.
 
     `restart` keeps the data: what comes back after it comes from NVMe.
@@ -67,14 +67,6 @@ class Server:
             self.close()
             raise
         return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def start(self) -> None:
         """Return once the server answers. Raises `Unavailable` with the end of its log."""

@@ -11,6 +11,8 @@ from kvstore.nearest import nearest
 from kvstore.units import format_size, parse_size
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from kvstore.sim.machine import Machine, Tiers
     from kvstore.sim.trace import Trace
 
@@ -121,7 +123,6 @@ def machine_of(said: Stated) -> Machine:
 
 def show(trace: Trace, rows: Sequence[Mapping[str, Any]]) -> None:
     from rich.console import Console
-    from rich.table import Table
 
     console = Console()
     block_bytes = rows[0]["block_bytes"]
@@ -130,11 +131,11 @@ def show(trace: Trace, rows: Sequence[Mapping[str, Any]]) -> None:
         f" {trace.blocks} blocks of {trace.block_tokens} tokens and {block_bytes} bytes",
         highlight=False,
     )
-    hits = Table(title="Hits, and how far below the bound for as many blocks")
-    for column in ("policy", "DRAM", "NVMe"):
-        hits.add_column(column)
-    for column in ("blocks", "tokens", "prefill saved", "saved, s", "from DRAM", "from NVMe"):
-        hits.add_column(column, justify="right")
+    hits = _table(
+        "Hits, and how far below the bound for as many blocks",
+        (),
+        ("blocks", "tokens", "prefill saved", "saved, s", "from DRAM", "from NVMe"),
+    )
     for row in rows:
         below = row["below_bound"]
         hits.add_row(
@@ -144,21 +145,19 @@ def show(trace: Trace, rows: Sequence[Mapping[str, Any]]) -> None:
             *(f"{blocks:,}" for blocks in row["block_hits_from"].values()),
         )
     console.print(hits)
-    first = Table(title="Time to the first token, ms")
-    for column in ("policy", "DRAM", "NVMe", "priority"):
-        first.add_column(column)
-    for column in ("requests", "mean", "median", "p99"):
-        first.add_column(column, justify="right")
+    first = _table(
+        "Time to the first token, ms", ("priority",), ("requests", "mean", "median", "p99")
+    )
     for row in rows:
         for priority, times in (("all", row["first_token_ms"]), *_by_priority(row)):
             first.add_row(*_name(row), priority, *_times(times))
     first.add_row("none held", "", "", "all", *_times(rows[0]["first_token_ms_without"]))
     console.print(first)
-    drive = Table(title="NVMe, and where first tokens wait, ms in the mean")
-    for column in ("policy", "DRAM", "NVMe"):
-        drive.add_column(column)
-    for column in ("written, GB", "drive writes a day", "read, GB", "wait", "load", "compute"):
-        drive.add_column(column, justify="right")
+    drive = _table(
+        "NVMe, and where first tokens wait, ms in the mean",
+        (),
+        ("written, GB", "drive writes a day", "read, GB", "wait", "load", "compute"),
+    )
     for row in rows:
         writes = row["nvme_drive_writes_a_day"]
         drive.add_row(
@@ -169,6 +168,18 @@ def show(trace: Trace, rows: Sequence[Mapping[str, Any]]) -> None:
             *(f"{row[f'mean_{part}_ms']:,.1f}" for part in ("wait", "load", "compute")),
         )
     console.print(drive)
+
+
+def _table(title: str, texts: Sequence[str], numbers: Sequence[str]) -> Table:
+    """A row each for a policy and its tiers, as `_name` has them."""
+    from rich.table import Table
+
+    table = Table(title=title)
+    for column in ("policy", "DRAM", "NVMe", *texts):
+        table.add_column(column)
+    for column in numbers:
+        table.add_column(column, justify="right")
+    return table
 
 
 def _name(row: Mapping[str, Any]) -> tuple[str, str, str]:

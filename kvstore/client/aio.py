@@ -251,13 +251,7 @@ class AsyncClient:
         """Low level: blocks copied from a lease's addresses were not what it said. The
         server looks at them, and drops from memory what is damaged; nobody waits for that.
         Whoever gets by `get` or `AsyncLease.read` need not do this."""
-
-        def flow() -> Flow[None]:
-            link = self._core.link
-            if link is not None:
-                yield from calls.report_damage_soon(self._core, link, addresses)
-
-        await self._run(flow())
+        await self._run(calls.report_damage(self._core, addresses))
 
     async def reserve(self, layout: Layout, count: int, wait_ms: int) -> SlotGrant:
         """Low level: slots for new blocks, to be written and committed. There may be

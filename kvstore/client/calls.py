@@ -199,6 +199,12 @@ def report_damage_soon(core: Core, link: Link, addresses: Sequence[int]) -> Flow
         yield Drop((yield Begin(link.call("ReportDamage", request, core.timeout_s))))
 
 
+def report_damage(core: Core, addresses: Sequence[int]) -> Flow[None]:
+    """The same, to the server that is attached to; without one there is nobody to tell."""
+    if core.link is not None:
+        yield from report_damage_soon(core, core.link, addresses)
+
+
 def reserve(
     core: Core, budget: Budget, layout_id: bytes, count: int, wait_ms: int
 ) -> Flow[tuple[SlotGrant, Link]]:

@@ -318,6 +318,20 @@ def engines(
         server.end()
 
 
+def stored(server: Server, blocks: int) -> None:
+    """Wait until the server holds as many blocks: stores are asynchronous."""
+    until(lambda: server.stats().tenant_blocks >= blocks, "the blocks were never stored")
+
+
+def attachments(engine: Engine) -> int:
+    """Scheduler and worker each say it, every time."""
+    return engine.log().count("The KV store is attached.")
+
+
+def attached_again(engine: Engine, times: int) -> None:
+    until(lambda: attachments(engine) >= times, "the engine never found the server again")
+
+
 def prompt(seed: int, tokens: int) -> list[int]:
     rng = random.Random(seed)
     return [rng.randrange(1, models.VOCABULARY) for _ in range(tokens)]

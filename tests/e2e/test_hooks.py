@@ -16,10 +16,12 @@ from tests.e2e.conftest import (
     Pair,
     Server,
     StartEngine,
+    attached_again,
+    attachments,
     difference,
     engine_options,
     prompt,
-    until,
+    stored,
 )
 from tests.e2e.listener import Listener
 
@@ -52,22 +54,12 @@ def store(engine: Engine, server: Server, text: list[int]) -> None:
     stored(server, before + len(text) // BLOCK)
 
 
-def stored(server: Server, blocks: int) -> None:
-    until(lambda: server.stats().tenant_blocks >= blocks, "the blocks were never stored")
-
-
-def attached(engine: Engine, times: int) -> None:
-    """Scheduler and worker each say it."""
-    text = "The KV store is attached."
-    until(lambda: engine.log().count(text) >= times, "the engine never found the server again")
-
-
 def restart(engine: Engine, server: Server) -> None:
     """What was stored is behind DRAM alone afterwards."""
-    before = engine.log().count("The KV store is attached.")
+    before = attachments(engine)
     server.end(signal.SIGTERM)
     server.start()
-    attached(engine, before + 2)
+    attached_again(engine, before + 2)
 
 
 def gained(engine: Engine, before: dict[str, float], name: str) -> float:
@@ -150,11 +142,11 @@ def test_an_engine_that_slept_trusts_nothing_that_was_stored_before(
     text = prompt(1006 + level, LONG)
     store(engine, server, text)
     engine.reset()
-    before = engine.log().count("The KV store is attached.")
+    before = attachments(engine)
     engine.sleep_and_wake(level)
     (answer,) = engine.generate(text)
     assert answer["cached"] == 0
-    attached(engine, before + 2)
+    attached_again(engine, before + 2)
     store(engine, server, prompt(1008 + level, LONG))
     engine.reset()
     assert engine.generate(prompt(1008 + level, LONG))[0]["cached"] == WHOLE * BLOCK

@@ -17,13 +17,14 @@ from kvstore.types import Tier
 from tests.e2e.conftest import (
     BLOCK,
     Answer,
-    Engine,
     Pair,
     Server,
     StartEngine,
+    attached_again,
+    attachments,
     difference,
     prompt,
-    until,
+    stored,
 )
 
 ROUNDING = 2e-3
@@ -42,19 +43,6 @@ def server(engines: Pair) -> Server:
 def check(answers: list[Answer], right: list[Answer], tolerance: float = ROUNDING) -> None:
     worst = max(difference(*both) for both in zip(answers, right, strict=True))
     assert worst <= tolerance
-
-
-def settled(server: Server, blocks: int) -> None:
-    """Wait until the server holds as many blocks: stores are asynchronous."""
-    until(lambda: server.stats().tenant_blocks >= blocks, "the blocks were never stored")
-
-
-def attached_again(engine: Engine, times: int) -> None:
-    until(lambda: attachments(engine) >= times, "the engine never found the server again")
-
-
-def attachments(engine: Engine) -> int:
-    return engine.log().count("The KV store is attached.")
 
 
 def test_a_wrong_block_would_be_seen(engines: Pair) -> None:
@@ -78,7 +66,7 @@ def test_a_warm_prompt_is_loaded_and_answered_as_by_plain_vllm(
     (cold,) = engines.stored.generate(text)
     assert cold["cached"] == 0
     check([cold], [cold_right], 0)
-    settled(server, before + WHOLE // BLOCK)
+    stored(server, before + WHOLE // BLOCK)
     engines.stored.reset()
     (warm,) = engines.stored.generate(text)
     assert warm["cached"] == WHOLE
@@ -94,7 +82,7 @@ def test_a_shared_beginning_is_loaded_and_the_rest_is_computed(
     texts = [stem + prompt(12 + index, 77) for index in range(4)]
     before = server.stats().tenant_blocks
     engines.stored.generate(stem)
-    settled(server, before + 20)
+    stored(server, before + 20)
     engines.stored.reset()
     right = engines.plain.generate(*texts)
     answers = engines.stored.generate(*texts)
@@ -126,7 +114,7 @@ def test_two_engines_share_what_either_computed(
     theirs = prompt(20, LONG)
     before = server.stats().tenant_blocks
     other.generate(theirs)
-    settled(server, before + WHOLE // BLOCK)
+    stored(server, before + WHOLE // BLOCK)
     (shared,) = engines.stored.generate(theirs)
     assert shared["cached"] == WHOLE
     other.close()
@@ -148,7 +136,7 @@ def test_after_a_restart_of_the_server_blocks_come_from_nvme(engines: Pair, serv
     text = prompt(31, LONG)
     before = server.stats().tenant_blocks
     engines.stored.generate(text)
-    settled(server, before + WHOLE // BLOCK)
+    stored(server, before + WHOLE // BLOCK)
     seen = attachments(engines.stored)
     server.end(signal.SIGTERM)
     server.start()
@@ -167,7 +155,7 @@ def test_a_salt_keeps_its_blocks_to_itself(engines: Pair, server: Server) -> Non
     text = prompt(40, LONG)
     before = server.stats().tenant_blocks
     engines.stored.generate(text, salt="ours")
-    settled(server, before + WHOLE // BLOCK)
+    stored(server, before + WHOLE // BLOCK)
     engines.stored.reset()
     for salt, cached in (("theirs", 0), (None, 0), ("ours", WHOLE)):
         (answer,) = engines.stored.generate(text, salt=salt)
@@ -215,6 +203,6 @@ def test_a_killed_server_leaves_generation_right_and_is_found_again(
     engines.stored.reset()
     fresh = prompt(210, LONG)
     engines.stored.generate(fresh)
-    settled(server, WHOLE // BLOCK)
+    stored(server, WHOLE // BLOCK)
     engines.stored.reset()
     assert engines.stored.generate(fresh)[0]["cached"] == WHOLE

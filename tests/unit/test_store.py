@@ -120,9 +120,12 @@ class Rig:
         self.nvme = Faulty(nvme_slots * SLOT, EXTENT) if nvme_slots else None
         self.store = self.make_store()
 
+    def config(self) -> StoreConfig:
+        return StoreConfig(dram_capacity_bytes=0, lease_ms=1000, reservation_ms=1000)
+
     def make_store(self) -> Store:
         return Store(
-            config=StoreConfig(dram_capacity_bytes=0, lease_ms=1000, reservation_ms=1000),
+            config=self.config(),
             clock=self.clock,
             dram=self.dram,
             nvme=self.nvme,

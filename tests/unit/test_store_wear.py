@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -29,17 +28,12 @@ class Log(Faulty):
 
 
 class Budgeted(Rig):
+    def config(self) -> StoreConfig:
+        return StoreConfig(dram_capacity_bytes=0, nvme_bytes_per_day=25 * 64 * SLOT)
+
     def make_store(self) -> Store:
         self.nvme: Log = Log(64 * SLOT, EXTENT)
-        return Store(
-            config=StoreConfig(dram_capacity_bytes=0, nvme_bytes_per_day=25 * 64 * SLOT),
-            clock=self.clock,
-            dram=self.dram,
-            nvme=self.nvme,
-            tenant_key=lambda tenant: tenant.encode(),
-            executor=ThreadPoolExecutor(4),
-            observer=self.seen,
-        )
+        return super().make_store()
 
     async def on_nvme_only(self) -> ChainQuery:
         """A chain that is not worth another write."""

@@ -12,20 +12,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from kvstore_benchmarks.plots import DPI, TITLE, NoPlots
+from kvstore_benchmarks.plots import DPI, TITLE, figure_into
 
 PANELS = {"dram": ("dram_gb", "DRAM alone"), "nvme": ("nvme_gb", "NVMe behind the chosen DRAM")}
 
 
 def draw(plan: dict[str, Any], folder: Path) -> None:
     """Into a folder, which is made. Raises `NoPlots`."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise NoPlots("plots need matplotlib: pip install 'tiered-kvstore[bench]'") from error
-    folder.mkdir(parents=True, exist_ok=True)
+    figure = figure_into(folder)
     (folder / "plan.json").write_text(json.dumps(plan, indent=2) + "\n")
-    picture = Figure(figsize=(10, 4), layout="constrained")
+    picture = figure(figsize=(10, 4), layout="constrained")
     for axes, (key, (size, title)) in zip(picture.subplots(1, 2), PANELS.items(), strict=True):
         curve = plan[key].get("curve", [])
         axes.set_title(title, **TITLE)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kvstore_benchmarks.plots import DPI, TITLE, NoPlots
+from kvstore_benchmarks.plots import DPI, TITLE, figure_into
 
 PANELS = {
     "block_hit_ratio": "block hits",
@@ -26,13 +26,9 @@ BOUNDS = ("belady", "belady-bypass", "cost-belady")
 
 def draw(rows: Sequence[dict[str, Any]], folder: Path) -> None:
     """Into a folder, which is made. Raises `NoPlots`."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise NoPlots("plots need matplotlib: pip install 'tiered-kvstore[bench]'") from error
-    folder.mkdir(parents=True, exist_ok=True)
+    figure = figure_into(folder)
     (folder / "simulate.json").write_text(json.dumps(rows, indent=2) + "\n")
-    picture = Figure(figsize=(13, 4.5), layout="constrained")
+    picture = figure(figsize=(13, 4.5), layout="constrained")
     panels = picture.subplots(1, len(PANELS))
     names = list(dict.fromkeys(row["policy"] for row in rows))
     for axes, (ratio, title) in zip(panels, PANELS.items(), strict=True):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kvstore.units import format_size
-from kvstore_benchmarks.plots import DPI, TITLE, NoPlots
+from kvstore_benchmarks.plots import DPI, TITLE, figure_into
 
 DRAM, NVME, BOUND = "#0b6e4f", "#8fc7b0", "#8a8f98"
 FIRST = {"mean": "#0b6e4f", "median": "#e0a100", "p99": "#b3403a"}
@@ -22,14 +22,10 @@ FIRST = {"mean": "#0b6e4f", "median": "#e0a100", "p99": "#b3403a"}
 
 def draw(rows: Sequence[dict[str, Any]], folder: Path) -> None:
     """Into a folder, which is made. Raises `NoPlots`."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise NoPlots("plots need matplotlib: pip install 'tiered-kvstore[bench]'") from error
-    folder.mkdir(parents=True, exist_ok=True)
+    figure = figure_into(folder)
     (folder / "stacks.json").write_text(json.dumps(rows, indent=2) + "\n")
     height = 2.0 + 0.45 * len(rows)
-    picture = Figure(figsize=(13, height), layout="constrained")
+    picture = figure(figsize=(13, height), layout="constrained")
     hits, saved, first = picture.subplots(1, 3, sharey=True)
     places = range(len(rows))
     references = [max(1, row["block_references"]) for row in rows]
