@@ -25,6 +25,7 @@ from kvstore.store.extents import Extents
 from kvstore.store.figures import store_stats, transfer_stats
 from kvstore.store.loop import Loop, StoreObserver
 from kvstore.store.movement import MAX_RUNNING, Movement
+from kvstore.store.patience import ended_within
 from kvstore.store.recovery import recover
 from kvstore.store.suspicions import Suspicions
 from kvstore.store.upkeep import Upkeep
@@ -51,6 +52,8 @@ from kvstore.types import (
 log = logging.getLogger(__name__)
 
 NO_SLOTS = SlotGrant(0, [], 0)
+CLOSE_S = 10.0
+"""More than closing takes on a drive that answers; giving up costs a longer start."""
 LOOKED_AT_A_STEP = 1000
 """Keys looked up before others get their turn: one to two milliseconds."""
 
@@ -142,18 +145,30 @@ class Store:
         await self._waiting.wait(ticket, timeout_s)
         await self._movement.sync()
 
-    async def close(self) -> None:
-        """Stop working and close the tiers. Copies under way are waited for."""
+    async def close(self) -> bool:
+        """Stop working and close the tiers. Copies under way are waited for, as long as a
+        drive may take to answer. False when it did not: then threads are still waiting for
+        it, in memory that is left as it is, and the process should end without them."""
         await self._loop.close()
+        self._listing.close()
+        if not ended_within(CLOSE_S, self._close_nvme):
+            log.error(
+                "the NVMe tier does not answer and was left as it is: what was synced is found "
+                "again at the next start, as after a crash"
+            )
+            return False
+        self.dram.close()
+        return True
+
+    def _close_nvme(self) -> None:
+        self._loop.wait_for_threads()
         if self._costs is not None:
             self._costs.keep()
-        self._listing.close()
         if self._nvme is not None:
             try:
                 self._nvme.close()
             except TierError as error:
                 log.error("the NVMe tier did not close cleanly: %s", error)
-        self.dram.close()
 
     def progress_ns(self) -> int:
         """When housekeeping last came round; it does so ten times a second."""

@@ -120,11 +120,14 @@ class Loop:
             self.execute()
 
     async def close(self) -> None:
-        """End all tasks; what threads are at is waited for."""
+        """End all tasks. Threads may be at something still, see `wait_for_threads`."""
         self.closed = True
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+    def wait_for_threads(self) -> None:
+        """Blocks until they are done: for ever where a drive never answers."""
         self._memory_executor.shutdown(wait=True)
         self._executor.shutdown(wait=True)

@@ -27,6 +27,7 @@ class Upkeep:
         """For as long as the store lives."""
         loop = self._loop
         synced_at = asyncio.get_running_loop().time()
+        syncing: asyncio.Task[None] | None = None
         while True:
             await asyncio.sleep(TICK_S)
             if self._wear is not None:
@@ -36,6 +37,8 @@ class Upkeep:
             self.ticked_ns = loop.clock.now_ns()
             self._listing.beat()
             now = asyncio.get_running_loop().time()
-            if self._movement.unsynced and now - synced_at >= SYNC_S:
+            # One at a time: a drive may take long, and those who read from it need threads.
+            due = now - synced_at >= SYNC_S and (syncing is None or syncing.done())
+            if self._movement.unsynced and due:
                 synced_at = now
-                loop.spawn(self._movement.sync())
+                syncing = loop.spawn(self._movement.sync())

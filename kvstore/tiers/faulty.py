@@ -128,7 +128,8 @@ class Fault(NamedTuple):
     """What becomes of a call.
 
     `kind`: "error" (with `code`), "short", "lost" (reported as done), "misdirected",
-    "flip" (a bit, on its way), "delay" (`seconds`), "crash" (before the call).
+    "flip" (a bit, on its way), "delay" (`seconds`; a hang where the disk's `pause` does not
+    end), "crash" (before the call).
     """
 
     kind: str

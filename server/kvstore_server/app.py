@@ -74,6 +74,9 @@ class App:
         self.metrics = Metrics(CollectorRegistry(), version=software_version())
         self.tcp_port: int | None = None
         self.admin_port: int | None = None
+        self.left_behind = False
+        """Threads that wait for a drive, which may never answer: the process should end
+        without them."""
         self._clock = clock or MonotonicClock()
         self._undo = AsyncExitStack()
         self._hurry = asyncio.Event()
@@ -94,7 +97,7 @@ class App:
         self._undo.callback(claim.release)
         await self._start_admin()
         self.store = await self._open_store(sizes)
-        self._undo.push_async_callback(self.store.close)
+        self._undo.push_async_callback(self._close_store)
         await self.store.start()
         self.health.stalled_seconds = self._stalled_seconds
         self.metrics.watch_store(self.store.stats, self._stalled_seconds)
@@ -137,14 +140,7 @@ class App:
     async def _open_store(self, sizes: StoreConfig) -> Store:
         nvme: NvmeTier | None = None
         if sizes.nvme_capacity_bytes:
-            nvme = await asyncio.to_thread(
-                NvmeTier.open,
-                self.config.nvme.path,
-                sizes.nvme_capacity_bytes,
-                sizes.nvme_extent_bytes,
-                sizes.max_blocks,
-                behind=self._modelled(),
-            )
+            nvme = await self._open_nvme(sizes)
             self.metrics.watch_wear(nvme.wear, self._clock)
         try:
             secret = nvme.secret() if nvme is not None else secrets.token_bytes(32)
@@ -162,6 +158,28 @@ class App:
             if nvme is not None:
                 nvme.close()
             raise
+
+    async def _open_nvme(self, sizes: StoreConfig) -> NvmeTier:
+        opening = ThreadPoolExecutor(1, "kvstore-open")
+        work = partial(
+            NvmeTier.open,
+            self.config.nvme.path,
+            sizes.nvme_capacity_bytes,
+            sizes.nvme_extent_bytes,
+            sizes.max_blocks,
+            behind=self._modelled(),
+        )
+        try:
+            return await asyncio.get_running_loop().run_in_executor(opening, work)
+        except asyncio.CancelledError:
+            # Nobody waits for a drive to be read, or to answer: it is as after a crash.
+            self.left_behind = True
+            raise
+        finally:
+            opening.shutdown(wait=False)
+
+    async def _close_store(self) -> None:
+        self.left_behind = not await self.store.close()
 
     def _modelled(self) -> Callable[[Disk], Disk] | None:
         if not self.config.server.device:

@@ -7,6 +7,7 @@
 70  EX_SOFTWARE     a fault of the server; the log has more
 71  EX_OSERR        the machine refuses memory or another resource
 73  EX_CANTCREAT    a directory, socket or port cannot be used
+74  EX_IOERR        stopped when asked, without a drive that did not answer
 75  EX_TEMPFAIL     the data directory is in use by another server
 78  EX_CONFIG       the configuration cannot be used
 """

@@ -31,15 +31,21 @@ def run(config: Config) -> int:
     _allow_descriptors()
     disable_created_metrics()  # type: ignore[no-untyped-call]
     prepare_interpreter()
+    app = App(config)
     try:
-        return asyncio.run(_run(config))
+        code = asyncio.run(_run(app))
     except KVStoreError as error:
         complain(error)
-        return exit_code(error)
+        code = exit_code(error)
     except Exception as error:  # noqa: BLE001
         # The outermost frame of the process.
         _log.critical("the server failed", exc_info=error)
-        return os.EX_SOFTWARE
+        code = os.EX_SOFTWARE
+    if app.left_behind:
+        # The interpreter would wait for these threads before it ends.
+        logging.shutdown()
+        os._exit(code)
+    return code
 
 
 def _allow_descriptors() -> None:
@@ -54,8 +60,7 @@ def complain(error: KVStoreError) -> None:
     os.write(2, f"kvstore: {error}\n".encode())
 
 
-async def _run(config: Config) -> int:
-    app = App(config)
+async def _run(app: App) -> int:
     asked = asyncio.Event()
 
     def on_signal() -> None:
@@ -78,8 +83,8 @@ async def _run(config: Config) -> int:
     idle = asyncio.ensure_future(app.wait_idle())
     await asyncio.wait((stopping, idle), return_when=asyncio.FIRST_COMPLETED)
     if idle.done():
-        _log.info("no session for %g s", config.server.idle_exit_s)
+        _log.info("no session for %g s", app.config.server.idle_exit_s)
     for future in (stopping, idle, collecting):
         future.cancel()
     await app.stop()
-    return os.EX_OK
+    return os.EX_IOERR if app.left_behind else os.EX_OK

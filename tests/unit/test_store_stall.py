@@ -9,6 +9,8 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
+
 from kvstore.store import Session, Store
 from kvstore.tiers.faulty import Fault, FaultyDisk, MemoryDisk
 from kvstore.tiers.nvme import NvmeTier
@@ -24,6 +26,8 @@ class Hanging(Rig):
 
     def __init__(self, folder: Path) -> None:
         self.hanging = False
+        self.hanging_calls: set[str] | None = None
+        """None: all of them."""
         self.goes_on = threading.Event()
         self.stuck = 0
         super().__init__(dram_slots=32)
@@ -37,7 +41,8 @@ class Hanging(Rig):
         return super().make_store()
 
     def fault(self, call: str) -> Fault | None:
-        return Fault("delay", seconds=HANG_S) if self.hanging else None
+        hangs = self.hanging_calls is None or call in self.hanging_calls
+        return Fault("delay", seconds=HANG_S) if self.hanging and hangs else None
 
     def hang(self, seconds: float) -> None:
         self.stuck += 1
@@ -142,5 +147,52 @@ def test_a_drive_that_answers_again_is_used_again(tmp_path: Path) -> None:
         assert grant.held == 8
         assert not rig.stalled
         assert [tier.stalls for tier in rig.store.stats().tiers] == [0, 1]
+
+    run(tmp_path, body)
+
+
+def test_a_store_is_closed_though_its_drive_hangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvstore.store.calls.CLOSE_S", 0.2)
+    rig = Hanging(tmp_path)
+
+    async def main() -> None:
+        await rig.store.start()
+        keys = chain(1, 8)
+        session = await rig.save(keys)
+        await rig.hang_with(session, keys)
+        assert not await asyncio.wait_for(rig.store.close(), 10)
+
+    asyncio.run(main())
+    rig.come_back()
+
+
+def test_a_drive_whose_syncs_hang_keeps_one_thread_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those who read from it need the others."""
+    monkeypatch.setattr("kvstore.store.upkeep.SYNC_S", 0.0)
+
+    async def body(rig: Hanging) -> None:
+        session = rig.session()
+        await rig.put(session, chain(0, 2))
+        await rig.store.flush("t", drop=True)
+        begun, sync = 0, rig.tier.sync
+
+        def counted() -> None:
+            nonlocal begun
+            begun += 1
+            sync()
+
+        monkeypatch.setattr(rig.tier, "sync", counted)
+        rig.hanging_calls, rig.hanging = {"fdatasync"}, True
+        for base in range(1, 8):
+            # More than memory may hold of what is not on the drive.
+            await rig.put(session, chain(base, 8))
+            await asyncio.sleep(0.15)
+        assert begun == 1
+        assert (await rig.acquire(session, chain(0, 2), wait_ms=5_000)).held == 2
+        rig.come_back()
 
     run(tmp_path, body)

@@ -6,7 +6,7 @@
  *   write-error  read-error  sync-error   EIO
  *   write-lost                            said to be done, and not done
  *   sync-lost                             said to be done, and not done
- *   hang                                  reads and writes wait while it is on
+ *   hang                                  reads, writes and syncs wait while it is on
  *   index-write-error  index-sync-error   EIO
  */
 #define _GNU_SOURCE
@@ -52,7 +52,7 @@ static int on_index(const char *fault, int fd)
 
 static void hang(int fd)
 {
-    while (on("hang", fd))
+    while (on("hang", fd) || on_index("hang", fd))
         usleep(10000);
 }
 
@@ -93,6 +93,7 @@ int fdatasync(int fd)
     static int (*real)(int);
     if (real == NULL)
         real = dlsym(RTLD_NEXT, "fdatasync");
+    hang(fd);
     if (on("sync-error", fd) || on_index("index-sync-error", fd))
         return fail();
     return on("sync-lost", fd) ? 0 : real(fd);
@@ -105,6 +106,7 @@ ssize_t pwrite(int fd, const void *data, size_t nbytes, off_t offset)
     static ssize_t (*real)(int, const void *, size_t, off_t);
     if (real == NULL)
         real = dlsym(RTLD_NEXT, "pwrite");
+    hang(fd);
     return on_index("index-write-error", fd) ? fail() : real(fd, data, nbytes, offset);
 }
 
@@ -113,5 +115,6 @@ ssize_t writev(int fd, const struct iovec *pieces, int count)
     static ssize_t (*real)(int, const struct iovec *, int);
     if (real == NULL)
         real = dlsym(RTLD_NEXT, "writev");
+    hang(fd);
     return on_index("index-write-error", fd) ? fail() : real(fd, pieces, count);
 }

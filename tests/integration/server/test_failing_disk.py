@@ -3,6 +3,7 @@ segments and on the index are spoilt by a library loaded before it."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import time
@@ -15,6 +16,7 @@ from kvstore.client.sync import Client
 from kvstore.tiers.nvme_fsck import check
 from kvstore.types import TierStats
 from tests.integration.server.blocks import ask, connected, content, key, kill, store
+from tests.integration.server.harness import daemon
 
 SOURCE = Path(__file__).with_name("failing_disk.c")
 SAFE = range(1, 201)
@@ -128,3 +130,26 @@ def test_a_drive_that_hangs_costs_misses_until_it_answers(faults: Faults, tmp_pa
         # For some seconds it is taken for as slow as it just was.
         eventually(lambda: len(ask(client, layout, SAFE)) == len(SAFE), 30)
         assert nvme(client).stalls == 1
+
+
+@pytest.mark.slow
+def test_a_server_whose_drive_hangs_stops_all_the_same(faults: Faults, tmp_path: Path) -> None:
+    with connected(tmp_path, *SIZES, "--drain-s", "0.5") as (server, client, layout):
+        store(client, layout, SAFE)
+        client.flush(True)
+        faults.begin("hang")
+        store(client, layout, FRESH)
+        server.process.terminate()
+        code, said = server.end()
+    assert code == os.EX_IOERR
+    assert "does not answer and was left as it is" in said
+    with daemon(tmp_path, *SIZES) as server:
+        lock = tmp_path / "data" / "LOCK"
+        eventually(lambda: lock.read_text() == f"{server.process.pid}\n", 30)
+        time.sleep(0.5)
+        assert not Path(f"{server.socket_path}.json").exists(), "it waits for the drive"
+        server.process.terminate()
+        assert server.end(timeout_s=5)[0] == 0
+    faults.end("hang")
+    with connected(tmp_path, *SIZES) as (_, client, layout):
+        assert len(ask(client, layout, SAFE)) == len(SAFE)
