@@ -53,6 +53,10 @@ def _show(report: Report) -> None:
         print(f"{report.untold_blocks} blocks are not in the index; a start finds them")
     if report.quarantined_pages:
         print(f"{report.quarantined_pages} pages are out of use for earlier damage")
+    if report.no_secret and report.blocks:
+        print("the secret is gone, with which they were named: nobody finds them again")
+    if report.no_index:
+        print("there is no index; a start makes it from the segments")
     if report.damaged_index:
         print("the index is damaged; a start makes it again from the segments")
     if report.damaged_layouts:

@@ -51,7 +51,7 @@ from kvstore.tiers.nvme_disk import Directory, Disk, direct_io_works, read_all, 
 from kvstore.tiers.nvme_home import SMALL_FILES_BYTES, DataHome, unusable
 from kvstore.tiers.nvme_index import DAMAGED, Batch, Index, map_bytes_for, start_over
 from kvstore.tiers.nvme_log import Log, spare_segments
-from kvstore.tiers.nvme_segment import Geometry, Segment, number_of
+from kvstore.tiers.nvme_segment import Geometry, Segment, numbers_of
 from kvstore.tiers.nvme_slot import Place
 from kvstore.types import ALIGNMENT
 
@@ -351,8 +351,7 @@ class NvmeTier:
     def check_integrity(self) -> None:
         """Raise `InternalError` if tables or files differ, or exceed the capacity."""
         self._log.check_integrity()
-        on_disk = {number_of(name) for name in self._disk.names()}
-        if on_disk != set(self._log.segments):
+        if set(numbers_of(self._disk)) != set(self._log.segments):
             raise InternalError("the files on disk are not the segments")
 
     # Flushing

@@ -14,12 +14,12 @@ from pathlib import Path
 
 from kvstore.errors import CorruptBlock, DataUnusable
 from kvstore.tiers import nvme_slot
-from kvstore.tiers.nvme_disk import Directory, direct_io_works, write_all
+from kvstore.tiers.nvme_disk import Directory, DiskFile, direct_io_works, write_all
 from kvstore.tiers.nvme_home import DataHome, unusable
-from kvstore.tiers.nvme_index import Batch, Index, sound, start_over
+from kvstore.tiers.nvme_index import Batch, Index, is_there, sound, start_over
 from kvstore.tiers.nvme_log import read_slot
 from kvstore.tiers.nvme_recovery import load_summary
-from kvstore.tiers.nvme_segment import Geometry, Segment, file_name, number_of
+from kvstore.tiers.nvme_segment import Geometry, Segment, file_name, numbers_of
 from kvstore.tiers.nvme_slot import HEADER_BYTES
 from kvstore.types import ALIGNMENT
 
@@ -40,6 +40,10 @@ class Report:
     quarantined_pages: int = 0
     damaged_blocks: list[str] = field(default_factory=list)
     damaged_segments: list[str] = field(default_factory=list)
+    no_secret: bool = False
+    """Then no server finds any of the blocks: they were named with it."""
+    no_index: bool = False
+    """A start makes it from the segments."""
     damaged_index: bool = False
     damaged_layouts: bool = False
     repaired: bool = False
@@ -70,11 +74,17 @@ def check(path: Path, *, repair: bool = False) -> Report:
 
 
 def _check(home: DataHome, report: Report, *, repair: bool) -> Report:
+    report.no_secret = not (home.path / "secret").exists()
+    if not report.no_secret:
+        home.secret()
     report.damaged_layouts = (home.path / "layouts").exists() and not home.layouts_sound()
     disk = Directory(home.segments, direct=direct_io_works(home.segments))
+    numbers = numbers_of(disk)
+    sizes = [(home.segments / file_name(number)).stat().st_size for number in numbers]
+    geometry = _geometry(sizes)
     with _index_of(home, report) as index:
-        for name in sorted(disk.names()):
-            _check_segment(disk, name, index, report, repair=repair)
+        for number in numbers:
+            _check_segment(disk, number, geometry, index, report, repair=repair)
     if repair and not report.sound:
         if report.damaged_index:
             start_over(home.index, "the index is damaged")
@@ -87,7 +97,8 @@ def _check(home: DataHome, report: Report, *, repair: bool) -> Report:
 @contextmanager
 def _index_of(home: DataHome, report: Report) -> Iterator[Index | None]:
     """None where there is none that can be read."""
-    if not any(home.index.iterdir()):
+    if not is_there(home.index):
+        report.no_index = True
         yield None
         return
     if not sound(home.index):
@@ -104,24 +115,21 @@ def _index_of(home: DataHome, report: Report) -> Iterator[Index | None]:
 
 
 def _check_segment(
-    disk: Directory, name: str, index: Index | None, report: Report, *, repair: bool
+    disk: Directory,
+    number: int,
+    geometry: Geometry | None,
+    index: Index | None,
+    report: Report,
+    *,
+    repair: bool,
 ) -> None:
-    number = number_of(name)
-    file = None if number is None else disk.open(name)
-    geometry = None if file is None else _geometry(file.nbytes)
-    if number is None or file is None or geometry is None:
-        if file is not None:
-            file.close()
-        report.damaged_segments.append(f"{name}: no segment")
-        if repair:
-            disk.remove(name)
-        return
-    segment = Segment(number, file, geometry)
+    name = file_name(number)
+    file = disk.open(name)
     report.segments += 1
     try:
-        load_summary(segment, geometry)
+        segment = _segment(number, file, geometry)
     except CorruptBlock as error:
-        report.damaged_segments.append(f"{file_name(number)}: {error}")
+        report.damaged_segments.append(f"{name}: {error}")
         file.close()
         if repair:
             disk.remove(name)
@@ -142,6 +150,16 @@ def _check_segment(
         if index is not None:
             index.apply(Batch(blocks={(number, slot): None for slot in damaged}))
     file.close()
+
+
+def _segment(number: int, file: DiskFile, geometry: Geometry | None) -> Segment:
+    """Raises `CorruptBlock` where it holds nothing that can be told."""
+    if geometry is None or file.nbytes != geometry.file_bytes:
+        than = "" if geometry is None else f"; others have {geometry.file_bytes}"
+        raise CorruptBlock(f"no segment has {file.nbytes} bytes{than}")
+    segment = Segment(number, file, geometry)
+    load_summary(segment, geometry)
+    return segment
 
 
 def _check_slots(segment: Segment, index: Index | None, report: Report) -> list[int]:
@@ -174,12 +192,12 @@ def _check_slots(segment: Segment, index: Index | None, report: Report) -> list[
     return damaged
 
 
-def _geometry(file_bytes: int) -> Geometry | None:
-    """Of a segment whose file is so large."""
+def _geometry(sizes: list[int]) -> Geometry | None:
+    """Of most of the segments, whose files are so large: one cut short may look like a
+    smaller one. None where that is no segment's size."""
+    file_bytes = max(sizes, key=lambda size: (sizes.count(size), size), default=0)
     for pages in range(1, _SUMMARY_PAGES):
         data_bytes = file_bytes - 2 * pages * ALIGNMENT
-        if data_bytes > 0:
-            geometry = Geometry(data_bytes)
-            if geometry.file_bytes == file_bytes:
-                return geometry
+        if data_bytes > 0 and Geometry(data_bytes).file_bytes == file_bytes:
+            return Geometry(data_bytes)
     return None

@@ -71,6 +71,7 @@ class DataHome:
         `DataVersion`, `DataUnusable`."""
         try:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _refuse_foreign(path)
             home = cls(path, _lock(path))
         except OSError as error:
             raise unusable(path, error) from error
@@ -94,6 +95,8 @@ class DataHome:
         file = self.path / "secret"
         try:
             if not file.exists():
+                if any(self.segments.glob("*.seg")):
+                    _log.error("%s is gone: what is stored is not found again", file)
                 _write_durably(file, secrets.token_bytes(SECRET_BYTES))
             secret = file.read_bytes()
         except OSError as error:
@@ -135,13 +138,6 @@ class DataHome:
     def _check_version(self) -> None:
         file = self.path / "VERSION"
         if not file.exists():
-            others = sorted(entry.name for entry in self.path.iterdir())
-            strange = [name for name in others if name not in _UNCLAIMED]
-            if strange:
-                raise DataUnusable(
-                    f"data directory {self.path} holds other files ({strange[0]!r}); "
-                    "choose an empty or a new directory"
-                )
             _write_durably(file, f"{_VERSION_PREFIX}{DATA_VERSION}\n".encode())
         with file.open("rb") as stream:
             text = stream.read(64).decode(errors="replace").strip()
@@ -156,6 +152,17 @@ class DataHome:
 
 def _checksum(data: bytes) -> bytes:
     return xxhash.xxh3_64_hexdigest(data).encode()
+
+
+def _refuse_foreign(path: Path) -> None:
+    """Before anything is put there. Raises `DataUnusable`, OSError."""
+    names = set(os.listdir(path))
+    strange = sorted(names - _UNCLAIMED)
+    if strange and "VERSION" not in names:
+        raise DataUnusable(
+            f"data directory {path} holds other files ({strange[0]!r}); "
+            "choose an empty or a new directory"
+        )
 
 
 def _lock(path: Path) -> int:

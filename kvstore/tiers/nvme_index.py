@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import shutil
 import struct
 import subprocess
 import sys
@@ -64,6 +63,7 @@ _CHUNK = 64
 
 _DATA = "data.mdb"
 _SUM = "data.sum"
+_FILES = (_DATA, "lock.mdb", _SUM)
 _SUM_PART_BYTES = 4 << 20
 _PROBE_S = 120.0
 
@@ -155,7 +155,7 @@ class Index:
         """The index in directory `path`, emptied where it cannot be used: it can be
         made again, but must neither exceed its capacity nor keep a server from
         starting. Raises `DataVersion`, `DataUnusable`."""
-        if not sound(path) and any(path.iterdir()):
+        if not sound(path) and is_there(path):
             start_over(path, "the index is damaged")
         return cls.open_trusted(path, map_bytes)
 
@@ -251,7 +251,7 @@ class Index:
         is applied afterwards. Raises OSError."""
         path = Path(self._env.path())
         (path / _SUM).touch(mode=0o600)
-        (path / _SUM).write_text(_sum_of(path / _DATA))
+        (path / _SUM).write_bytes(_sum_of(path / _DATA))
 
     def close(self) -> None:
         self._env.close()
@@ -301,6 +301,11 @@ class Index:
         ]
 
 
+def is_there(path: Path) -> bool:
+    """Whether there is an index in the directory, or what is left of one."""
+    return any((path / name).exists() for name in _FILES)
+
+
 def sound(path: Path) -> bool:
     """Whether there is an index in the directory that can be read."""
     return _vouched_for(path) or ((path / _DATA).exists() and _readable(path))
@@ -308,15 +313,19 @@ def sound(path: Path) -> bool:
 
 def _vouched_for(path: Path) -> bool:
     noted, data = path / _SUM, path / _DATA
-    return noted.exists() and data.exists() and noted.read_text() == _sum_of(data)
+    try:
+        return noted.exists() and data.exists() and noted.read_bytes() == _sum_of(data)
+    except OSError as error:
+        _log.warning("the index cannot be read: %s", error)
+        return False
 
 
-def _sum_of(data: Path) -> str:
+def _sum_of(data: Path) -> bytes:
     with data.open("rb") as stream:
         digest = xxhash.xxh3_128()
         while part := stream.read(_SUM_PART_BYTES):
             digest.update(part)
-    return digest.hexdigest()
+    return digest.hexdigest().encode()
 
 
 def _readable(path: Path) -> bool:
@@ -334,7 +343,7 @@ def _readable(path: Path) -> bool:
 
 
 def start_over(directory: Path, why: str) -> None:
-    """Empty the directory of an index."""
+    """Remove an index. The directory stays: it may be a disk of its own."""
     _log.warning("%s: it is made again from the segments", why)
-    shutil.rmtree(directory)
-    directory.mkdir(mode=0o700)
+    for name in _FILES:
+        (directory / name).unlink(missing_ok=True)

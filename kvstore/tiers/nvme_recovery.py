@@ -25,7 +25,7 @@ from kvstore.tiers.base import RecoveredBlocks
 from kvstore.tiers.nvme_disk import Disk, read_all
 from kvstore.tiers.nvme_index import Batch, Index, encode_record
 from kvstore.tiers.nvme_log import Log, check_payload, pack
-from kvstore.tiers.nvme_segment import Geometry, Segment, file_name, number_of
+from kvstore.tiers.nvme_segment import Geometry, Segment, file_name, numbers_of
 from kvstore.tiers.nvme_slot import HEADER_BYTES, Stored
 
 _log = logging.getLogger(__name__)
@@ -46,10 +46,16 @@ _NAME = np.dtype(
 
 
 def open_segments(disk: Disk, geometry: Geometry, most: int) -> list[Segment]:
-    """Those there is capacity for; every other file is removed. Raises OSError."""
+    """Those there is capacity for; other segments are removed. Raises OSError."""
+    numbers = numbers_of(disk)
     with ThreadPoolExecutor(SCANNERS) as pool:
-        opened = pool.map(partial(_open_segment, disk, geometry), sorted(disk.names()))
+        opened = pool.map(partial(_open_segment, disk, geometry), numbers)
         segments = [segment for segment in opened if segment is not None]
+    if len(segments) < len(numbers):
+        _log.warning(
+            "%d segments were dropped: another extent size than before, or cut short",
+            len(numbers) - len(segments),
+        )
     segments.sort(key=lambda s: s.life, reverse=True)
     for segment in segments[most:]:
         segment.file.close()
@@ -59,13 +65,11 @@ def open_segments(disk: Disk, geometry: Geometry, most: int) -> list[Segment]:
     return segments[:most]
 
 
-def _open_segment(disk: Disk, geometry: Geometry, name: str) -> Segment | None:
-    number = number_of(name)
-    file = None if number is None else disk.open(name)
-    if number is None or file is None or file.nbytes != geometry.file_bytes:
-        if file is not None:
-            file.close()
-        disk.remove(name)
+def _open_segment(disk: Disk, geometry: Geometry, number: int) -> Segment | None:
+    file = disk.open(file_name(number))
+    if file.nbytes != geometry.file_bytes:
+        file.close()
+        disk.remove(file_name(number))
         return None
     segment = Segment(number, file, geometry)
     try:

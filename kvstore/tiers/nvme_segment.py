@@ -35,7 +35,7 @@ from array import array
 import google_crc32c
 
 from kvstore.errors import CorruptBlock
-from kvstore.tiers.nvme_disk import DiskFile
+from kvstore.tiers.nvme_disk import Disk, DiskFile
 from kvstore.tiers.nvme_slot import MIN_SLOT_BYTES, Place
 from kvstore.types import ALIGNMENT, align_up
 
@@ -52,12 +52,14 @@ def file_name(number: int) -> str:
     return f"{number:08d}{FILE_SUFFIX}"
 
 
-def number_of(name: str) -> int | None:
-    """The segment that a file of this name holds; None for any other file."""
-    stem = name.removesuffix(FILE_SUFFIX)
-    if stem == name or not (stem.isascii() and stem.isdigit()):
-        return None
-    return int(stem) if name == file_name(int(stem)) else None
+def numbers_of(disk: Disk) -> list[int]:
+    """The segments on a disk, in order. Files of other names are not the store's."""
+    numbers = []
+    for name in disk.names():
+        stem = name.removesuffix(FILE_SUFFIX)
+        if stem.isascii() and stem.isdigit() and name == file_name(int(stem)):
+            numbers.append(int(stem))
+    return sorted(numbers)
 
 
 class Geometry:

@@ -8,7 +8,7 @@ import os
 import random
 import shutil
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +115,21 @@ def test_the_secret_is_private_and_its_own_for_each_directory(tmp_path: Path) ->
     other.close()
 
 
+def test_a_secret_that_is_gone_is_said_to_be(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tier = open_tier(tmp_path)
+    tier.secret()
+    fill(tier, 1)
+    tier.close()
+    assert not caplog.records
+    (tmp_path / "secret").unlink()
+    tier = open_tier(tmp_path)
+    tier.secret()
+    tier.close()
+    assert "what is stored is not found again" in caplog.text
+
+
 def test_only_the_owner_can_read_what_is_stored(tmp_path: Path) -> None:
     tier = open_tier(tmp_path / "data")
     fill(tier, 1)
@@ -213,12 +228,19 @@ def test_a_file_cut_short_is_a_miss_now_and_dropped_at_the_next_start(tmp_path: 
     again.close()
 
 
-def test_files_nobody_knows_are_removed_at_start(tmp_path: Path) -> None:
+def test_segments_of_no_use_are_removed_at_start_and_other_files_left_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     open_tier(tmp_path).close()
-    (tmp_path / "segments" / "00000007.seg").write_bytes(b"x" * EXTENT_BYTES)
-    (tmp_path / "segments" / "7.seg").write_bytes(b"x")
+    segments = tmp_path / "segments"
+    (segments / "00000007.seg").write_bytes(b"x" * EXTENT_BYTES)
+    (segments / "7.seg").write_bytes(b"mine")
+    (segments / "lost+found").mkdir()  # A disk that is mounted there has one.
     tier = open_tier(tmp_path)
-    assert list((tmp_path / "segments").iterdir()) == []
+    assert sorted(path.name for path in segments.iterdir()) == ["7.seg", "lost+found"]
+    assert "1 segments were dropped" in caplog.text
+    fill(tier, 1)
+    tier.check_integrity()
     tier.close()
 
 
@@ -284,7 +306,7 @@ def test_a_directory_of_other_files_is_refused_and_left_alone(tmp_path: Path) ->
     with pytest.raises(DataUnusable, match=r"thesis\.tex"):
         open_tier(tmp_path)
     assert (tmp_path / "thesis.tex").read_text() == "mine"
-    assert not (tmp_path / "VERSION").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, errno.ENOSPC])
@@ -354,6 +376,48 @@ def test_without_its_index_it_is_rebuilt_from_the_segments(
         number = int.from_bytes(header.stored_key, "big")
         assert get(again, address, header) == bytes(payload_of(number))
     again.check_integrity()
+    again.close()
+
+
+def no_text(path: Path) -> None:
+    (path / "index" / "data.sum").write_bytes(b"\xff" * 32)
+
+
+def elsewhere(path: Path) -> None:
+    """On another disk, and damaged."""
+    (path / "index").rename(path / "other")
+    (path / "index").symlink_to(path / "other")
+    (path / "other" / "data.mdb").write_bytes(b"\xab" * 65536)
+
+
+@pytest.mark.parametrize("damage", [no_text, elsewhere])
+def test_it_starts_whatever_became_of_its_index(
+    tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    tier = open_tier(tmp_path)
+    headers = fill(tier, 2)
+    tier.close()
+    damage(tmp_path)
+    again = open_tier(tmp_path)
+    assert sorted(recovered(again).values()) == sorted(headers.values())
+    again.close()
+
+
+def test_it_starts_where_its_index_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tier = open_tier(tmp_path)
+    headers = fill(tier, 2)
+    tier.close()
+
+    def fail(data: Path) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(nvme_index, "_sum_of", fail)
+        patched.setattr(nvme_index, "_readable", lambda path: False)
+        again = open_tier(tmp_path)
+    assert sorted(recovered(again).values()) == sorted(headers.values())
     again.close()
 
 

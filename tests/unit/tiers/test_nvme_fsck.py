@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -74,6 +75,11 @@ def index(path: Path, places: dict[str, tuple[Path, int]]) -> None:
     (path / "index" / "data.mdb").write_bytes(b"\xab" * 65536)
 
 
+def cut_short(path: Path, places: dict[str, tuple[Path, int]]) -> None:
+    """To what a smaller segment would have."""
+    os.truncate(places["a"][0], places["a"][0].stat().st_size // 2)
+
+
 def layouts(path: Path, places: dict[str, tuple[Path, int]]) -> None:
     spoil(path / "layouts", 40)
 
@@ -81,6 +87,7 @@ def layouts(path: Path, places: dict[str, tuple[Path, int]]) -> None:
 DAMAGE: dict[str, tuple[Damage, int]] = {
     "blocks": (payload_and_header, 18),
     "summaries": (summaries, 14),
+    "size": (cut_short, 14),
     "index": (index, 20),
     "layouts": (layouts, 20),
 }
@@ -94,7 +101,7 @@ def test_damage_is_found_dropped_and_gone(name: str, tmp_path: Path) -> None:
     assert not report.sound
     assert report.blocks == left
     assert (len(report.damaged_blocks), len(report.damaged_segments)) == (
-        2 if name == "blocks" else 0, 1 if name == "summaries" else 0,
+        2 if name == "blocks" else 0, 1 if name in ("summaries", "size") else 0,
     )  # fmt: skip
     assert (report.damaged_index, report.damaged_layouts) == (name == "index", name == "layouts")
     assert check(tmp_path, repair=True).repaired
@@ -110,10 +117,35 @@ def test_damage_is_found_dropped_and_gone(name: str, tmp_path: Path) -> None:
     tier.close()
 
 
-def test_without_an_index_every_whole_block_counts(tmp_path: Path) -> None:
+def test_without_an_index_every_whole_block_counts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     filled(tmp_path, clean=False)
     shutil.rmtree(tmp_path / "index")
-    assert check(tmp_path).blocks == 20
+    report = check(tmp_path)
+    assert (report.blocks, report.no_index, report.sound) == (20, True, True)
+    assert main(["fsck", "--nvme-path", str(tmp_path)]) == 0
+    assert "there is no index; a start makes it" in capsys.readouterr().out
+
+
+def test_a_secret_that_is_gone_or_damaged_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    filled(tmp_path)
+    command = ["fsck", "--nvme-path", str(tmp_path)]
+    assert main(command) == 0
+    assert "the secret is gone" in capsys.readouterr().out
+    (tmp_path / "secret").write_bytes(b"short")
+    assert main(command) == 73
+    assert "secret is damaged; remove the data directory" in capsys.readouterr().err
+
+
+def test_files_that_are_not_the_stores_are_no_damage(tmp_path: Path) -> None:
+    filled(tmp_path)
+    (tmp_path / "segments" / "notes.txt").write_text("mine")
+    (tmp_path / "segments" / "lost+found").mkdir()
+    assert check(tmp_path, repair=True).sound
+    assert (tmp_path / "segments" / "notes.txt").exists()
 
 
 def test_a_server_that_met_damage_leaves_a_sound_directory(tmp_path: Path) -> None:
