@@ -73,6 +73,11 @@ class Metrics:
             "kvstore_tier_failures_total", "Times a tier was switched off.", ["tier"],
             registry=registry,
         )  # fmt: skip
+        self._coded = Counter(
+            "kvstore_coded_blocks_total",
+            "Blocks coded, with loss, on their way to a tier, or given back within the bounds.",
+            ["codec", "src", "dst"], registry=registry,
+        )  # fmt: skip
         # A series that is there from the start can be alerted on: its first
         # increase is one.
         for tier in Tier:
@@ -120,6 +125,9 @@ class Metrics:
 
     def tier_off(self, tier: str) -> None:
         self._tiers_off.labels(tier).inc()
+
+    def coded(self, codec: str, src: str, dst: str) -> None:
+        self._coded.labels(codec, src, dst).inc()
 
     # The server's own events
 

@@ -33,6 +33,31 @@ MAX_RETENTIONS = 16
 """Parts of a prompt that one chain gives a priority each."""
 
 
+GROUP = 32
+"""Elements of a block that share a scale where it is coded."""
+CODECS = {"fp8": 8, "int4": 4}
+"""Bits an element, without its part of the scale."""
+_SCALE_BYTES = {"fp8": 1, "int4": 2}
+_ELEMENT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+
+def element_bytes(dtype: str) -> int:
+    """Of a dtype that can be coded; 0 for others."""
+    return _ELEMENT_BYTES.get(dtype, 0)
+
+
+def can_be_coded(dtype: str, nbytes: int) -> bool:
+    """Whether there is a codec for blocks of so many bytes: floats, in whole groups."""
+    size = element_bytes(dtype)
+    return bool(size) and nbytes % (GROUP * size) == 0
+
+
+def coded_bytes(codec: str, dtype: str, nbytes: int) -> int:
+    """What a block of `nbytes` takes when it is coded."""
+    groups = nbytes // element_bytes(dtype) // GROUP
+    return groups * (_SCALE_BYTES[codec] + GROUP * CODECS[codec] // 8)
+
+
 def align_up(nbytes: int, alignment: int = ALIGNMENT) -> int:
     """`nbytes` rounded up to a multiple of `alignment`."""
     return -(-nbytes // alignment) * alignment
@@ -157,7 +182,8 @@ class LayoutSpec:
     """Everything that makes two blocks' bytes interchangeable.
 
     Fields as in `Layout` of the wire protocol. Equal specs have equal ids, on
-    every host and after every restart.
+    every host and after every restart. `codec`: "", or the name in `CODECS` of what
+    blocks may be kept with behind DRAM, which gives them back within its bounds.
     """
 
     model: str
@@ -170,6 +196,7 @@ class LayoutSpec:
     world: int = 1
     group: int = 0
     backend: str = ""
+    codec: str = ""
 
     def __post_init__(self) -> None:
         for name in ("model", "dtype", "revision", "kv_layout", "backend"):
@@ -185,12 +212,38 @@ class LayoutSpec:
             raise BadRequest(f"rank {self.rank} is not within world {self.world}")
         if not 0 <= self.group < 1 << 32:
             raise BadRequest(f"group must be 0..2^32-1, not {self.group}")
+        if self.codec:
+            self._check_codec()
+
+    def _check_codec(self) -> None:
+        if self.codec not in CODECS:
+            raise BadRequest(f"there is no codec {self.codec!r}, only {' and '.join(CODECS)}")
+        if not can_be_coded(self.dtype, self.block_bytes):
+            raise BadRequest(
+                f"{self.codec} is for blocks of {', '.join(_ELEMENT_BYTES)} in whole groups of"
+                f" {GROUP}, not for {self.block_bytes} bytes of {self.dtype}"
+            )
+
+    def fields(self) -> dict[str, object]:
+        """By name. A codec that there is none of is left out: a layout without one is what
+        it was before there were any."""
+        fields = asdict(self)
+        if not self.codec:
+            del fields["codec"]
+        return fields
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of a block behind DRAM."""
+        if not self.codec:
+            return self.block_bytes
+        return coded_bytes(self.codec, self.dtype, self.block_bytes)
 
     @property
     def layout_id(self) -> bytes:
         """16 bytes: a digest over every field, each with its length."""
         digest = hashlib.sha256(b"kvstore layout v1")
-        for name, value in sorted(asdict(self).items()):
+        for name, value in sorted(self.fields().items()):
             field = f"{name}={value}".encode()
             digest.update(len(field).to_bytes(4, "little") + field)
         return digest.digest()[:LAYOUT_ID_BYTES]

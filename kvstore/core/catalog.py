@@ -51,6 +51,8 @@ class Layout:
     layout_id: bytes
     spec: LayoutSpec
     block_bytes: int
+    stored_bytes: int
+    """Of a block behind DRAM; fewer where it is coded there."""
     dram_class: SpaceClass
     nvme_class: SpaceClass | None
     """None where there is no tier behind DRAM."""
@@ -101,12 +103,15 @@ class Block:
     `uses`: how often somebody asked for it since it was stored, up to `MOST_USES`, or
     `UNUSED_OUTPUT` where a model made it and nobody has yet.
 
-    `checksum` (XXH3-64) is None until the first commit. `children` counts the
-    catalogued blocks that name this one as parent.
+    `checksum` (XXH3-64) is of the bytes in DRAM: None until the first commit, and while what
+    is stored has not been decoded since the start. `stored_checksum` is of the bytes behind
+    DRAM where those are coded. `children` counts the catalogued blocks that name this one
+    as parent.
     """
 
     __slots__ = (
-        "checksum", "children", "depth", "dram", "layout", "nvme", "parent", "stored_key", "uses",
+        "checksum", "children", "depth", "dram", "layout", "nvme", "parent", "stored_checksum",
+        "stored_key", "uses",
     )  # fmt: skip
 
     def __init__(self, stored_key: bytes, parent: bytes, layout: Layout, depth: int = 0) -> None:
@@ -115,6 +120,7 @@ class Block:
         self.layout = layout
         self.depth = depth
         self.checksum: int | None = None
+        self.stored_checksum: int | None = None
         self.children = 0
         self.uses = 0
         self.dram: Replica | None = None
@@ -184,10 +190,13 @@ class Catalog:
             raise TooMany(f"a tenant may register {self._max_layouts} layouts")
         nvme_class = None
         if self._nvme_slot_bytes is not None:
-            nvme_class = SpaceClass("", self._nvme_slot_bytes(spec.block_bytes))
+            nvme_class = SpaceClass("", self._nvme_slot_bytes(spec.stored_bytes))
         dram_class = SpaceClass(tenant, spec.slot_bytes)
         name = self._names.namer(self.secret(tenant), layout_id)
-        layout = Layout(tenant, layout_id, spec, spec.block_bytes, dram_class, nvme_class, name)
+        layout = Layout(
+            tenant, layout_id, spec, spec.block_bytes, spec.stored_bytes, dram_class, nvme_class,
+            name,
+        )  # fmt: skip
         known[layout_id] = layout
         return layout, True
 
@@ -261,6 +270,7 @@ class Catalog:
         the name is taken, and those whose parent was not there yet. Written out, as it is
         done for millions at a start."""
         shards, orphans, depths = self._shards, self._orphans, _DEPTHS
+        coded = bool(layout.spec.codec)
         entered: list[Block | None] = []
         early: list[Block] = []
         block: Block | None = None
@@ -285,7 +295,10 @@ class Catalog:
                 found.children += 1
                 block = Block(stored_key, found.stored_key, layout, depths[found.depth + 1])
             shard[stored_key] = block
-            block.checksum = checksum
+            if coded:
+                block.stored_checksum = checksum
+            else:
+                block.checksum = checksum
             if orphans:
                 block.children = orphans.pop(stored_key, 0)
             entered.append(block)

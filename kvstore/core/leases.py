@@ -199,7 +199,7 @@ class Leases:
                 return
             if not isinstance(self._residency.bring_up(block, wish), Replica):
                 return
-            left -= block.layout.block_bytes
+            left -= block.layout.stored_bytes
             yield NAMED + CHANGED
 
     def _work_ns(self, layouts: list[Layout], key: bytes) -> int | None:
@@ -211,7 +211,7 @@ class Leases:
                 return None
             if block.dram is None:
                 nominal = self._residency.transfers.costs[Tier.DRAM].nominal
-                work_ns += nominal.work_ns(layout.block_bytes)
+                work_ns += nominal.work_ns(layout.stored_bytes)
             elif block.dram.state is State.FILLING:
                 # What there is to do for it is queued already.
                 work_ns += 1

@@ -285,8 +285,15 @@ class Planner:
 
     # What the shell reports
 
-    def transfer_done(self, copy: Copy, now_ns: int) -> TransferClass:
-        """What it was for, as far as that was known when it started."""
+    def transfer_done(self, copy: Copy, now_ns: int, checksum: int | None = None) -> TransferClass:
+        """What it was for, as far as that was known when it started. `checksum`: of the bytes
+        that are in the target now, where a codec has made others of them."""
+        if checksum is not None:
+            block = copy.target.block
+            if copy.target.tier is Tier.NVME:
+                block.stored_checksum = checksum
+            else:
+                block.checksum = checksum
         transfer_class = self.residency.filled(copy, now_ns)
         self._target_settled(copy, now_ns, written=True)
         return transfer_class

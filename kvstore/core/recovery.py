@@ -83,12 +83,12 @@ def _take_over(
 ) -> Sequence[int]:
     """Append the blocks to `found`, and to `early` those whose parent was not there yet.
     The rows of those that cannot be there: their name or slot is taken twice,
-    they have another length than their layout's, or their slot is of another size."""
+    they have another length than is stored of their layout's, or their slot is of another size."""
     try:
         layout = catalog.layout(part.tenant, part.layout_id)
     except UnknownLayout:
         return range(len(part.stored_keys))
-    if part.length != layout.block_bytes or layout.nvme_class is None:
+    if part.length != layout.stored_bytes or layout.nvme_class is None:
         return range(len(part.stored_keys))
     entered, too_early = catalog.enter_many(layout, part.stored_keys, part.parents, part.checksums)
     refused = nvme.restore(entered, part.addresses, layout.nvme_class)

@@ -123,7 +123,7 @@ class Residency:
             return None
         self.transfers.push(
             Transfer(
-                target, block.layout.block_bytes, Tier.DRAM, block.layout.tenant, wish,
+                target, block.layout.stored_bytes, Tier.DRAM, block.layout.tenant, wish,
                 Copy(source, target),
             )
         )  # fmt: skip

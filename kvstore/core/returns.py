@@ -183,7 +183,7 @@ class Returns:
         for waypoints in known.waypoints.values():
             block = self.deepest(waypoints)
             if block is not None:
-                work_ns += (block.depth + 1) * cost.nominal.work_ns(block.layout.block_bytes)
+                work_ns += (block.depth + 1) * cost.nominal.work_ns(block.layout.stored_bytes)
         return cost.passing(work_ns).ns
 
     def due(self, now_ns: int) -> Iterator[tuple[Known, int]]:

@@ -99,7 +99,7 @@ class WriteBack:
         self._holdings.note_dirty(block)
         self._transfers.push(
             Transfer(
-                target, block.layout.block_bytes, Tier.NVME, block.layout.tenant, _AHEAD_OF_NEED,
+                target, block.layout.stored_bytes, Tier.NVME, block.layout.tenant, _AHEAD_OF_NEED,
                 Copy(source, target),
             )
         )  # fmt: skip

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import asdict
 from functools import partial
+from typing import NamedTuple
 
 import xxhash
 
 from kvstore.core.actions import Copy, Forget, Move
-from kvstore.core.catalog import Layout, Replica
+from kvstore.core.catalog import Block, Layout, Replica
 from kvstore.core.transfers import TransferClass
 from kvstore.errors import CorruptBlock, TierError, TierFailed, TierFull
+from kvstore.store.coded import CodedBlocks
 from kvstore.store.complaints import Complaints
 from kvstore.store.extents import Extents
 from kvstore.store.loop import Loop
@@ -40,6 +41,7 @@ class Movement:
         self._loop = loop
         self._dram = dram
         self._nvme = nvme
+        self._coded = None if nvme is None else CodedBlocks(nvme)
         self._extents = extents
         self._to_forget: list[Replica] = []
         self._complaints = Complaints(log, loop.clock)
@@ -61,9 +63,9 @@ class Movement:
         now_ns = loop.clock.now_ns()
         seconds = (now_ns - began_ns) / 1e9 / len(copies)
         for copy, lacking in zip(copies, failures, strict=True):
-            failure = next(ends) if lacking is None else lacking
+            failure, checksum = next(ends) if lacking is None else _End(lacking)
             if failure is None:
-                transfer_class = loop.planner.transfer_done(copy, now_ns)
+                transfer_class = loop.planner.transfer_done(copy, now_ns, checksum)
                 self._note_done(copy, transfer_class, seconds)
             else:
                 self._failed(copy, failure, now_ns, there=lacking is None)
@@ -77,18 +79,16 @@ class Movement:
             return error
         return None
 
-    def _move_all(self, copies: list[Copy]) -> list[Exception | None]:
+    def _move_all(self, copies: list[Copy]) -> list[_End]:
         """Runs in a worker thread. How each ended."""
-        ends: list[Exception | None] = []
+        ends: list[_End] = []
         for copy in copies:
             try:
-                self._move(copy)
+                ends.append(_End(None, self._move(copy)))
             except Exception as error:  # noqa: BLE001
                 # The outermost point of a background task: whoever waits for this copy
                 # must hear of its end, even of one nobody foresaw.
-                ends.append(error)
-            else:
-                ends.append(None)
+                ends.append(_End(error))
         return ends
 
     def _failed(self, copy: Copy, failure: Exception, now_ns: int, *, there: bool) -> None:
@@ -107,32 +107,42 @@ class Movement:
         full = there and isinstance(failure, TierFull)
         loop.planner.transfer_failed(copy, now_ns, source_corrupt=corrupt, full=full)
 
-    def _move(self, copy: Copy) -> None:
-        """Both replicas stay where they are meanwhile."""
+    def _move(self, copy: Copy) -> int | None:
+        """Both replicas stay where they are meanwhile. The checksum of what is in the target
+        then, where a codec has made others of the bytes."""
         assert self._nvme is not None
+        assert self._coded is not None
         block = copy.target.block
         layout = block.layout
-        header = _header(copy.target)
         in_dram = copy.source if copy.source.tier is Tier.DRAM else copy.target
         slot = self._dram.view(in_dram.address, layout.dram_class.slot_bytes)
         if copy.target.tier is Tier.DRAM:
-            self._nvme.read(copy.source.address, header, slot)
-            return
+            stored = _header(block)
+            if layout.spec.codec:
+                return self._coded.read(copy.source.address, stored, layout.spec, slot)
+            self._nvme.read(copy.source.address, stored, slot)
+            return None
         # A client wrote this slot and said what its checksum is. What does not
         # agree must not become durable.
-        if xxhash.xxh3_64_intdigest(slot[: header.length]) != header.checksum:
+        if xxhash.xxh3_64_intdigest(slot[: layout.block_bytes]) != block.checksum:
             raise CorruptBlock("a block in DRAM is not what was committed")
-        self._nvme.write(copy.target.address, header, slot)
+        if layout.spec.codec:
+            return self._coded.write(copy.target.address, _header(block), layout.spec, slot)
+        self._nvme.write(copy.target.address, _header(block), slot)
+        return None
 
     def _note_done(self, copy: Copy, transfer_class: TransferClass, seconds: float) -> None:
         source, target = copy.source.tier, copy.target.tier
-        nbytes = copy.target.block.layout.block_bytes
+        layout = copy.target.block.layout
+        nbytes = layout.stored_bytes
         self.moved_bytes[source][1] += nbytes
         self.moved_bytes[target][0] += nbytes
         self.unsynced |= target is Tier.NVME
         self._loop.observer.transfer_done(
             source.label, target.label, transfer_class.label, nbytes, seconds
         )
+        if layout.spec.codec:
+            self._loop.observer.coded(layout.spec.codec, source.label, target.label)
 
     # What the NVMe tier is told
 
@@ -147,7 +157,7 @@ class Movement:
         replicas, self._to_forget = self._to_forget, []
         assert self._nvme is not None
         nvme = self._nvme
-        entries = [(replica.address, _header(replica)) for replica in replicas]
+        entries = [(replica.address, _header(replica.block)) for replica in replicas]
 
         def strike() -> None:
             for address, header in entries:
@@ -171,7 +181,7 @@ class Movement:
         """Keep a layout across restarts."""
         if self._nvme is None:
             return
-        nvme, spec = self._nvme, asdict(layout.spec)
+        nvme, spec = self._nvme, layout.spec.fields()
         try:
             await self._loop.in_thread(
                 partial(nvme.remember_layout, layout.tenant, layout.layout_id, spec)
@@ -195,14 +205,22 @@ class Movement:
             self._loop.tier_failed(error, "sync")
 
 
-def _header(replica: Replica) -> BlockHeader:
-    block = replica.block
+class _End(NamedTuple):
+    """Of a copy: what went wrong, or else what `Movement._move` says."""
+
+    failure: Exception | None
+    checksum: int | None = None
+
+
+def _header(block: Block) -> BlockHeader:
+    """What is said of a block behind DRAM."""
     layout = block.layout
+    checksum = block.stored_checksum if layout.spec.codec else block.checksum
     return BlockHeader(
         block.stored_key,
         block.parent,
         layout.layout_id,
         layout.tenant,
-        layout.block_bytes,
-        block.checksum or 0,
+        layout.stored_bytes,
+        checksum or 0,
     )

@@ -148,6 +148,7 @@ class KVStoreService:
             world=wanted.world or 1,
             group=wanted.group,
             backend=wanted.backend,
+            codec=wanted.codec,
         )
         layout_id = self._store.register_layout(caller.tenant(), spec)
         return pb.RegisterLayoutResponse(layout_id=layout_id)

@@ -113,6 +113,7 @@ class Seen:
             self.faults.append(errno_name)
 
     def tier_off(self, tier: str) -> None: ...
+    def coded(self, codec: str, src: str, dst: str) -> None: ...
 
 
 class Held(NamedTuple):

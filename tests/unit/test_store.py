@@ -62,6 +62,9 @@ class Seen:
     def tier_off(self, tier: str) -> None:
         self.events.append(("off", tier))
 
+    def coded(self, codec: str, src: str, dst: str) -> None:
+        self.events.append(("coded", codec, src, dst))
+
 
 class Faulty(HeapStorage):
     """Fails, or holds, as told."""

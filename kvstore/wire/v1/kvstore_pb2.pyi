@@ -52,7 +52,7 @@ TIER_DRAM: Tier
 TIER_NVME: Tier
 
 class Layout(_message.Message):
-    __slots__ = ("model", "revision", "dtype", "kv_layout", "block_tokens", "block_bytes", "rank", "world", "group", "backend")
+    __slots__ = ("model", "revision", "dtype", "kv_layout", "block_tokens", "block_bytes", "rank", "world", "group", "backend", "codec")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     REVISION_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
@@ -63,6 +63,7 @@ class Layout(_message.Message):
     WORLD_FIELD_NUMBER: _ClassVar[int]
     GROUP_FIELD_NUMBER: _ClassVar[int]
     BACKEND_FIELD_NUMBER: _ClassVar[int]
+    CODEC_FIELD_NUMBER: _ClassVar[int]
     model: str
     revision: str
     dtype: str
@@ -73,7 +74,8 @@ class Layout(_message.Message):
     world: int
     group: int
     backend: str
-    def __init__(self, model: _Optional[str] = ..., revision: _Optional[str] = ..., dtype: _Optional[str] = ..., kv_layout: _Optional[str] = ..., block_tokens: _Optional[int] = ..., block_bytes: _Optional[int] = ..., rank: _Optional[int] = ..., world: _Optional[int] = ..., group: _Optional[int] = ..., backend: _Optional[str] = ...) -> None: ...
+    codec: str
+    def __init__(self, model: _Optional[str] = ..., revision: _Optional[str] = ..., dtype: _Optional[str] = ..., kv_layout: _Optional[str] = ..., block_tokens: _Optional[int] = ..., block_bytes: _Optional[int] = ..., rank: _Optional[int] = ..., world: _Optional[int] = ..., group: _Optional[int] = ..., backend: _Optional[str] = ..., codec: _Optional[str] = ...) -> None: ...
 
 class GetServerInfoRequest(_message.Message):
     __slots__ = ()

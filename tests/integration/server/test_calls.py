@@ -15,6 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from kvstore.clock import ManualClock
+from kvstore.types import LayoutSpec
 from kvstore.wire.columns import pack_numbers
 from kvstore.wire.v1 import kvstore_pb2 as pb
 from kvstore_server.limits import MAX_BLOCKS, MAX_CHAINS, MAX_KEYS
@@ -582,6 +583,17 @@ async def test_every_limit_of_a_layout_is_the_wires(tmp_path: Path) -> None:
         first = await register(stub)
         again = await register(stub, pb.Layout(**{**_fields(LAYOUT), "world": 1}))
         assert first == again, "a world of 0 is taken as 1"
+
+
+@in_loop
+async def test_layouts_that_differ_by_their_codec_are_not_the_same(tmp_path: Path) -> None:
+    async with serving(tmp_path) as app, stub_for(tcp_target(app)) as stub:
+        fields = _fields(LAYOUT)
+        coded = await register(stub, pb.Layout(**fields, codec="fp8"))
+        assert coded == LayoutSpec(**fields, codec="fp8").layout_id
+        assert coded != await register(stub)
+        unknown = register(stub, pb.Layout(**fields, codec="fp9"))
+        assert (await refused(unknown))[0] == "BAD_REQUEST"
 
 
 def _fields(message: Any) -> dict[str, Any]:

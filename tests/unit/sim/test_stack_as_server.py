@@ -122,6 +122,9 @@ class Silent:
     def tier_off(self, tier: str) -> None:
         raise AssertionError(tier)
 
+    def coded(self, codec: str, src: str, dst: str) -> None:
+        raise AssertionError(codec)
+
 
 class Came(NamedTuple):
     """What came of all requests."""
