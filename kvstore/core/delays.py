@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from itertools import accumulate
+from typing import NamedTuple
 
 PARTS = 4
 """Of an octave."""
@@ -21,6 +22,14 @@ EARLY = 0.05
 """The part of sessions that may be back before their blocks are."""
 LATE = 0.75
 """Once so many are back, the others are not waited for any more."""
+
+
+class Wait(NamedTuple):
+    """For who is still away: until `end` nearly all have come, after `mean` of waiting for
+    each. Ratios to the time that was said."""
+
+    end: float
+    mean: float
 
 
 class Delays:
@@ -41,18 +50,32 @@ class Delays:
         if ratio is None:
             self._never += 1.0
         else:
-            self._seen[min(max(_part(ratio), LOWEST), HIGHEST - 1) - LOWEST] += 1.0
+            self._seen[_index(ratio)] += 1.0
 
-    def back_between(self, begin: float, end: float) -> float:
-        """Of those that are still away at `begin`, the part that is back at `end`."""
-        before = self._before(begin)
+    def wait(self, begin: float, sure: float) -> Wait | None:
+        """From `begin` on, until the part `sure` of those that are still away then is back;
+        None where so many never are."""
+        sums, before = self._cumulated(), self._before(begin)
         away = self._total() - before
-        return (self._before(end) - before) / away if away > 0 else 0.0
+        goal = before + sure * away
+        if away <= 0 or goal > sums[-1]:
+            return None
+        first = _index(begin)
+        last = max(first, bisect_left(sums, goal))
+        waited = (before - goal) * begin
+        for index in range(first, last + 1):
+            below = before if index == first else sums[index - 1]
+            above = min(goal, sums[index])
+            waited += (above - below) * max(begin, _edge(index + LOWEST + 1))
+        end = max(begin, _edge(last + LOWEST + 1))
+        waited += (away - (goal - before)) * (end - begin)
+        return Wait(end, waited / away)
 
-    def begin(self, span: float, lead: float, sure: float) -> float | None:
+    def begin(self, patience: float, lead: float, sure: float) -> float | None:
         """From when on to hold what a session will use, so that few come before it is
-        there, when it can be held for `span` and takes `lead` to come; None where less than
-        `sure` of them would find it. All are ratios to the time that was said."""
+        there, when it takes `lead` to come; None where it would have to be held for longer
+        than `patience` on average, or less than `sure` of them would find it. All are ratios
+        to the time that was said."""
         total = self._total()
         if total < ENOUGH:
             return None
@@ -62,14 +85,10 @@ class Delays:
             if sums[index] > LATE * total and index > first:
                 return None
             begin = max(0.0, _edge(index + LOWEST) - lead)
-            if self.back_between(begin, begin + span) >= sure:
+            wait = self.wait(begin, sure)
+            if wait is not None and wait.mean <= patience:
                 return begin
         return None
-
-    def end(self) -> float:
-        """When nearly all that come back are."""
-        sums = self._cumulated()
-        return _edge(bisect_left(sums, (1 - EARLY) * sums[-1]) + LOWEST + 1)
 
     def _total(self) -> float:
         return self._cumulated()[-1] + self._never
@@ -95,6 +114,11 @@ class Delays:
 
 def _part(ratio: float) -> int:
     return math.floor(PARTS * math.log2(ratio)) if ratio > 0 else LOWEST
+
+
+def _index(ratio: float) -> int:
+    """Of the part that it is in."""
+    return min(max(_part(ratio), LOWEST), HIGHEST - 1) - LOWEST
 
 
 def _edge(part: int) -> float:

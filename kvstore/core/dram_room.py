@@ -96,7 +96,7 @@ class DramRoom(Room):
         if replica.pins:
             return Verdict.IN_USE
         if saved is not None:
-            return Verdict.GO
+            return Verdict.LAST if self._holdings.foreseen.is_kept(replica) else Verdict.GO
         if may_save and self._holdings.is_dirty(replica):
             if self._passed_over is None:
                 self._passed_over = replica

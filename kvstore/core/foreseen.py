@@ -1,12 +1,17 @@
-"""What is brought up before anybody asks for it: how much there may be, and what becomes of it.
+"""What is brought up before anybody asks for it: how much there may be, for how long it is
+kept, and what becomes of it.
 
-A client that asks and never reads, or says when a session is back and is wrong, is believed
-less: of the room for what is foreseen it gets the less the more of it was wasted lately.
+Until whoever it is for should have come, it leaves only where nothing else can: it is worth
+at least what it cost to bring it up. From then on it leaves first. A client that asks and
+never reads, or says when a session is back and is wrong, is believed less: of the room for
+what is foreseen it gets the less the more of it was wasted lately.
 """
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 from kvstore.core.catalog import Replica
 from kvstore.core.space import SpaceClass
@@ -19,6 +24,17 @@ RIGHT, SURE = 0.9, 0.95
 """Whose part is less than the first gets the least room, and all of it from the second on."""
 LEAST = 1 / 64
 """Of the room, for who was never right: it may be, one day."""
+
+
+class Waste(enum.Enum):
+    """Why what was brought up was not asked for before it left."""
+
+    OVERDUE = "overdue"
+    """Nobody had come by its time."""
+    UNWANTED = "unwanted"
+    """Whom it was for came and did not ask for it, or is gone."""
+    PUSHED_OUT = "pushed out"
+    """It left before its time: nothing else could, or it was dropped."""
 
 
 class Reason:
@@ -49,66 +65,103 @@ class Reason:
             self._wasted += 1
 
 
+@dataclass(eq=False, slots=True)
+class Errand:
+    """Bringing up what somebody is going to ask for, and keeping it until `until_ns`.
+    `brought`: of a chain root first."""
+
+    reason: Reason
+    until_ns: int
+    brought: list[Replica] = field(default_factory=list)
+    over: bool = False
+    """Nobody wants it any more."""
+    kept: bool = True
+
+
 class Foreseen:
     """Replicas in DRAM that nobody has asked for, and those on their way there. Bytes are
     counted since the start, but for `unused_bytes`, which are there now."""
 
     def __init__(self) -> None:
-        self.unused_bytes = self.used_bytes = self.wasted_bytes = 0
-        self._unused: dict[Replica, Reason] = {}
-        self._coming: dict[Replica, Reason] = {}
+        self.unused_bytes = self.used_bytes = 0
+        self.wasted = dict.fromkeys(Waste, 0)
+        self._unused: dict[Replica, Errand] = {}
+        self._coming: dict[Replica, Errand] = {}
         self._held: dict[SpaceClass, int] = {}
 
     def __contains__(self, replica: Replica) -> bool:
         """It is there and nobody has asked for it."""
         return replica in self._unused
 
+    @property
+    def wasted_bytes(self) -> int:
+        return sum(self.wasted.values())
+
+    def is_kept(self, replica: Replica) -> bool:
+        """It has come, or is just coming, for somebody who should still come."""
+        errand = self._unused.get(replica) or self._coming.get(replica)
+        return errand is not None and errand.kept
+
     def held(self, space_class: SpaceClass) -> int:
-        """Bytes of a class that have come or are on their way."""
+        """Bytes of a class that are kept or on their way."""
         return self._held.get(space_class, 0)
 
-    def begins(self, target: Replica, reason: Reason) -> None:
+    def begins(self, target: Replica, errand: Errand) -> None:
         """It is to be filled, for nobody who waits for it."""
-        self._coming[target] = reason
-        self._hold(target, 1)
+        self._coming[target] = errand
+        errand.brought.append(target)
+        self._hold(target, errand, 1)
 
     def came(self, target: Replica, *, unasked: bool) -> None:
         """It is filled. Not `unasked`: somebody came to wait for it before that began."""
-        reason = self._coming.pop(target, None)
-        if reason is None:
+        errand = self._coming.pop(target, None)
+        if errand is None:
             return
         if not unasked:
-            self._hold(target, -1)
+            self._hold(target, errand, -1)
             return
-        self._unused[target] = reason
+        self._unused[target] = errand
         self.unused_bytes += target.block.layout.block_bytes
         if target.pins:
             self.asked_for((target,))
 
     def called_off(self, target: Replica) -> None:
         """It is not filled, after all."""
-        if self._coming.pop(target, None) is not None:
-            self._hold(target, -1)
+        errand = self._coming.pop(target, None)
+        if errand is not None:
+            self._hold(target, errand, -1)
 
     def asked_for(self, replicas: Iterable[Replica]) -> None:
         """Somebody reads replicas in DRAM."""
         if self._unused:
             for replica in list(filter(self._unused.__contains__, replicas)):
-                self.used_bytes += self._leaves(replica, used=True)
+                self._leaves(replica).reason.note(used=True)
+                self.used_bytes += replica.block.layout.block_bytes
 
     def goes(self, replica: Replica) -> None:
         """It is about to stop being READY."""
         if replica in self._unused:
-            self.wasted_bytes += self._leaves(replica, used=False)
+            errand = self._leaves(replica)
+            errand.reason.note(used=False)
+            why = Waste.PUSHED_OUT if errand.kept else Waste.OVERDUE
+            self.wasted[Waste.UNWANTED if errand.over else why] += replica.block.layout.block_bytes
 
-    def _leaves(self, replica: Replica, *, used: bool) -> int:
-        self._unused.pop(replica).note(used=used)
-        self._hold(replica, -1)
-        nbytes = replica.block.layout.block_bytes
-        self.unused_bytes -= nbytes
-        return nbytes
+    def let_go(self, errand: Errand) -> None:
+        """Nobody is expected for it any more: the room is others'."""
+        for replica in errand.brought:
+            if self._unused.get(replica) is errand or self._coming.get(replica) is errand:
+                self._hold(replica, errand, -1)
+        errand.kept, errand.brought = False, []
 
-    def _hold(self, replica: Replica, change: int) -> None:
+    def _leaves(self, replica: Replica) -> Errand:
+        errand = self._unused.pop(replica)
+        self._hold(replica, errand, -1)
+        self.unused_bytes -= replica.block.layout.block_bytes
+        return errand
+
+    def _hold(self, replica: Replica, errand: Errand, change: int) -> None:
+        if not errand.kept:
+            return
         layout = replica.block.layout
         held = self._held.get(layout.dram_class, 0) + change * layout.block_bytes
         if held:
@@ -119,9 +172,10 @@ class Foreseen:
     def check_integrity(self) -> None:
         """Raises AssertionError."""
         held: dict[SpaceClass, int] = {}
-        for replica in (*self._unused, *self._coming):
-            layout = replica.block.layout
-            held[layout.dram_class] = held.get(layout.dram_class, 0) + layout.block_bytes
+        for replica, errand in (*self._unused.items(), *self._coming.items()):
+            if errand.kept:
+                layout = replica.block.layout
+                held[layout.dram_class] = held.get(layout.dram_class, 0) + layout.block_bytes
         unused = sum(replica.block.layout.block_bytes for replica in self._unused)
         if held != self._held or unused != self.unused_bytes:
             raise AssertionError("bytes that are foreseen are counted wrongly")

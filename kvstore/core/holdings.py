@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Mapping
-from functools import partial
 
 from kvstore.core.actions import Action, Forget
 from kvstore.core.catalog import MOST_USES, UNUSED_OUTPUT, Block, Catalog, Layout, Replica
@@ -35,7 +34,9 @@ class Holdings:
         make_policy: MakePolicy,
     ) -> None:
         self.catalog = catalog
-        self.dram = Pool(Tier.DRAM, dram, partial(_dram_order, make_policy, dram))
+        self._make_policy = make_policy
+        self._orders: dict[SpaceClass, DramOrder] = {}
+        self.dram = Pool(Tier.DRAM, dram, self._dram_order)
         self.nvme = None if nvme is None else Pool(Tier.NVME, nvme, lambda _: make_policy())
         self.actions: list[Action] = []
         """What the shell is to do, in order; taken out by the planner."""
@@ -214,6 +215,17 @@ class Holdings:
         self.forgetting += 1
         self.actions.append(Forget(replica))
 
+    # What is kept for somebody who is still to come
+
+    def kept(self, space_class: SpaceClass) -> int:
+        """Replicas of a class of DRAM that leave last."""
+        order = self._orders.get(space_class)
+        return 0 if order is None else order.kept
+
+    def let_go(self, replica: Replica) -> None:
+        """Nobody is expected for it any more: it leaves first."""
+        self._orders[replica.block.layout.dram_class].let_go(replica)
+
     # What is dirty
 
     def note_dirty(self, block: Block) -> None:
@@ -257,6 +269,14 @@ class Holdings:
 
     # Whose is what
 
+    def _dram_order(self, space_class: SpaceClass) -> DramOrder:
+        order = self._orders[space_class] = DramOrder(
+            self._make_policy,
+            has_room=lambda: self.dram.space.free_slots(space_class) > 0,
+            is_kept=self.foreseen.is_kept,
+        )
+        return order
+
     def pool_of(self, replica: Replica) -> Pool:
         if replica.tier is Tier.DRAM:
             return self.dram
@@ -293,7 +313,3 @@ class Holdings:
             if should != listed | self._spared or listed & self._spared:
                 raise AssertionError("the dirty list is not what is dirty")
         self.foreseen.check_integrity()
-
-
-def _dram_order(make_policy: MakePolicy, space: Space, space_class: SpaceClass) -> DramOrder:
-    return DramOrder(make_policy, lambda: space.free_slots(space_class) > 0)

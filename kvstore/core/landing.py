@@ -11,7 +11,8 @@ changes finds its way in. Which of the two is done is decided by trial (`core.pr
 performance caching", ISCA 2007.)
 
 A model's output is used again only if somebody continues it. Until then it waits in the
-same way, and is the first of all to leave.
+same way, and is the first of all to leave. What was brought up for somebody who is still to
+come (`core.foreseen`) waits too, and leaves last; where nobody came, first.
 """
 
 from __future__ import annotations
@@ -36,15 +37,23 @@ class Landing(EvictionPolicy):
 
     by_chain = True
 
-    def __init__(self, policy: EvictionPolicy, has_room: Callable[[], bool]) -> None:
-        """`has_room`: nobody would have to leave for one block more."""
+    def __init__(
+        self,
+        policy: EvictionPolicy,
+        has_room: Callable[[], bool],
+        is_kept: Callable[[Replica], bool] = lambda replica: False,
+    ) -> None:
+        """`has_room`: nobody would have to leave for one block more. `is_kept`: a replica
+        that comes in is for somebody who is still to come."""
         self.lands = False
         """What is brought up lands."""
         self._policy = policy
         self._has_room = has_room
-        self._outputs: dict[Replica, int] = {}
+        self._is_kept = is_kept
         # How often each had been asked for when it came; the one used last is last.
+        self._doubtful: dict[Replica, int] = {}
         self._landed: dict[Replica, int] = {}
+        self._kept: dict[Replica, int] = {}
         self._brought = 0
 
     def use(self, use: Use) -> None:
@@ -63,8 +72,11 @@ class Landing(EvictionPolicy):
 
     def enter(self, replica: Replica, *, brought_up: bool) -> None:
         block = replica.block
+        if not replica.pins and self._is_kept(replica):
+            self._kept[replica] = block.uses
+            return
         if block.uses < 0:
-            self._outputs[replica] = block.uses
+            self._doubtful[replica] = block.uses
             return
         if brought_up and self.lands and not self._has_room():
             self._brought += 1
@@ -74,28 +86,46 @@ class Landing(EvictionPolicy):
                 return
         self._policy.insert(replica)
 
+    @property
+    def kept(self) -> int:
+        """How many leave last."""
+        return len(self._kept)
+
+    def let_go(self, replica: Replica) -> None:
+        """Nobody is expected for it any more."""
+        before = self._kept.pop(replica, None)
+        if before is not None:
+            self._doubtful[replica] = before
+
     def touch(self, replica: Replica) -> None:
-        if self._waits(replica):
-            self._touch_waiting(replica)
-        else:
+        waiting = self._waiting(replica)
+        if waiting is None:
             self._policy.touch(replica)
+        else:
+            self._touch_waiting(replica, waiting)
 
     def touch_run(self, replicas: Iterable[Replica]) -> None:
-        if self._outputs or self._landed:
-            run = list(replicas)
-            replicas = [replica for replica in run if not self._waits(replica)]
-            for replica in run if len(replicas) < len(run) else ():
-                if self._waits(replica):
-                    self._touch_waiting(replica)
+        if self._doubtful or self._landed or self._kept:
+            ordered: list[Replica] = []
+            for replica in replicas:
+                waiting = self._waiting(replica)
+                if waiting is None:
+                    ordered.append(replica)
+                else:
+                    self._touch_waiting(replica, waiting)
+            replicas = ordered
         self._policy.touch_run(replicas)
 
-    def _waits(self, replica: Replica) -> bool:
-        return replica in self._landed or replica in self._outputs
+    def _waiting(self, replica: Replica) -> dict[Replica, int] | None:
+        """Where it waits; None where it is in the policy's order."""
+        for waiting in (self._landed, self._doubtful, self._kept):
+            if replica in waiting:
+                return waiting
+        return None
 
-    def _touch_waiting(self, replica: Replica) -> None:
+    def _touch_waiting(self, replica: Replica, waiting: dict[Replica, int]) -> None:
         """Not every touch is somebody who asks: the request that had it brought up goes on
         to store what follows it."""
-        waiting = self._landed if replica in self._landed else self._outputs
         before, now = waiting.pop(replica), replica.block.uses
         if now > before or now == MOST_USES:
             self._policy.insert(replica)
@@ -103,23 +133,24 @@ class Landing(EvictionPolicy):
             waiting[replica] = before
 
     def remove(self, replica: Replica) -> None:
-        waiting = self._landed if replica in self._landed else self._outputs
-        if waiting.pop(replica, None) is None:
+        waiting = self._waiting(replica)
+        if waiting is None:
             self._policy.remove(replica)
+        else:
+            del waiting[replica]
 
     def worth(self, replica: Replica) -> float:
-        return 0.0 if self._waits(replica) else self._policy.worth(replica)
+        return 0.0 if self._waiting(replica) is not None else self._policy.worth(replica)
 
     def candidates(self) -> Iterator[Replica]:
-        yield from self._outputs
+        yield from self._doubtful
         landed = self._landed
-        if len(landed) <= len(self) // PART:
-            yield from self._policy.candidates()
-            yield from landed
-            return
-        yield from islice(landed, LOOKED_AT)
+        first = LOOKED_AT if len(landed) > len(self) // PART else 0
+        yield from islice(landed, first)
         yield from self._policy.candidates()
-        yield from islice(landed, LOOKED_AT, None)
+        yield from islice(landed, first, None)
+        # What would be used last of these is nearest to a root.
+        yield from reversed(self._kept)
 
     def __len__(self) -> int:
-        return len(self._policy) + len(self._landed) + len(self._outputs)
+        return len(self._policy) + len(self._landed) + len(self._doubtful) + len(self._kept)

@@ -3,10 +3,11 @@
 Who knows says so (a call names chains, of a request that still waits in an engine's queue,
 say), or it is foreseen (`core.returns`): a session will be back. What is there of it is
 kept, for it is as good as used; what is not comes up in time that nobody else wants, and
-takes slots that are free or hold what is on NVMe too and was used longest ago. No more than
-a part of a tenant's DRAM holds what has not been used yet: what does not fit now is tried
-again until its time is over, what was asked for first coming first. What nobody wants any
-more (the caller has gone, its session is over, or back with something else) is called off.
+takes slots that are free or hold what is on NVMe too and was used longest ago. There it is
+kept until its time is over. No more than a part of a tenant's DRAM holds what has not been
+used yet: what does not fit now is tried again until its time is over, what was asked for
+first coming first. What nobody wants any more (the caller has gone, its session is over, or
+back with something else) is called off, and not kept any longer.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from itertools import zip_longest
 from kvstore.core.actions import Answer
 from kvstore.core.catalog import Block, Layout, Replica, is_ready
 from kvstore.core.chores import CHANGED, NAMED, SEEN, Chore, Chores
-from kvstore.core.foreseen import Reason
+from kvstore.core.foreseen import Errand, Reason
 from kvstore.core.residency import Residency
 from kvstore.core.returns import Known, Returns
 from kvstore.core.sessions import Session
@@ -28,6 +29,10 @@ from kvstore.types import NO_REUSE, ChainQuery, Refusal, Segment, SessionState
 
 MOST_WAITING = 1024
 """Prefetches that wait for room."""
+KEPT_NS = 60_000_000_000
+"""For who does not say by when it is wanted."""
+CLAIMING_NS = 1_000_000_000
+"""Who is back takes what was kept for it within this time."""
 
 
 class Prefetches:
@@ -42,6 +47,8 @@ class Prefetches:
         self._waiting: list[PrefetchTicket] = []
         # Of prefetches that nobody wants any more: what is queued may be called off.
         self._ended: list[Wish] = []
+        # What was brought up for them is kept.
+        self._keeping: list[Errand] = []
 
     # Asked for
 
@@ -62,8 +69,11 @@ class Prefetches:
         reuse = chains[0].reuse if chains else NO_REUSE
         deadline_ns = now_ns + within_ns if within_ns else None
         wish = Wish(TransferClass.PREFETCH, now_ns, reuse.priority, deadline_ns)
-        reason = self._reasons.setdefault(tenant, Reason())
-        ticket = PrefetchTicket(wish, use_of(reuse, tenant, now_ns), reason)
+        errand = Errand(
+            self._reasons.setdefault(tenant, Reason()),
+            now_ns + KEPT_NS if deadline_ns is None else deadline_ns,
+        )
+        ticket = PrefetchTicket(wish, use_of(reuse, tenant, now_ns), errand)
         if session is not None:
             session.prefetches.append(ticket)
         named = (
@@ -78,7 +88,7 @@ class Prefetches:
 
     def give_up(self, ticket: PrefetchTicket) -> None:
         """The caller waits no longer: what has not begun does not begin."""
-        ticket.over = True
+        ticket.errand.over = True
         ticket.answer = ticket.started
 
     def end_session(self, session: Session) -> None:
@@ -120,6 +130,7 @@ class Prefetches:
         self._residency.holdings.stays.tick(now_ns)
         self._residency.call_off_prefetches(now_ns, self._ended)
         self._ended.clear()
+        self._let_go(now_ns)
         waiting, self._waiting = self._waiting, []
         waiting.sort(key=lambda ticket: ticket.wish.due_ns)
         for ticket in waiting:
@@ -130,13 +141,22 @@ class Prefetches:
                 self._end(known.job)
             wish = Wish(TransferClass.PREFETCH, now_ns, known.use.priority, until_ns)
             use = known.use._replace(now_ms=now_ns / 1e6)
-            known.job = PrefetchTicket(wish, use, known.reason, answer=0)
+            known.job = PrefetchTicket(wish, use, Errand(known.reason, until_ns), answer=0)
             self._chores.add(self._bring_back(known, known.job))
 
     def _end(self, ticket: PrefetchTicket) -> None:
-        ticket.over = True
+        errand = ticket.errand
+        errand.over = True
+        errand.until_ns = min(errand.until_ns, self._now_ns + CLAIMING_NS)
         if ticket.started:
             self._ended.append(ticket.wish)
+
+    def _let_go(self, now_ns: int) -> None:
+        """Of what nobody came for."""
+        over = [errand for errand in self._keeping if errand.until_ns <= now_ns]
+        if over:
+            self._keeping = [errand for errand in self._keeping if errand.until_ns > now_ns]
+            self._chores.add(self._residency.let_go(over))
 
     # How
 
@@ -164,7 +184,7 @@ class Prefetches:
     def _look_at(self, ticket: PrefetchTicket, chain: Iterator[Sequence[bytes]]) -> Chore:
         there: dict[Layout, list[Replica]] = {}
         for names in chain:
-            if ticket.over:
+            if ticket.errand.over:
                 return
             blocks = self._readable(names)
             for block in blocks:
@@ -200,13 +220,13 @@ class Prefetches:
 
     def _bring_up(self, ticket: PrefetchTicket) -> Chore:
         lacking = ticket.lacking
-        while lacking and not ticket.over:
+        while lacking and not ticket.errand.over:
             block = self._catalog.get(lacking[0])
             if block is None or block.dram is not None or not is_ready(block.nvme):
                 lacking.popleft()
                 yield NAMED
                 continue
-            brought = self._residency.foresee(block, ticket.wish, ticket.reason)
+            brought = self._residency.foresee(block, ticket.wish, ticket.errand)
             if brought is None and ticket.wish.deadline_ns is not None:
                 if len(self._waiting) < MOST_WAITING:
                     self._waiting.append(ticket)
@@ -214,6 +234,8 @@ class Prefetches:
             if brought is None or isinstance(brought, Refusal):
                 break
             lacking.popleft()
+            if not ticket.started:
+                self._keeping.append(ticket.errand)
             ticket.started += 1
             yield CHANGED
         if ticket.answer is None:

@@ -88,8 +88,13 @@ class Trial:
 class DramOrder(Landing):
     """A class of DRAM: the order in which blocks leave it."""
 
-    def __init__(self, make_policy: MakePolicy, has_room: Callable[[], bool]) -> None:
-        super().__init__(make_policy(), has_room)
+    def __init__(
+        self,
+        make_policy: MakePolicy,
+        has_room: Callable[[], bool],
+        is_kept: Callable[[Replica], bool] = lambda replica: False,
+    ) -> None:
+        super().__init__(make_policy(), has_room, is_kept)
         self._make_policy = make_policy
         # Made when first something is brought up.
         self._trials: list[Trial] = []

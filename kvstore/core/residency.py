@@ -18,10 +18,10 @@ from collections.abc import Callable, Iterable
 from kvstore.core.actions import Copy
 from kvstore.core.breaker import BreakerState
 from kvstore.core.catalog import Block, Replica, is_ready
-from kvstore.core.chores import CHANGED, Chore
+from kvstore.core.chores import CHANGED, SEEN, Chore
 from kvstore.core.dram_room import DramRoom
 from kvstore.core.endurance import Endurance
-from kvstore.core.foreseen import Reason
+from kvstore.core.foreseen import Errand
 from kvstore.core.holdings import Holdings
 from kvstore.core.learned import LinkCost, Speed
 from kvstore.core.lifecycle import Event, State
@@ -141,7 +141,8 @@ class Residency:
             if copy.target.tier is Tier.DRAM:
                 unasked = transfer_class is TransferClass.PREFETCH
                 self.holdings.foreseen.came(copy.target, unasked=unasked)
-                self.holdings.stays.came(copy.target)
+                if not unasked:
+                    self.holdings.stays.came(copy.target)
         else:
             self.holdings.foreseen.called_off(copy.target)
             if not copy.target.pins:
@@ -198,20 +199,31 @@ class Residency:
 
     # What is brought up before anybody waits for it
 
-    def foresee(self, block: Block, wish: Wish, reason: Reason) -> Replica | Refusal | None:
+    def foresee(self, block: Block, wish: Wish, errand: Errand) -> Replica | Refusal | None:
         """As `bring_up`, for nobody who waits for it: into what is free, or in place of what
         can be had again and was used longest ago. None where too much has been brought up
         already that nobody has used."""
         space, space_class = self.dram.space, block.layout.dram_class
-        share = self._foreseen_share * reason.room
+        share = self._foreseen_share * errand.reason.room
         room = share * space.total_slots(space_class) * space_class.slot_bytes
         foreseen = self.holdings.foreseen
         if foreseen.held(space_class) + block.layout.block_bytes > room:
             return None
         target = self._bring_up(block, wish, lambda: self._place_foreseen(block))
         if isinstance(target, Replica):
-            foreseen.begins(target, reason)
+            foreseen.begins(target, errand)
         return target
+
+    def let_go(self, errands: Iterable[Errand]) -> Chore:
+        """Whoever they are for are not expected any more: what came for them leaves first,
+        the deepest of a chain before the others."""
+        for errand in errands:
+            brought = errand.brought
+            self.holdings.foreseen.let_go(errand)
+            for replica in reversed(brought):
+                if is_ready(replica):
+                    self.holdings.let_go(replica)
+                yield SEEN
 
     def _place_foreseen(self, block: Block) -> Replica | None:
         target = self._room.place(block, State.FILLING, evict=False)
@@ -224,7 +236,7 @@ class Residency:
         return target
 
     def _may_make_way(self, replica: Replica) -> Verdict:
-        if replica in self.holdings.foreseen or not is_ready(replica.block.nvme):
+        if self.holdings.foreseen.is_kept(replica) or not is_ready(replica.block.nvme):
             return Verdict.LATER
         return Verdict.IN_USE if replica.pins else Verdict.GO
 

@@ -4,8 +4,8 @@ Of each session of which calls tell (`Reuse.session`) it is known what its lates
 used and stored: a few names of blocks along each chain, from which the rest is found by
 their parents. When its caller says that it waits, it is expected back after the time that
 is said, or that such sessions took before, give or take what they were wrong by
-(`core.delays`). Its blocks are wanted back shortly before, if they then stay long enough
-for it to find them.
+(`core.delays`). Its blocks are wanted back shortly before, and kept until it should have
+come, if that is no longer on average than others stay.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from kvstore.core.tickets import PrefetchTicket
 from kvstore.core.uses import session_of, use_of
 from kvstore.types import ChainQuery, Reuse, Segment, SessionState, Tier
 
-SURE = 0.9
+SURE = 0.95
 """The part of sessions that must find what is brought up for them, as far as is known."""
 MOST_SESSIONS = 4096
 WAYPOINTS = 8
@@ -166,10 +166,13 @@ class Returns:
         self._push(absence.over_ns, known, absence)
         expected_ns = absence.expected_ns
         lead = (HEADROOM * self._work_ns(known) + TICK_NS) / expected_ns
-        span = self._residency.holdings.stays.stay_ns / expected_ns
-        begin = absence.delays.begin(span, lead, SURE)
+        begin = absence.delays.begin(self._patience(absence), lead, SURE)
         if begin is not None:
             self._push(absence.since_ns + int(begin * expected_ns), known, absence)
+
+    def _patience(self, absence: Absence) -> float:
+        """For how long it is worth keeping something for who is expected."""
+        return self._residency.holdings.stays.stay_ns / absence.expected_ns
 
     def _push(self, due_ns: int, known: Known, absence: Absence) -> None:
         heappush(self._due, (due_ns, next(self._order), known, absence))
@@ -187,7 +190,7 @@ class Returns:
         return cost.passing(work_ns).ns
 
     def due(self, now_ns: int) -> Iterator[tuple[Known, int]]:
-        """Sessions whose blocks are wanted now, and until when they are."""
+        """Sessions whose blocks are wanted now, and until when they are to be kept."""
         while self._due and self._due[0][0] <= now_ns:
             _, _, known, absence = heappop(self._due)
             if known.absence is not absence:
@@ -197,10 +200,9 @@ class Returns:
                 absence.delays.note(None)
                 continue
             expected_ns = absence.expected_ns
-            begin = (now_ns - absence.since_ns) / expected_ns
-            span = self._residency.holdings.stays.stay_ns / expected_ns
-            if absence.delays.back_between(begin, begin + span) >= SURE:
-                yield known, absence.since_ns + int(absence.delays.end() * expected_ns)
+            wait = absence.delays.wait((now_ns - absence.since_ns) / expected_ns, SURE)
+            if wait is not None and wait.mean <= self._patience(absence):
+                yield known, absence.since_ns + int(wait.end * expected_ns)
 
     # What they used
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from kvstore.core.catalog import Layout, Replica
-from kvstore.core.foreseen import Reason
+from kvstore.core.foreseen import Errand
 from kvstore.core.policies import Use
 from kvstore.core.sessions import Session
 from kvstore.core.transfers import Wish
@@ -100,13 +100,12 @@ class ClearTicket:
 @dataclass(eq=False, slots=True)
 class PrefetchTicket:
     """The answer: blocks that are being brought up for it. `lacking`: stored keys of those
-    that still are to be, in order. `over`: nobody wants it any more."""
+    that still are to be, in order."""
 
     wish: Wish
     use: Use
-    reason: Reason
+    errand: Errand
     lacking: deque[bytes] = field(default_factory=deque)
-    over: bool = False
     started: int = 0
     answer: int | None = None
 

@@ -2,7 +2,8 @@
 DRAM is a table update.
 
 A quarter of each class's slots is kept free, clean, or of what is not worth a write: that
-is what can leave at once, and the rest is all that can be dirty. Coldest first are those
+is what can leave at once, and the rest is all that can be dirty, or kept for somebody who is
+still to come. Coldest first are those
 that would have left already if they were not dirty, and then those used longest ago. Where
 NVMe has a budget (`core.endurance`), what is not worth its price is spared. Writing stops
 where NVMe has no room, and for a while after it refused a write for want of it.
@@ -136,7 +137,7 @@ class WriteBack:
         for space_class in holdings.dirty_classes():
             dirty = holdings.dirty(space_class)
             goal = max(1, space.total_slots(space_class) // 4, wanted.get(space_class, 0))
-            clean = holdings.dram.listed(space_class) - len(dirty)
+            clean = holdings.dram.listed(space_class) - len(dirty) - holdings.kept(space_class)
             lacking = goal - space.free_slots(space_class) - clean
             room = DEPTH - self._transfers.depth(TransferClass.WRITE_BACK)
             for replica in list(islice(dirty, max(0, min(lacking, room)))):
@@ -169,6 +170,8 @@ class WriteBack:
         return self._endurance.affords(price_of(block))
 
     def any_clean(self, space_class: SpaceClass) -> bool:
-        """Some replica of the class is clean: spares the search where none is."""
-        unsaved = len(self._holdings.dirty(space_class)) + self._saving.get(space_class, 0)
-        return self._holdings.dram.listed(space_class) > unsaved
+        """Some replica of the class is clean, and not kept for anybody: spares the search
+        where none is."""
+        holdings = self._holdings
+        unsaved = len(holdings.dirty(space_class)) + self._saving.get(space_class, 0)
+        return holdings.dram.listed(space_class) > unsaved + holdings.kept(space_class)

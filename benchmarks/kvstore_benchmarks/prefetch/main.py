@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from kvstore.core.foreseen import Waste
 from kvstore.core.limits import Limits
 from kvstore.core.planner import Planner
 from kvstore.core.space import Space
@@ -102,6 +103,7 @@ def measure(
         "prefetched_gb": finite((used + wasted + left) / 1e9, 1),
         "left_gb": finite(left / 1e9, 1),
         "used": finite(ratio(used, used + wasted)),
+        **{f"{why.value}_gb": finite(nbytes / 1e9, 1) for why, nbytes in foreseen.wasted.items()},
         "load_p50_ms": _ms(percentile(seen.load_s, 50)),
         "load_p90_ms": _ms(percentile(seen.load_s, 90)),
         "load_p99_ms": _ms(percentile(seen.load_s, 99)),
@@ -145,6 +147,7 @@ ROWS = (
     ("prefetched, GB", "prefetched_gb"),
     ("not used yet at the end, GB", "left_gb"),
     ("of the rest used", "used"),
+    *((f"{why.value}, GB", f"{why.value}_gb") for why in Waste),
     ("load p50, ms", "load_p50_ms"),
     ("load p90, ms", "load_p90_ms"),
     ("load p99, ms", "load_p99_ms"),

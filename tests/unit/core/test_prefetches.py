@@ -7,10 +7,11 @@ import pytest
 
 from kvstore.core import foreseen, transfers
 from kvstore.core.delays import ENOUGH, Delays
+from kvstore.core.foreseen import Waste
 from kvstore.core.limits import Limits
 from kvstore.core.planner import Planner
 from kvstore.core.returns import MOST_SESSIONS
-from kvstore.core.space import Space
+from kvstore.core.space import Space, SpaceClass
 from kvstore.core.stays import EVERY_NS, FOR_GOOD, WATCHED
 from kvstore.core.tickets import PrefetchTicket
 from kvstore.core.transfers import TransferClass
@@ -108,6 +109,10 @@ class Rig(Shell):
         self.planner.hint("t", session, state, expected_ms)
 
     @property
+    def space_class(self) -> SpaceClass:
+        return self.planner.catalog.layout("t", self.layout_id).dram_class
+
+    @property
     def queued(self) -> int:
         return self.planner.residency.transfers.depth(TransferClass.PREFETCH)
 
@@ -178,6 +183,94 @@ def test_what_is_there_already_is_kept(rig: Rig) -> None:
         rig.settle()
         rig.advance(100)
     assert rig.in_dram(100) == LENGTH
+
+
+# For how long it stays
+
+
+def test_what_is_brought_up_is_there_until_its_time_is_over_and_then_leaves_first(
+    rig: Rig,
+) -> None:
+    rig.push_down(1)
+    rig.fill()
+    rig.prefetch(1, within_ms=5000)
+    rig.settle()
+    rig.fill(200)
+    rig.pass_time(4)
+    rig.fill(300)
+    assert rig.in_dram(1) == LENGTH
+    rig.pass_time(2)
+    rig.store(400)
+    rig.settle()
+    assert rig.in_dram(1) == 0
+    assert all(rig.in_dram(base) for base in range(302, 300 + SLOTS // LENGTH))
+    assert rig.planner.holdings.foreseen.wasted[Waste.OVERDUE] == LENGTH * SLOT
+    rig.planner.check_integrity()
+
+
+def test_of_a_chain_that_nobody_came_for_the_deepest_leaves_first(rig: Rig) -> None:
+    rig.push_down(1)
+    rig.fill()
+    rig.prefetch(1, within_ms=1000)
+    rig.settle()
+    rig.pass_time(2)
+    rig.store_keys(chain(400, 1), b"", Reuse())
+    assert rig.in_dram(1) == LENGTH - 1
+
+
+def test_who_has_read_what_was_kept_for_him_keeps_no_more_of_it_than_others(rig: Rig) -> None:
+    rig.push_down(1)
+    rig.fill()
+    rig.prefetch(1, within_ms=60_000)
+    rig.settle()
+    rig.read(1)
+    assert rig.planner.holdings.kept(rig.space_class) == 0
+    rig.fill(200)
+    assert rig.in_dram(1) == 0
+
+
+def test_who_comes_back_with_something_else_is_not_waited_for_any_more(rig: Rig) -> None:
+    rig.away()
+    rig.hint(b"s", SessionState.WAITING, 10)
+    rig.pass_time(9)
+    assert rig.in_dram(1) == LENGTH
+    rig.store(2, session=b"s", request=b"2")
+    rig.pass_time(1.5)
+    rig.fill(200)
+    assert rig.in_dram(1) == 0
+    assert rig.planner.holdings.foreseen.wasted[Waste.UNWANTED] == LENGTH * SLOT
+
+
+def test_who_waits_for_more_than_the_rest_of_memory_gets_what_was_kept(rig: Rig) -> None:
+    rig.push_down(*range(1, 1 + SLOTS // LENGTH))
+    rig.push_down(50)
+    rig.prefetch(50, within_ms=60_000)
+    rig.settle()
+    queries = [
+        ChainQuery([rig.layout_id], chain(base, LENGTH)) for base in range(1, 1 + SLOTS // LENGTH)
+    ]
+    ticket = rig.planner.acquire(rig.client, queries, wait=True, now_ns=rig.now_ns)
+    rig.run()
+    rig.settle()
+    assert ticket.answer is not None
+    assert sum(grant.held for grant in ticket.answer) == SLOTS
+    assert rig.planner.holdings.foreseen.wasted[Waste.PUSHED_OUT] == LENGTH * SLOT
+
+
+def test_what_is_kept_is_not_counted_among_what_may_leave_for_others() -> None:
+    """Or nothing would be written ahead, and who stores would wait for the drive."""
+    rig = Rig(share=0.5)
+    rig.push_down(*range(1, 5))
+    for base in range(1, 5):
+        rig.prefetch(base, within_ms=60_000)
+    rig.settle()
+    assert rig.planner.holdings.kept(rig.space_class) == SLOTS // 2
+    for base in range(100, 100 + SLOTS // 2 // LENGTH):
+        rig.store(base)
+        rig.settle()
+    room = rig.planner.holdings.dram.space.free_slots(rig.space_class)
+    clean = SLOTS - room - len(rig.planner.holdings.dirty(rig.space_class)) - SLOTS // 2
+    assert room + clean >= SLOTS // 4
 
 
 # Until when
@@ -360,6 +453,24 @@ def test_what_is_said_is_believed_as_far_as_it_was_true() -> None:
     for number in range(1000):
         said.note(2.0 if number % 2 else None)
     assert said.begin(1.0, 0.1, 0.9) is None, "every second one does not come at all"
+
+
+def test_how_long_somebody_is_waited_for_is_told_by_those_who_came() -> None:
+    seen = Delays(told=False)
+    for number in range(1000):
+        seen.note(8.0 if number % 20 < 18 else 64.0)
+    most = seen.wait(4.0, 0.8)
+    assert most is not None
+    assert most.end == pytest.approx(8.0, rel=0.2)
+    assert most.mean == pytest.approx(5.0, rel=0.25), "until they come, or that time"
+    all_of_them = seen.wait(4.0, 0.99)
+    assert all_of_them is not None
+    assert all_of_them.end == pytest.approx(64.0, rel=0.2)
+    late = seen.wait(16.0, 0.8)
+    assert late is not None and late.mean == pytest.approx(60.0, rel=0.1)
+    for _ in range(200):
+        seen.note(None)
+    assert seen.wait(4.0, 0.9) is None, "too many do not come"
 
 
 def test_where_nothing_is_said_nothing_is_expected_before_something_was_seen() -> None:
