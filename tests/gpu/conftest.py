@@ -54,6 +54,11 @@ if importlib.util.find_spec("vllm") is None:
     sys.meta_path.append(_StandIns())
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # Also where the project's own settings are not read.
+    config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU; skipped elsewhere")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "tests/gpu/" in item.path.as_posix():

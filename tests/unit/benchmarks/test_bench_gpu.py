@@ -1,17 +1,24 @@
-"""`kvstore bench gpu` measures, counts what is wrong, and says so without a GPU."""
+"""`kvstore bench gpu` measures, counts what is wrong, and says so without a GPU; all of what
+runs on one runs here, on a stand-in, so that no misspelt name is first met there."""
 
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from io import StringIO
 from typing import Any
 
 import pytest
 from rich.console import Console
 
+from kvstore.device.cuda import CudaDriver
 from kvstore.errors import NoDevice
 from kvstore_benchmarks.figures import machine
-from kvstore_benchmarks.gpu import main, measure
+from kvstore_benchmarks.gpu import __main__ as command
+from kvstore_benchmarks.gpu import engine, main, measure
+from tests.gpu import test_copies
+from tests.unit.device.cupy_standin import Machine, Torch
 from tests.unit.device.fakes import FakeDriver
 
 SMALL = measure.Options(
@@ -72,3 +79,74 @@ def test_without_a_gpu_the_reason_is_given(
     monkeypatch.setattr(main, "CudaDriver", none)
     assert main.run(SMALL, as_object=False) == os.EX_UNAVAILABLE
     assert "there is no CuPy: pip install 'kvstore[gpu]'" in capsys.readouterr().err
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    stand_in = Machine(FakeDriver())
+    stand_in.install(monkeypatch)
+    monkeypatch.setattr(engine, "torch", Torch(stand_in.driver))
+    monkeypatch.setattr(engine, "HAS_TORCH", True)
+    monkeypatch.setattr(
+        engine, "SHAPES", {"layers": (4, 1 << 12, False), "outermost": (4, 1 << 12, True)}
+    )
+    return stand_in
+
+
+def test_the_whole_command_runs_and_its_table_comes_last(
+    gpu: Machine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "QUICK", SMALL)
+    monkeypatch.setattr(command, "run_tests", lambda: 0)
+    monkeypatch.setenv("COLUMNS", "120")
+    assert command.main(["--quick"]) == 0
+    out = capsys.readouterr().out
+    assert "(stand-in, " in out
+    assert "connector, outermost" in out
+    assert "wrong blocks" in out.splitlines()[-2]
+    assert gpu.batches
+    assert gpu.launches
+    assert not gpu.driver.wrong
+
+
+def test_a_test_that_fails_there_fails_the_command(
+    gpu: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "QUICK", SMALL)
+    monkeypatch.setattr(command, "run_tests", lambda: 1)
+    assert command.main(["--quick"]) == 1
+
+
+def test_the_tests_are_found_without_the_projects_settings(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Here each is skipped, for want of a GPU."""
+    assert command.run_tests() == 0
+    assert " skipped" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("pinned", [True, False])
+@pytest.mark.parametrize("way", test_copies.WAYS)
+def test_the_tests_for_a_gpu_hold_on_a_stand_in(gpu: Machine, way: str, pinned: bool) -> None:
+    driver = CudaDriver(0, lambda: 0)
+    test_copies.test_what_is_saved_is_loaded_elsewhere(driver, "odd", way, pinned)
+    assert not gpu.driver.wrong
+
+
+def test_the_test_of_waiting_holds_on_a_stand_in(gpu: Machine) -> None:
+    driver = CudaDriver(0, lambda: 0)
+    test_copies.test_a_store_waits_for_the_engine_and_a_load_does(driver, Torch(gpu.driver))
+
+
+def test_what_it_imports_is_on_a_bare_machine() -> None:
+    """Beside torch and CuPy: no vLLM, and nothing of the server's."""
+    script = (
+        "import sys\n"
+        "import kvstore_benchmarks.gpu.__main__, kvstore_connectors.vllm.blocks\n"
+        "for name in ('vllm', 'grpc', 'lmdb', 'msgspec', 'google_crc32c', 'matplotlib'):\n"
+        "    assert name not in sys.modules, name\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
