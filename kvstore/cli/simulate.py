@@ -53,6 +53,12 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
         help="sizes of the tier; default: 1, 5, 10, 25 and 50 %% of the trace's blocks",
     )
     parser.add_argument(
+        "--block-tokens",
+        type=_count,
+        metavar="N",
+        help="replay in blocks of so many tokens, a multiple of the trace's own; default: those",
+    )
+    parser.add_argument(
         "--tiers",
         type=simulate_stack.tiers,
         action="append",
@@ -79,6 +85,13 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
         help="do not tell policies which session a request is of, and what that does next",
     )
     parser.add_argument(
+        "--expected",
+        type=_within,
+        metavar="P",
+        help="tell policies when each session will be back, too, off by a factor of up to 1 - P or"
+        " 1 + P; default: only what the trace says",
+    )
+    parser.add_argument(
         "--session-rate",
         type=_rate,
         default=0.02,
@@ -96,14 +109,21 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     from kvstore.sim.readers import read_traces
+    from kvstore.sim.trace import coarsened, expecting
 
     wrong = ("capacity_blocks", "order") if args.tiers else ("machine",)
     for name in wrong:
         if getattr(args, name) is not None:
             flag = "--" + name.replace("_", "-")
             raise BadRequest(f"{flag} goes {'without' if args.tiers else 'with'} --tiers")
+    if args.expected is not None and args.no_hints:
+        raise BadRequest("--expected goes without --no-hints")
     with progress("reading"):
         trace = read_traces(args.traces, session_rate=args.session_rate, seed=args.seed)
+        if args.block_tokens is not None:
+            trace = coarsened(trace, args.block_tokens)
+        if args.expected is not None:
+            trace = expecting(trace, args.expected, args.seed)
     rows = (_run_stacks if args.tiers else _run_tier)(args, trace)
     if args.json:
         print(json.dumps(rows, indent=2))
@@ -216,6 +236,16 @@ def _count(text: str) -> int:
     if not 0 < count < 1 << 40:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of one or more")
     return count
+
+
+def _within(text: str) -> float:
+    try:
+        within = float(text)
+    except ValueError:
+        within = -1.0
+    if not 0 <= within < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share from 0 to below 1")
+    return within
 
 
 def _rate(text: str) -> float:

@@ -70,6 +70,7 @@ class Asked(msgspec.Struct, forbid_unknown_fields=True):
     priority: Annotated[int, Meta(ge=0, le=100)] = 50
     category: str = ""
     then: Literal["waiting", "idle", "ended"] | None = None
+    expected_ms: Time | None = None
 
 
 class Turn(msgspec.Struct):
@@ -218,6 +219,7 @@ def _kvstore(path: Path, data: bytes) -> Trace:
                 asked.priority,
                 asked.category,
                 None if asked.then is None else SessionState[asked.then.upper()],
+                asked.expected_ms,
             )
         )
     return Trace(header.block_tokens, len(numbers), requests)

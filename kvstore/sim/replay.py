@@ -113,7 +113,7 @@ class Replay:
                     policy.use(self._use(request))
                 serve(request)
                 if hinted and request.session is not None and request.then is not None:
-                    policy.hint(request.session, request.then)
+                    policy.hint(request.session, request.then, request.expected_ms)
                 if progress is not None and number % REPORTED_EVERY == 0:
                     progress(number / len(requests))
         return self._result

@@ -193,5 +193,8 @@ class Serving:
         """Its session's caller says what comes next, once all is stored that ever is."""
         state = prompt.request.then
         if prompt.reuse.session and state is not None:
-            self._planner.hint(self._session.tenant, prompt.reuse.session, state, None)
+            expected_ms = prompt.request.expected_ms
+            if expected_ms is not None:
+                expected_ms = max(0.0, expected_ms - (self._events.now_ns - prompt.came_ns) / MS)
+            self._planner.hint(self._session.tenant, prompt.reuse.session, state, expected_ms)
             self._shell.execute()

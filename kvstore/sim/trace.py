@@ -6,6 +6,7 @@ so that a prompt of 2,000 blocks is worked on a piece at a time.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -36,6 +37,8 @@ class Request:
     category: str = ""
     then: SessionState | None = None
     """What its session does once it is answered, as a caller would know."""
+    expected_ms: float | None = None
+    """How long after this request its session makes the next, as its caller says."""
 
     @property
     def blocks(self) -> int:
@@ -84,3 +87,41 @@ def merged(traces: Iterable[Trace]) -> Trace:
         sessions += 1 + max((r.session for r in trace.requests if r.session is not None), default=0)
     requests.sort(key=lambda request: request.time_ms)
     return Trace(sizes.pop(), base, requests)
+
+
+def coarsened(trace: Trace, block_tokens: int) -> Trace:
+    """The same requests in larger blocks. A prompt has those that its blocks fill, and two
+    are equal where all that they are made of is: a block's name is that of the prompt up to
+    its end. Raises `TraceError` where the blocks are not so many of the trace's."""
+    factor, rest = divmod(block_tokens, trace.block_tokens)
+    if rest or not factor:
+        raise TraceError(f"blocks of {block_tokens} tokens are not some of {trace.block_tokens}")
+    numbers = np.full(trace.blocks, -1, dtype=np.int64)
+    blocks = 0
+    requests: list[Request] = []
+    for request in trace.requests:
+        prompt = [np.arange(first, stop, dtype=np.int64) for first, stop in request.pieces]
+        ends = np.concatenate(prompt)[factor - 1 :: factor] if prompt else np.empty(0, np.int64)
+        new = ends[numbers[ends] < 0]
+        numbers[new] = np.arange(blocks, blocks + len(new))
+        blocks += len(new)
+        requests.append(replace(request, pieces=pieces_of(numbers[ends])))
+    return Trace(block_tokens, blocks, requests)
+
+
+def expecting(trace: Trace, within: float, seed: int) -> Trace:
+    """The same requests, whose callers also say when their session will be back: as it will
+    be, times a factor that is even between 1 - `within` and 1 + `within`."""
+    draw = random.Random(seed)
+    following: dict[int, float] = {}
+    requests: list[Request] = []
+    for request in reversed(trace.requests):
+        expected_ms = None
+        if request.session is not None:
+            if request.session in following:
+                factor = 1 + within * (2 * draw.random() - 1)
+                expected_ms = factor * (following[request.session] - request.time_ms)
+            following[request.session] = request.time_ms
+        requests.append(replace(request, expected_ms=expected_ms))
+    requests.reverse()
+    return Trace(trace.block_tokens, trace.blocks, requests)

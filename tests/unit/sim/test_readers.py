@@ -123,11 +123,13 @@ def test_the_documented_format_tells_sessions_and_priorities(tmp_path: Path) -> 
             "session": "x",
             "category": "chat",
             "then": "waiting",
+            "expected_ms": 750,
         },
     )
     first, second = read(path).requests
     assert first.session == second.session and first.priority == 90 and second.category == "chat"
     assert first.then is None and second.then is SessionState.WAITING
+    assert first.expected_ms is None and second.expected_ms == 750
     assert read(path).block_tokens == 16 and read(path).blocks == 4
 
 
@@ -147,6 +149,7 @@ def test_what_is_wrong_is_named_with_its_line(tmp_path: Path) -> None:
         ([{**HEADER, "version": 2}], 1),
         ([{**HEADER, "block_tokens": 0}], 1),
         ([HEADER, {"time_ms": 1e300, "tokens": 16, "blocks": [1]}], 2),
+        ([HEADER, {"time_ms": 0, "tokens": 16, "blocks": [1], "expected_ms": -1}], 2),
     ]
     for number, (lines, line) in enumerate(wrong):
         path = write(tmp_path / f"{number}.jsonl", *lines)

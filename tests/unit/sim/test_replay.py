@@ -104,11 +104,16 @@ def test_policies_are_told_of_sessions_unless_they_are_not_to_be() -> None:
         def hint(
             self, session: object, state: SessionState, expected_ms: float | None = None
         ) -> None:
-            self.told.append((session, state))
+            self.told.append((session, state, expected_ms))
 
-    ended = SessionState.ENDED
-    asked = [Request(0, 16, 1, ((0, 1),), session=7), Request(1, 16, 1, ((0, 1),), 7, then=ended)]
-    for hints, told in ((True, [7, 7, (7, ended)]), (False, [None, None])):
+    waiting, ended = SessionState.WAITING, SessionState.ENDED
+    asked = [
+        Request(0, 16, 1, ((0, 1),), session=7),
+        Request(1, 16, 1, ((0, 1),), 7, then=waiting, expected_ms=3.0),
+        Request(4, 16, 1, ((0, 1),), 7, then=ended),
+    ]
+    said = [7, 7, (7, waiting, 3.0), 7, (7, ended, None)]
+    for hints, told in ((True, said), (False, [None] * 3)):
         policy = Listening()
         Replay(policy, Trace(16, 1, asked), 10, hints=hints).run(by_chain=True)
         assert policy.told == told

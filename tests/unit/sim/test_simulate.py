@@ -50,6 +50,18 @@ def test_one_process_and_many_find_the_same(
     assert found[0] == found[1]
 
 
+def test_larger_blocks_are_those_that_are_filled(
+    trace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    replay = ["simulate", str(trace), "--policy", "lru", "--capacity-blocks", "100", "--json"]
+    assert main([*replay, "--block-tokens", "2048"]) == 0
+    [row] = json.loads(capsys.readouterr().out)
+    assert row["block_references"] == 60
+    assert row["token_hit_ratio"] == pytest.approx(53 / 60 * 2048 / 3072, abs=1e-6)
+    assert main([*replay, "--block-tokens", "1000"]) == 1
+    assert "blocks of 1000 tokens are not some of 512" in capsys.readouterr().err
+
+
 def test_a_table_is_shown(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["simulate", str(trace), "--policy", "lru", "--capacity-blocks", "1000"]) == 0
     shown = capsys.readouterr().out
@@ -75,6 +87,8 @@ def test_plots_are_drawn(trace: Path, tmp_path: Path) -> None:
         ("--session-rate", "0", "not a rate"),
         ("--session-rate", "nan", "not a rate"),
         ("--processes", "0", "'0'"),
+        ("--block-tokens", "0", "'0'"),
+        ("--expected", "1", "not a share"),
     ],
 )
 def test_a_wrong_flag_is_explained(
