@@ -161,7 +161,8 @@ def _speed(engine: Engine, demand: Demand) -> Section:
         [
             Figure(
                 "prefill_ms", "prefill of a mean prompt", demand.prefill_ms, "ms",
-                "(2 N n + 2 L Hq dh n^2) / (peak x MFU x GPUs), mean over prompts",
+                f"(2 N n + 2 L Hq dh n^2) / ({engine.gpus} x {engine.gpu.bf16_tflops:g} TFLOP/s"
+                f" x {engine.mfu:g}), mean over prompts of n tokens",
             ),
             Figure(
                 "prefill_tokens_s", "prefill", 1e3 * demand.prompt_tokens / demand.prefill_ms,
@@ -169,11 +170,14 @@ def _speed(engine: Engine, demand: Demand) -> Section:
             ),
             Figure(
                 "doubling_tokens", "a token costs twice at depth", prefill.doubling_tokens, "",
-                "2 N / (4 L Hq dh)",
+                f"2 N / (4 L Hq dh), N {engine.model.active:.4g}, L {engine.model.layers},"
+                f" Hq {engine.model.query_heads}, dh {engine.model.head_dim}",
             ),
             Figure(
                 "decode_step_ms", f"a decode step of {batch:.0f} requests", step_ms, "ms",
-                "max((weights + batch x context x KV) / bandwidth, 2 N batch / arithmetic)",
+                f"max((weights + batch x {context:.0f} tokens x KV) / ({engine.gpus} x"
+                f" {engine.gpu.memory_gbps:g} GB/s x {engine.bandwidth_share:g}), 2 N batch /"
+                " prefill's arithmetic)",
             ),
             Figure(
                 "decode_tokens_s", "decode", 1e3 * batch / step_ms, "tokens/s", "batch / step"
@@ -184,13 +188,15 @@ def _speed(engine: Engine, demand: Demand) -> Section:
 
 def _links(engine: Engine) -> Section:
     notes, figures = [], []
-    for key, name, gbps in (
-        ("dram", "DRAM", engine.dram_gbps),
-        ("nvme", f"NVMe, {engine.ssds} x {engine.ssd.name}", engine.nvme_gbps),
+    host = f"{engine.gpus} x {engine.gpu.host_gbps:g}, the host link of a GPU"
+    drives = f"min({engine.ssds} x {engine.ssd.read_gbps:g}, that of DRAM)"
+    for key, name, gbps, formula in (
+        ("dram", "DRAM", engine.dram_gbps, host),
+        ("nvme", f"NVMe, {engine.ssds} x {engine.ssd.name}", engine.nvme_gbps, drives),
     ):
         kappa = engine.kappa(gbps)
         figures += [
-            Figure(f"{key}_gbps", name, gbps, "GB/s", "min(drives, host links of the GPUs)"),
+            Figure(f"{key}_gbps", name, gbps, "GB/s", formula),
             Figure(
                 f"{key}_kappa", "computing / loading", kappa, "x",
                 "prefill of the first token / (bytes a token / bandwidth)",
@@ -220,7 +226,9 @@ def _demand(sizing: Sizing) -> Section:
             Figure("output_tokens", "output, mean", demand.output_tokens, "tokens", ""),
             Figure(
                 "most_hits", "hits if all were kept", demand.curve[-1].token_hits, "of tokens",
-                "replay at the largest size" if "trace" in demand.source else "shared / prompt",
+                "replay at the largest size"
+                if "trace" in demand.source
+                else "99.9 % of shared / prompt",
             ),
             Figure(
                 "most_gb", "all that is of use", sizing.most_gb, "GB", "its tokens x bytes a token"
@@ -304,8 +312,8 @@ def _choice(sizing: Sizing, chosen: Point, wishes: Wishes) -> Section:
         "choice",
         "8. These tiers",
         [
-            Figure("dram_gb", "DRAM", chosen.dram_gb, "GB", "given" if wishes.dram_gb else "knee"),
-            Figure("nvme_gb", "NVMe", chosen.nvme_gb, "GB", "given" if wishes.nvme_gb else "knee"),
+            Figure("dram_gb", "DRAM", chosen.dram_gb, "GB", _whence(wishes.dram_gb)),
+            Figure("nvme_gb", "NVMe", chosen.nvme_gb, "GB", _whence(wishes.nvme_gb)),
             Figure("token_hits", "hits", chosen.token_hits, "of tokens", "both tiers"),
             Figure("hits_dram", "hits in DRAM", chosen.hits_dram, "of tokens", ""),
             Figure("saved", "prefill saved", chosen.saved, "", "time of the hits / time of all"),
@@ -383,6 +391,10 @@ def _cost(sizing: Sizing, chosen: Point) -> Section:
             Figure("net_hour", "net", gpus - dram - nvme, "an hour", "saved - cost"),
         ],
     )  # fmt: skip
+
+
+def _whence(given: float | None) -> str:
+    return "knee" if given is None else "given"
 
 
 def _knee(start: Point, steps: Sequence[Step], size: Any) -> float:

@@ -110,6 +110,13 @@ def test_given_sizes_are_kept_and_others_are_the_knees() -> None:
     assert plan["choice"]["dram_gb"] == plan["dram"]["knee_gb"]
 
 
+def test_a_size_of_nothing_is_a_given_one() -> None:
+    made = make(Sizing(engine(), demand(), PRICES), wishes(nvme_gb=0.0))
+    [choice] = [section for section in made if section.key == "choice"]
+    whence = {figure.key: figure.formula for figure in choice.figures}
+    assert (whence["nvme_gb"], whence["dram_gb"]) == ("given", "knee")
+
+
 def test_a_target_is_reached_or_it_is_said_what_it_takes() -> None:
     reached = sections(wishes(first_token_ms=10_000.0))["choice"]["notes"]
     assert "is reached" in str(reached)
