@@ -1,4 +1,6 @@
-"""`kvstore bench local`, `clients`, `index`, `gpu`, `transfers`, `prefetch`, `vllm` and `serve`."""
+"""`kvstore bench local`, `clients`, `index`, `evictions`, `gpu`, `transfers`, `prefetch`, `vllm`
+and `serve`.
+"""
 
 from __future__ import annotations
 
@@ -48,6 +50,17 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
         default=(10_000, 100_000, 1_000_000),
         metavar="N,N",
         help="how many, one measurement each, up to 10000000; default: 10000,100000,1000000",
+    )
+    evictions = which.add_parser("evictions", help="room for a block where DRAM is full")
+    evictions.add_argument(
+        "--policy",
+        type=_names,
+        default=("worth", "lru"),
+        metavar="NAME,NAME",
+        help="policies (docs/policies.md); default: worth,lru",
+    )
+    evictions.add_argument(
+        "--blocks", type=int, default=1_000_000, metavar="N", help="in DRAM; default: 1000000"
     )
     transfers = which.add_parser("transfers", help="loads by NVMe's queue, under load")
     transfers.add_argument(
@@ -99,7 +112,7 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
         benchmark.add_argument(
             "--plots", type=Path, metavar="DIR", help="draw the figures there, as PNG"
         )
-    for benchmark in (local, clients, index, transfers, prefetch, gpu, vllm, serve):
+    for benchmark in (local, clients, index, evictions, transfers, prefetch, gpu, vllm, serve):
         benchmark.add_argument("--json", action="store_true", help="print one object")
         benchmark.add_argument("--quick", action="store_true", help="a try-out, not a measurement")
     for benchmark in (local, clients, index, transfers, vllm, serve):
@@ -140,6 +153,15 @@ def run(args: argparse.Namespace) -> int:
         from kvstore_benchmarks.scale.main import run as run_index
 
         return run_index(args.dir, FEW if args.quick else args.blocks, as_object=args.json)
+    if args.benchmark == "evictions":
+        from kvstore_benchmarks.policies.evictions import QUICK as SOME
+        from kvstore_benchmarks.policies.evictions import Options as Room
+        from kvstore_benchmarks.policies.evictions import run as run_evictions
+
+        room = Room(args.policy, args.blocks)
+        if args.quick:
+            room = replace(SOME, policies=args.policy)
+        return run_evictions(room, as_object=args.json)
     if args.benchmark == "transfers":
         from kvstore_benchmarks.transfers.main import QUICK as TRY_OUT
         from kvstore_benchmarks.transfers.main import Options as Orders
@@ -182,6 +204,10 @@ def _parts(text: str) -> tuple[float, ...]:
     if not all(0 < part < 2 for part in parts):
         raise ValueError
     return parts
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(text.split(",")))
 
 
 def _counts(text: str) -> tuple[int, ...]:

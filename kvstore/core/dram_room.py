@@ -12,8 +12,8 @@ from functools import partial
 from kvstore.core.catalog import Block, Replica
 from kvstore.core.holdings import Holdings
 from kvstore.core.lifecycle import State
-from kvstore.core.pool import Verdict
 from kvstore.core.room import Room
+from kvstore.core.shortlist import Verdict
 from kvstore.core.space import SpaceClass
 from kvstore.core.write_back import WriteBack
 
@@ -24,8 +24,6 @@ class DramRoom(Room):
         self._write_back = write_back
         # An extent whose dirty blocks are being written, so that it can be emptied.
         self._number: int | None = None
-        # The first dirty replica that would have been dropped but for that.
-        self._passed_over: Replica | None = None
 
     def place(self, block: Block, state: State, *, evict: bool = True) -> Replica | None:
         """A replica in that state; None where there is no room now. Without `evict`
@@ -48,12 +46,17 @@ class DramRoom(Room):
             may_save = self._write_back.possible
             if not may_save or self._write_back.any_clean(space_class):
                 victim = self._pool.coldest(space_class, partial(self._may_leave, may_save))
-                if self._passed_over is not None:
-                    self._write_back.would_leave(self._passed_over)
-                    self._passed_over = None
+                self._write_next(space_class)
             if victim is None:
                 return None
             self._drop(victim)
+
+    def _write_next(self, space_class: SpaceClass) -> None:
+        """One that would have been dropped but for that it is dirty."""
+        while (replica := self._pool.passed_over(space_class)) is not None:
+            if self._holdings.is_dirty(replica):
+                self._write_back.would_leave(replica)
+                break
 
     def _take_over(self, space_class: SpaceClass) -> bool:
         if self._number is not None:
@@ -98,8 +101,6 @@ class DramRoom(Room):
         if saved is not None:
             return Verdict.LAST if self._holdings.foreseen.is_kept(replica) else Verdict.GO
         if may_save and self._holdings.is_dirty(replica):
-            if self._passed_over is None:
-                self._passed_over = replica
             return Verdict.LATER
         return Verdict.LAST if replica.block.children else Verdict.GO
 

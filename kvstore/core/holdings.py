@@ -14,7 +14,15 @@ from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Mapping
 
 from kvstore.core.actions import Action, Forget
-from kvstore.core.catalog import MOST_USES, UNUSED_OUTPUT, Block, Catalog, Layout, Replica
+from kvstore.core.catalog import (
+    MOST_USES,
+    UNUSED_OUTPUT,
+    Block,
+    Catalog,
+    Layout,
+    Replica,
+    is_ready,
+)
 from kvstore.core.foreseen import Foreseen
 from kvstore.core.lifecycle import Event, State
 from kvstore.core.policies import MakePolicy, Use
@@ -122,8 +130,11 @@ class Holdings:
     def came(self, replica: Replica) -> None:
         """It became READY."""
         self.changed.add(replica.block.stored_key)
+        block = replica.block
         self.pool_of(replica).insert(replica, self.class_of(replica))
-        self.note_dirty(replica.block)
+        self.note_dirty(block)
+        if replica.tier is Tier.NVME and is_ready(block.dram):
+            self.dram.may_leave(block.dram, block.layout.dram_class)
 
     def asked_for(self, replicas: Iterable[Replica]) -> None:
         """Somebody reads replicas in DRAM."""
@@ -242,8 +253,10 @@ class Holdings:
 
     def spare(self, replica: Replica) -> None:
         """A dirty replica is not worth a write, as long as nobody asks for it."""
-        del self._dirty[replica.block.layout.dram_class][replica]
+        space_class = replica.block.layout.dram_class
+        del self._dirty[space_class][replica]
         self._spared.add(replica)
+        self.dram.may_leave(replica, space_class)
 
     def is_spared(self, replica: Replica) -> bool:
         return replica in self._spared

@@ -13,8 +13,9 @@ from kvstore.core.catalog import Block, Replica, is_ready
 from kvstore.core.endurance import Endurance, Weight
 from kvstore.core.holdings import Holdings
 from kvstore.core.lifecycle import State
-from kvstore.core.pool import Pool, Verdict
+from kvstore.core.pool import Pool
 from kvstore.core.room import Room
+from kvstore.core.shortlist import Verdict
 
 EVICTION_BATCH = 16
 """Replicas dropped at a time."""

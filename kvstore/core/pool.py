@@ -7,33 +7,16 @@ has its slot from the moment it is made to the moment it is GONE.
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from itertools import islice
 
 from kvstore.core.catalog import Block, DramReplica, NvmeReplica, Replica
 from kvstore.core.lifecycle import State
 from kvstore.core.policies import EvictionPolicy, Use
+from kvstore.core.shortlist import MayGo, Shortlist
 from kvstore.core.space import Space, SpaceClass
 from kvstore.types import SessionState, Tier
 
 REPLICAS: dict[Tier, type[Replica]] = {Tier.DRAM: DramReplica, Tier.NVME: NvmeReplica}
-
-SCANNED = 1024
-"""Replicas looked at for one to evict."""
-
-
-class Verdict(enum.Enum):
-    """Whether a replica may leave its tier."""
-
-    GO = enum.auto()
-    IN_USE = enum.auto()
-    """Not before whoever uses it lets go."""
-    LAST = enum.auto()
-    """Only when nothing else may: it has children, and what is there of a chain should
-    stay a prefix."""
-    LATER = enum.auto()
-    """Once it is written to the next tier."""
 
 
 class Pool:
@@ -47,6 +30,7 @@ class Pool:
         self._replicas = 0
         self._make_policy = make_policy
         self._policies: dict[SpaceClass, EvictionPolicy] = {}
+        self._shortlists: dict[SpaceClass, Shortlist] = {}
         self._use = Use()
         self._told: dict[SpaceClass, Use] = {}
 
@@ -88,8 +72,9 @@ class Pool:
 
     def hint(self, session: Hashable, state: SessionState, expected_ms: float | None) -> None:
         """See the policies'."""
-        for policy in self._policies.values():
+        for space_class, policy in self._policies.items():
             policy.hint(session, state, expected_ms)
+            self._shortlists[space_class].reordered()
 
     def insert_all(self, replicas: Iterable[Replica], space_class: SpaceClass) -> None:
         """`insert` for each, in this order."""
@@ -104,6 +89,7 @@ class Pool:
         policy = self._policies.get(space_class)
         if policy is None:
             policy = self._policies[space_class] = self._make_policy(space_class)
+            self._shortlists[space_class] = Shortlist()
         if self._told.get(space_class) is not self._use:
             self._told[space_class] = self._use
             policy.use(self._use)
@@ -111,15 +97,18 @@ class Pool:
 
     def touch(self, replica: Replica, space_class: SpaceClass) -> None:
         self._policy(space_class).touch(replica)
+        self._shortlists[space_class].used((replica,))
 
     def touch_run(self, replicas: list[Replica], space_class: SpaceClass) -> None:
         """`touch` for many of one class, the last one last."""
         if replicas:
             self._policy(space_class).touch_run(replicas)
+            self._shortlists[space_class].used(replicas)
 
     def withdraw(self, replica: Replica, space_class: SpaceClass) -> None:
         """The replica is not READY any more; its slot is still used."""
         self._policies[space_class].remove(replica)
+        self._shortlists[space_class].used((replica,))
 
     def vacate(self, replica: Replica) -> None:
         """The replica is GONE: its slot is free."""
@@ -131,26 +120,28 @@ class Pool:
         """See `Space.residents`."""
         return self.space.residents()
 
-    def coldest(
-        self, space_class: SpaceClass, may_go: Callable[[Replica], Verdict]
-    ) -> Replica | None:
-        """The first replica in eviction order that may go, among the `SCANNED` coldest.
+    def coldest(self, space_class: SpaceClass, may_go: MayGo) -> Replica | None:
+        """The first replica in eviction order that may go, by and large (`core.shortlist`).
 
         Those found in use on the way count as used now, so that they are not looked
         at again and again."""
-        in_use: list[Replica] = []
-        found = last_resort = None
-        for replica in islice(self.candidates(space_class), SCANNED):
-            verdict = may_go(replica)
-            if verdict is Verdict.GO:
-                found = replica
-                break
-            if verdict is Verdict.LAST and last_resort is None:
-                last_resort = replica
-            elif verdict is not Verdict.LATER:
-                in_use.append(replica)
+        shortlist = self._shortlists.get(space_class)
+        if shortlist is None:
+            return None
+        found, in_use = shortlist.find(self.candidates(space_class), may_go)
         self.touch_run(in_use, space_class)
-        return found or last_resort
+        return found
+
+    def passed_over(self, space_class: SpaceClass) -> Replica | None:
+        """The next of those that would have left before what was found last, had they been
+        written; each is told once until the order is walked again."""
+        shortlist = self._shortlists.get(space_class)
+        return None if shortlist is None else shortlist.behind()
+
+    def may_leave(self, replica: Replica, space_class: SpaceClass) -> None:
+        """It has been written to the next tier, or will not be: if it was passed over for
+        that, it leaves first."""
+        self._shortlists[space_class].may_leave(replica)
 
     def worth(self, replica: Replica, space_class: SpaceClass) -> float:
         """See the policies'."""

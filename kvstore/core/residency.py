@@ -26,7 +26,7 @@ from kvstore.core.holdings import Holdings
 from kvstore.core.learned import LinkCost, Speed
 from kvstore.core.lifecycle import Event, State
 from kvstore.core.nvme_room import NvmeRoom
-from kvstore.core.pool import Verdict
+from kvstore.core.shortlist import Verdict
 from kvstore.core.transfers import Link, Transfer, TransferClass, Wish
 from kvstore.core.uses import NOBODY
 from kvstore.core.write_back import WriteBack

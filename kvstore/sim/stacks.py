@@ -49,7 +49,7 @@ def sweep_stacks(
 ) -> list[dict[str, Any]]:
     """One object a run, in their order: what `kvstore simulate --tiers --json` prints.
     Raises `BadRequest` for a bound, which no server can run, and for tiers that cannot be."""
-    policies = [_server_policy(run.policy) for run in runs]
+    policies = [policy_of_a_server(run.policy) for run in runs]
     everything = ("belady-bypass", trace.blocks)
     same_size = {
         tiers: [(name, _blocks(trace, tiers, machine)) for name in ("belady-bypass", "cost-belady")]
@@ -76,7 +76,7 @@ def sweep_stacks(
     return rows
 
 
-def _server_policy(name: str) -> str:
+def policy_of_a_server(name: str) -> str:
     policy = policy_called(name)
     if policy in BOUNDS:
         raise BadRequest(f"{policy} knows the future, so no server runs it; with tiers the bounds"
