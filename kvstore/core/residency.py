@@ -347,4 +347,6 @@ class Residency:
             elif replica.state is State.FILLING:
                 block.nvme = None
                 self._stop_filling(replica)
+                # What it was to be filled from may be damaged, and gone.
+                holdings.left_a_tier(block)
             yield CHANGED

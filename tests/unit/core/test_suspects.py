@@ -120,3 +120,19 @@ def test_a_block_found_damaged_while_it_is_written_to_nvme_leaves_nothing(shell:
     assert shell.held(session, layout_id, keys) == 0
     assert len(shell.planner.catalog) == len(shell.planner.residency.dram) == 0
     shell.planner.check_integrity()
+
+
+def test_a_drive_that_fails_while_a_damaged_block_is_written_leaves_nothing(shell: Shell) -> None:
+    session = shell.session(1)
+    layout_id, keys = stored(shell, session, 1)
+    addresses = addresses_of(shell, session, layout_id, keys)
+    shell.planner.flush(None, drop=False)
+    shell.run()
+    for replica in shell.planner.suspects("t", addresses):
+        shell.planner.examined(replica, damaged=True)
+    shell.planner.tier_failed(shell.now_ns)
+    shell.run()
+    shell.planner.check_integrity()
+    shell.settle()
+    assert len(shell.planner.catalog) == len(shell.planner.residency.dram) == 0
+    shell.planner.check_integrity()
