@@ -13,7 +13,6 @@ from kvstore.cli.main import COMMANDS, Subparsers
 from kvstore.cli.serve import add_config_arguments, config_from
 from kvstore.errors import DataError, DataInUse, DataVersion
 from kvstore.tiers.nvme_fsck import Report, check
-from kvstore.units import format_size
 
 DAMAGED = 3
 SHOWN = 20
@@ -46,13 +45,20 @@ def run(args: argparse.Namespace) -> int:
 
 def _show(report: Report) -> None:
     print(
-        f"{report.path}: {report.blocks} blocks ({format_size(report.block_bytes)}) "
+        f"{report.path}: {report.blocks} blocks ({report.block_bytes / 1e6:,.1f} MB) "
         f"in {report.segments} segments"
     )
+    if report.strange_blocks:
+        print(f"{report.strange_blocks} blocks are of unknown layouts; a start drops them")
     if report.untold_blocks:
         print(f"{report.untold_blocks} blocks are not in the index; a start finds them")
     if report.quarantined_pages:
         print(f"{report.quarantined_pages} pages are out of use for earlier damage")
+    if report.half_summaries:
+        print(
+            f"{report.half_summaries} segments have one whole copy of their summary left, which "
+            "is enough: the power failed, or the other is damaged"
+        )
     if report.no_secret and report.blocks:
         print("the secret is gone, with which they were named: nobody finds them again")
     if report.no_index:

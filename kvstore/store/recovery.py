@@ -39,7 +39,8 @@ def _take_over(loop: Loop, nvme: StorageTier, layouts: list[tuple[str, LayoutSpe
         nvme.close_extent(extent)
     if refused or extents:
         log.warning(
-            "%d extents and %d other blocks found on NVMe do not fit; they are dropped",
+            "%d extents and %d other blocks found on NVMe are dropped: there is no room for "
+            "them, or their layout is not known",
             len(extents), len(refused),
         )  # fmt: skip
 

@@ -8,7 +8,7 @@ for, and then only by dropping: a cache has nothing to mend a block with.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,9 +35,14 @@ class Report:
     blocks: int = 0
     """Whole ones, that a server would find."""
     block_bytes: int = 0
+    strange_blocks: int = 0
+    """Of those, what is in layouts that nobody told of; a server's start drops them."""
     untold_blocks: int = 0
     """Of those, what the index does not tell of; a server's start reads them."""
     quarantined_pages: int = 0
+    half_summaries: int = 0
+    """Segments of whose summary one copy is not whole: the power failed, or it is damaged.
+    Nothing is lost by it."""
     damaged_blocks: list[str] = field(default_factory=list)
     damaged_segments: list[str] = field(default_factory=list)
     no_secret: bool = False
@@ -62,134 +67,141 @@ def check(path: Path, *, repair: bool = False) -> Report:
     """Reads all there is. With `repair` what is damaged is dropped. Raises `DataInUse`,
     `DataVersion`, `DataUnusable`."""
     path = path.absolute()
-    if not (path / "VERSION").is_file():
-        raise DataUnusable(f"{path} is not a data directory")
+    try:
+        if not (path / "VERSION").is_file():
+            raise DataUnusable(f"{path} is not a data directory: it has no VERSION")
+    except OSError as error:
+        raise unusable(path, error) from error
     home = DataHome.open(path)
     try:
-        return _check(home, Report(str(path)), repair=repair)
+        return _Check(home, Report(str(path)), repair=repair).all()
     except OSError as error:
         raise unusable(path, error) from error
     finally:
         home.close()
 
 
-def _check(home: DataHome, report: Report, *, repair: bool) -> Report:
-    report.no_secret = not (home.path / "secret").exists()
-    if not report.no_secret:
-        home.secret()
-    report.damaged_layouts = (home.path / "layouts").exists() and not home.layouts_sound()
-    disk = Directory(home.segments, direct=direct_io_works(home.segments))
-    numbers = numbers_of(disk)
-    sizes = [(home.segments / file_name(number)).stat().st_size for number in numbers]
-    geometry = _geometry(sizes)
-    with _index_of(home, report) as index:
-        for number in numbers:
-            _check_segment(disk, number, geometry, index, report, repair=repair)
-    if repair and not report.sound:
-        if report.damaged_index:
-            start_over(home.index, "the index is damaged")
-        if report.damaged_layouts:
-            (home.path / "layouts").unlink()
-        report.repaired = True
-    return report
+class _Check:
+    def __init__(self, home: DataHome, report: Report, *, repair: bool) -> None:
+        self._home = home
+        self._report = report
+        self._repair = repair
+        self._disk = Directory(home.segments, direct=direct_io_works(home.segments))
+        self._index: Index | None = None
+        """None where there is none that can be read."""
 
+    def all(self) -> Report:
+        home, report = self._home, self._report
+        report.no_secret = not (home.path / "secret").exists()
+        if not report.no_secret:
+            home.secret()
+        report.damaged_layouts = (home.path / "layouts").exists() and not home.layouts_sound()
+        self._layouts = home.read_layouts()
+        numbers = numbers_of(self._disk)
+        sizes = [(home.segments / file_name(number)).stat().st_size for number in numbers]
+        self._geometry = _geometry(sizes)
+        with self._open_index():
+            for number in numbers:
+                self._segment(number)
+        if self._repair and not report.sound:
+            if report.damaged_index:
+                start_over(home.index, "the index is damaged")
+            if report.damaged_layouts:
+                (home.path / "layouts").unlink()
+            report.repaired = True
+        return report
 
-@contextmanager
-def _index_of(home: DataHome, report: Report) -> Iterator[Index | None]:
-    """None where there is none that can be read."""
-    if not is_there(home.index):
-        report.no_index = True
-        yield None
-        return
-    if not sound(home.index):
-        report.damaged_index = True
-        yield None
-        return
-    index = Index.open_trusted(home.index, (home.index / "data.mdb").stat().st_size + (4 << 20))
-    try:
-        yield index
-        index.sync()
-        index.vouch()
-    finally:
-        index.close()
+    @contextmanager
+    def _open_index(self) -> Iterator[None]:
+        path = self._home.index
+        self._report.no_index = not is_there(path)
+        self._report.damaged_index = not self._report.no_index and not sound(path)
+        if self._report.no_index or self._report.damaged_index:
+            yield
+            return
+        index = Index.open_trusted(path, (path / "data.mdb").stat().st_size + (4 << 20))
+        self._index = index
+        try:
+            yield
+            index.sync()
+            with suppress(OSError):  # It only makes the next start faster.
+                index.vouch()
+        finally:
+            index.close()
 
-
-def _check_segment(
-    disk: Directory,
-    number: int,
-    geometry: Geometry | None,
-    index: Index | None,
-    report: Report,
-    *,
-    repair: bool,
-) -> None:
-    name = file_name(number)
-    file = disk.open(name)
-    report.segments += 1
-    try:
-        segment = _segment(number, file, geometry)
-    except CorruptBlock as error:
-        report.damaged_segments.append(f"{name}: {error}")
+    def _segment(self, number: int) -> None:
+        name = file_name(number)
+        file = self._disk.open(name)
+        self._report.segments += 1
+        try:
+            segment = self._load(number, file)
+        except CorruptBlock as error:
+            self._report.damaged_segments.append(f"{name}: {error}")
+            file.close()
+            if self._repair:
+                self._disk.remove(name)
+                if self._index is not None:
+                    self._index.drop_segment(number)
+            return
+        self._report.quarantined_pages += len(segment.bad)
+        damaged = self._slots(segment)
+        if self._repair and damaged:
+            self._drop(segment, damaged)
         file.close()
-        if repair:
-            disk.remove(name)
-            if index is not None:
-                index.drop_segment(number)
-        return
-    report.quarantined_pages += len(segment.bad)
-    damaged = _check_slots(segment, index, report)
-    if repair and damaged:
+
+    def _load(self, number: int, file: DiskFile) -> Segment:
+        """Raises `CorruptBlock` where it holds nothing that can be told."""
+        geometry = self._geometry
+        if geometry is None or file.nbytes != geometry.file_bytes:
+            than = "" if geometry is None else f"; others have {geometry.file_bytes}"
+            raise CorruptBlock(f"no segment has {file.nbytes} bytes{than}")
+        segment = Segment(number, file, geometry)
+        self._report.half_summaries += not load_summary(segment, geometry)
+        return segment
+
+    def _slots(self, segment: Segment) -> list[int]:
+        """The damaged slots: those that the index tells of, or without it those with a
+        header of this life, and that hold no whole block."""
+        report, index = self._report, self._index
+        told: set[int] = set()
+        if index is not None:
+            for slots, table in index.entries(segment.number):
+                told.update(slots[table["life"] == segment.life].tolist())
+        damaged: list[int] = []
+        header = nvme_slot.aligned(HEADER_BYTES)
+        payload = nvme_slot.aligned(max(HEADER_BYTES, segment.slot_bytes - HEADER_BYTES))
+        for slot in range(segment.slots):
+            if segment.is_dead(slot):
+                continue
+            try:
+                stored = read_slot(segment, slot, header, payload)
+            except CorruptBlock as error:
+                why = str(error)
+            except OSError as error:
+                why = error.strerror or str(error)
+            else:
+                report.blocks += 1
+                report.block_bytes += stored.header.length
+                report.untold_blocks += index is not None and slot not in told
+                layout = stored.header.tenant, stored.header.layout_id
+                report.strange_blocks += layout not in self._layouts
+                continue
+            if slot in told or (index is None and slot < segment.settled and any(header)):
+                damaged.append(slot)
+                report.damaged_blocks.append(f"{file_name(segment.number)} slot {slot}: {why}")
+        return damaged
+
+    def _drop(self, segment: Segment, damaged: list[int]) -> None:
         for slot in damaged:
             segment.spoil(slot)
             segment.strike(slot)
         summary, offset = segment.encode()
         page = nvme_slot.aligned(len(summary))
         page[:] = summary
-        write_all(file, [page], offset)
-        file.fdatasync()
-        if index is not None:
-            index.apply(Batch(blocks={(number, slot): None for slot in damaged}))
-    file.close()
-
-
-def _segment(number: int, file: DiskFile, geometry: Geometry | None) -> Segment:
-    """Raises `CorruptBlock` where it holds nothing that can be told."""
-    if geometry is None or file.nbytes != geometry.file_bytes:
-        than = "" if geometry is None else f"; others have {geometry.file_bytes}"
-        raise CorruptBlock(f"no segment has {file.nbytes} bytes{than}")
-    segment = Segment(number, file, geometry)
-    load_summary(segment, geometry)
-    return segment
-
-
-def _check_slots(segment: Segment, index: Index | None, report: Report) -> list[int]:
-    """The damaged slots: those that the index tells of, or without it those with a
-    header of this life, and that hold no whole block."""
-    told: set[int] = set()
-    if index is not None:
-        for slots, table in index.entries(segment.number):
-            told.update(slots[table["life"] == segment.life].tolist())
-    damaged: list[int] = []
-    header = nvme_slot.aligned(HEADER_BYTES)
-    payload = nvme_slot.aligned(max(HEADER_BYTES, segment.slot_bytes - HEADER_BYTES))
-    for slot in range(segment.slots):
-        if segment.is_dead(slot):
-            continue
-        why = ""
-        try:
-            stored = read_slot(segment, slot, header, payload)
-            report.blocks += 1
-            report.block_bytes += stored.header.length
-            report.untold_blocks += index is not None and slot not in told
-            continue
-        except CorruptBlock as error:
-            why = str(error)
-        except OSError as error:
-            why = error.strerror or str(error)
-        if slot in told or (index is None and slot < segment.settled and any(header)):
-            damaged.append(slot)
-            report.damaged_blocks.append(f"{file_name(segment.number)} slot {slot}: {why}")
-    return damaged
+        write_all(segment.file, [page], offset)
+        segment.file.fdatasync()
+        if self._index is not None:
+            self._index.apply(Batch(blocks={(segment.number, slot): None for slot in damaged}))
 
 
 def _geometry(sizes: list[int]) -> Geometry | None:

@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import secrets
+from contextlib import suppress
 from pathlib import Path
 
 import xxhash
@@ -39,11 +40,12 @@ _UNCLAIMED = frozenset(("LOCK", "VERSION.tmp", "lost+found"))
 """What a directory may hold and still be taken for a new one."""
 
 _ADVICE = {
-    errno.EACCES: "give this user the right to write there, or choose another directory",
-    errno.EPERM: "give this user the right to write there, or choose another directory",
+    errno.EACCES: "give this user the right to read and write there, or choose another directory",
+    errno.EPERM: "give this user the right to read and write there, or choose another directory",
     errno.EROFS: "mount it writable, or choose another directory",
     errno.ENOTDIR: "choose a directory, or remove the file that is in the way",
     errno.EEXIST: "choose a directory, or remove the file that is in the way",
+    errno.EISDIR: "remove the directory that is in the way, or choose another",
     errno.ENOSPC: "free some space, or choose another directory",
     errno.EDQUOT: "free some space, or choose another directory",
     errno.EMFILE: "raise the limit of open files (ulimit -n), or use larger extents",
@@ -53,7 +55,9 @@ _ADVICE = {
 def unusable(path: Path, error: OSError) -> DataUnusable:
     """The typed error for `error`, with what to do about it."""
     advice = _ADVICE.get(error.errno or 0, "choose another directory")
-    return DataUnusable(f"data directory {path}: {error.strerror}; {advice}")
+    there = str(error.filename or path)
+    where = "" if there == str(path) else f" ({there})"
+    return DataUnusable(f"data directory {path}: {error.strerror}{where}; {advice}")
 
 
 class DataHome:
@@ -158,11 +162,17 @@ def _refuse_foreign(path: Path) -> None:
     """Before anything is put there. Raises `DataUnusable`, OSError."""
     names = set(os.listdir(path))
     strange = sorted(names - _UNCLAIMED)
-    if strange and "VERSION" not in names:
+    if not strange or "VERSION" in names:
+        return
+    if {"index", "secret", "segments"} <= names:
         raise DataUnusable(
-            f"data directory {path} holds other files ({strange[0]!r}); "
-            "choose an empty or a new directory"
+            f"data directory {path} has lost its VERSION file; choose another directory, or, as "
+            f"it is a cache, start over: rm -r {path}"
         )
+    raise DataUnusable(
+        f"data directory {path} holds other files ({strange[0]!r}); "
+        "choose an empty or a new directory"
+    )
 
 
 def _lock(path: Path) -> int:
@@ -181,8 +191,9 @@ def _lock(path: Path) -> int:
     except OSError:
         os.close(fd)
         raise
-    os.ftruncate(fd, 0)
-    os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+    with suppress(OSError):  # It is for people: a full disk is used all the same.
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
     return fd
 
 

@@ -79,8 +79,9 @@ def _open_segment(disk: Disk, geometry: Geometry, number: int) -> Segment | None
     return segment
 
 
-def load_summary(segment: Segment, geometry: Geometry) -> None:
-    """Raises `CorruptBlock` when there is none left, and the segment holds nothing."""
+def load_summary(segment: Segment, geometry: Geometry) -> bool:
+    """Whether each copy that was ever written is whole. Raises `CorruptBlock` when none is,
+    and the segment holds nothing."""
     nbytes = geometry.summary_bytes
     both = nvme_slot.aligned(2 * nbytes)
     pages = [both[:nbytes], both[nbytes:]]
@@ -90,8 +91,8 @@ def load_summary(segment: Segment, geometry: Geometry) -> None:
         there = [_read_summary(segment, page, i * nbytes) for i, page in enumerate(pages)]
     copies = [bytes(page) for page, is_there in zip(pages, there, strict=True) if is_there]
     if not any(copy.strip(b"\0") for copy in copies):
-        return  # Preallocated, and never begun.
-    segment.load(copies)
+        return True  # Preallocated, and never begun.
+    return segment.load(copies) and len(copies) == len(pages)
 
 
 def _read_summary(segment: Segment, page: memoryview, offset: int) -> bool:

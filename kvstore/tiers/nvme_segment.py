@@ -213,10 +213,11 @@ class Segment:
         struct.pack_into("<I", page, _CRC_OFFSET, google_crc32c.value(bytes(page)))
         return bytes(page), self.generation % 2 * geometry.summary_bytes
 
-    def load(self, copies: list[bytes]) -> None:
-        """Take over the newer of the summaries found. Raises `CorruptBlock` when
-        none is whole; the segment then holds nothing."""
-        found = [fields for page in copies if (fields := self._decode(page))]
+    def load(self, copies: list[bytes]) -> bool:
+        """Take over the newer of the summaries found. Whether each that was ever written
+        is whole. Raises `CorruptBlock` when none is; the segment then holds nothing."""
+        written = [page for page in copies if page.strip(b"\0")]
+        found = [fields for page in written if (fields := self._decode(page))]
         if not found:
             raise CorruptBlock("neither copy of the summary is whole")
         self.generation, self.life, slot_bytes, self.settled, dead, bad = max(found)
@@ -225,6 +226,7 @@ class Segment:
         self.bad = {number for number in pages if bad[number >> 3] >> (number & 7) & 1}
         self._shape(slot_bytes)
         self.dead[:] = dead
+        return len(found) == len(written)
 
     def _decode(self, page: bytes) -> tuple[int, int, int, int, bytes, bytes] | None:
         if len(page) != self._geometry.summary_bytes:

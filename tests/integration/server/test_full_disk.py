@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,14 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(disk)], check=True)
 
 
+def fill_up(file: Path) -> None:
+    """To the last page."""
+    for step in (MIB, 4096):
+        with file.open("ab", buffering=0) as stream, suppress(OSError):
+            while True:
+                stream.write(bytes(step))
+
+
 def test_a_disk_that_is_full_costs_blocks_and_nothing_else(
     small_disk: Path, tmp_path: Path
 ) -> None:
@@ -49,14 +58,27 @@ def test_a_disk_that_is_full_costs_blocks_and_nothing_else(
         assert len(held) * SPEC.block_bytes > 10 * MIB, "what is on disk is found"
 
 
+def test_a_disk_that_others_have_filled_is_used_all_the_same(
+    small_disk: Path, tmp_path: Path
+) -> None:
+    data = small_disk / "data"
+    sizes = ("--nvme-capacity", "32MiB", "--nvme-path", str(data))
+    numbers = range(1, 101)
+    with connected(tmp_path, *sizes) as (_, client, layout):
+        store(client, layout, numbers)
+        client.flush()
+    fill_up(small_disk / "others")
+    assert check(data).sound
+    with connected(tmp_path, *sizes) as (_, client, layout):
+        assert ask(client, layout, numbers) == list(numbers)
+        store(client, layout, range(201, 301))
+        client.flush()
+        assert client.stats().tiers[1].healthy
+    assert check(data).sound
+
+
 def test_no_room_for_anything_says_what_to_do(small_disk: Path, tmp_path: Path) -> None:
-    with (small_disk / "others").open("wb") as stream:
-        try:
-            while True:
-                stream.write(bytes(MIB))
-                stream.flush()
-        except OSError:
-            pass
+    fill_up(small_disk / "others")
     with daemon(tmp_path, "--nvme-path", str(small_disk / "data")) as server:
         code, said = server.end()
     assert code == os.EX_CANTCREAT

@@ -309,6 +309,42 @@ def test_a_directory_of_other_files_is_refused_and_left_alone(tmp_path: Path) ->
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+def test_a_store_without_its_version_is_not_taken_for_other_files(tmp_path: Path) -> None:
+    tier = open_tier(tmp_path)
+    tier.secret()
+    tier.close()
+    (tmp_path / "VERSION").unlink()
+    with pytest.raises(DataUnusable, match=f"lost its VERSION file.* rm -r {tmp_path}"):
+        open_tier(tmp_path)
+
+
+def test_what_is_in_the_way_is_named(tmp_path: Path) -> None:
+    tier = open_tier(tmp_path)
+    fill(tier, 1)
+    tier.close()
+    segment = tmp_path / "segments" / file_name(0)
+    segment.unlink()
+    segment.mkdir()
+    with pytest.raises(DataUnusable, match=f"{segment}.*remove the directory"):
+        open_tier(tmp_path)
+
+
+def test_a_full_disk_is_no_obstacle_to_a_store_that_has_its_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tier = open_tier(tmp_path)
+    headers = fill(tier, 1)
+    tier.close()
+
+    def full(*args: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", full)
+    again = open_tier(tmp_path)
+    assert sorted(recovered(again).values()) == sorted(headers.values())
+    again.close()
+
+
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, errno.ENOSPC])
 def test_a_directory_that_cannot_be_written_says_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int

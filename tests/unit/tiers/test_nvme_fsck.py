@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -80,6 +81,10 @@ def cut_short(path: Path, places: dict[str, tuple[Path, int]]) -> None:
     os.truncate(places["a"][0], places["a"][0].stat().st_size // 2)
 
 
+def one_summary(path: Path, places: dict[str, tuple[Path, int]]) -> None:
+    spoil(places["a"][0], 30)
+
+
 def layouts(path: Path, places: dict[str, tuple[Path, int]]) -> None:
     spoil(path / "layouts", 40)
 
@@ -138,6 +143,39 @@ def test_a_secret_that_is_gone_or_damaged_is_told(
     (tmp_path / "secret").write_bytes(b"short")
     assert main(command) == 73
     assert "secret is damaged; remove the data directory" in capsys.readouterr().err
+
+
+def test_what_is_left_of_a_summary_is_enough_and_told(tmp_path: Path) -> None:
+    one_summary(tmp_path, filled(tmp_path))
+    report = check(tmp_path)
+    assert (report.blocks, report.half_summaries, report.sound) == (20, 1, True)
+
+
+def test_blocks_that_a_start_drops_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    filled(tmp_path)
+    assert check(tmp_path).strange_blocks == 0
+    (tmp_path / "layouts").unlink()
+    assert main(["fsck", "--nvme-path", str(tmp_path)]) == 0
+    assert "20 blocks are of unknown layouts; a start drops them" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("call", ["stat", "mkdir"])
+def test_what_may_not_be_read_is_one_line(
+    call: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    filled(tmp_path)
+
+    def refuse(path: Path, *args: object, **kwargs: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, call, refuse)
+        assert main(["fsck", "--nvme-path", str(tmp_path)]) == os.EX_CANTCREAT
+    said = capsys.readouterr().err
+    assert "give this user the right to read and write there" in said
+    assert said.count("\n") == 1
 
 
 def test_files_that_are_not_the_stores_are_no_damage(tmp_path: Path) -> None:
