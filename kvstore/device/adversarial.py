@@ -18,6 +18,7 @@ import xxhash
 
 from kvstore.device.base import Blocks, Copies, Event, Memory, Piece, Stream
 from kvstore.device.host import Bytes, as_bytes
+from kvstore.device.vram import Vram
 
 
 class Temper(Enum):
@@ -68,7 +69,11 @@ class _Past:
 class AdversarialDevice:
     """Its KV cache lies in host memory. `compute` plays the engine. Used by any thread."""
 
-    def __init__(self, seed: int = 0, temper: Temper = Temper.LATE) -> None:
+    def __init__(
+        self, seed: int = 0, temper: Temper = Temper.LATE, vram: Vram | None = None
+    ) -> None:
+        """`vram`: one that lies in host memory (`vram_stand_in`)."""
+        self.vram = vram
         self._random = random.Random(seed)
         self._temper = temper
         self._lock = threading.RLock()
@@ -160,12 +165,20 @@ class _Stream:
     def save(self, blocks: Blocks, block_ids: Sequence[int], slots: Sequence[memoryview]) -> Copies:
         return self._start(blocks, block_ids, slots, save=True)
 
+    def load_within(
+        self, blocks: Blocks, block_ids: Sequence[int], addresses: Sequence[int]
+    ) -> Copies:
+        parts = [as_bytes(Memory(address, blocks.block_bytes, None)).data for address in addresses]
+        copies = self._start(blocks, block_ids, parts, save=False)
+        copies.slots = []
+        return copies
+
     def close(self) -> None:
         pass
 
     def _start(
         self, blocks: Blocks, block_ids: Sequence[int], slots: Sequence[memoryview], *, save: bool
-    ) -> Copies:
+    ) -> _Copies:
         assert isinstance(blocks, _Blocks)
         tasks = []
         for block_id, slot in zip(block_ids, slots, strict=True):
@@ -194,7 +207,8 @@ class _Copies:
     ) -> None:
         self._device = device
         self._tasks = tasks
-        self._slots = slots
+        self.slots = slots
+        """Those of which checksums are taken."""
 
     def finish(self) -> list[int]:
         self._device.do(self._tasks)
@@ -202,4 +216,4 @@ class _Copies:
 
     def unfinished(self) -> list[int]:
         """What `finish` would say if it did not wait: for tests that plant that bug."""
-        return [xxhash.xxh3_64_intdigest(slot) for slot in self._slots]
+        return [xxhash.xxh3_64_intdigest(slot) for slot in self.slots]

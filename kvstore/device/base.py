@@ -26,6 +26,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+from kvstore.device.vram import Vram
+
 
 @dataclass(frozen=True, slots=True)
 class Piece:
@@ -61,7 +63,8 @@ class Copies(Protocol):
     """Copies that were started together."""
 
     def finish(self) -> list[int]:
-        """Wait for all of them; the XXH3-64 of each slot, taken after its copy.
+        """Wait for all of them; the XXH3-64 of each slot, taken after its copy (of what
+        `Stream.load_within` copied, nothing).
 
         Once this has returned or raised, none of them is under way nor ever will be. To be
         called once.
@@ -82,12 +85,24 @@ class Stream(Protocol):
         """Start copying each block out into the slot of its index."""
         ...
 
+    def load_within(
+        self, blocks: Blocks, block_ids: Sequence[int], addresses: Sequence[int]
+    ) -> Copies:
+        """As `load`, from memory of the device's own (`Vram.open`), where the pieces of a
+        block lie as in a slot. Somebody else may write what it reads."""
+        ...
+
     def close(self) -> None:
         """Give back what the stream holds. Its copies have been finished. Idempotent."""
         ...
 
 
 class Device(Protocol):
+    @property
+    def vram(self) -> Vram | None:
+        """Its memory that is shared among processes; None where it shares none."""
+        ...
+
     def blocks(self, memory: Memory, pieces: Sequence[Piece], num_blocks: int) -> Blocks:
         """All pieces of all blocks must lie within `memory`."""
         ...

@@ -43,13 +43,24 @@ def open_gpu(
     `engine_stream`: the handle of the CUDA stream that the calling thread launches into.
     Raises `NoDevice` or `DriverTooOld`.
     """
-    return GpuDevice(CudaDriver(ordinal, engine_stream), tuning)
+    from kvstore.device.cuda_vram import CudaVram
+
+    driver = CudaDriver(ordinal, engine_stream)
+    try:
+        vram = CudaVram(driver)
+    except DeviceError as error:
+        logger.info("Memory that the store has on this GPU cannot be opened (%s).", error)
+        return GpuDevice(driver, tuning)
+    return GpuDevice(driver, tuning, vram=vram)
 
 
 class CudaDriver:
     """`gpu.Driver` on a real GPU. Shares the process's primary context with the engine."""
 
-    def __init__(self, ordinal: int, engine_stream: Callable[[], int]) -> None:
+    def __init__(
+        self, ordinal: int, engine_stream: Callable[[], int], *, compiles: bool = True
+    ) -> None:
+        """`compiles`: whether it is to run kernels."""
         try:
             import cupy
             from cuda.bindings import driver
@@ -59,8 +70,8 @@ class CudaDriver:
             ) from error
         self._cupy = cupy
         self._runtime = cupy.cuda.runtime
-        self._bindings = driver
-        self._ordinal = ordinal
+        self.bindings = driver
+        self.ordinal = ordinal
         self._engine_stream = engine_stream
         self._entered = threading.local()
         self._lost: DeviceLost | None = None
@@ -72,18 +83,18 @@ class CudaDriver:
                 raise NoDevice("there is no NVIDIA driver")
             count = self._runtime.getDeviceCount()
         except self._errors as error:
-            raise self._translated(int(error.status), str(error), _FULL) from error
+            raise self.translated(int(error.status), str(error)) from error
         if ordinal >= count:
             raise NoDevice(f"there is no GPU {ordinal}: this process sees {count}")
-        with self._calls():
+        with self.calls():
             self._batch = self._find_batch()
-            self._kernel = self._compile()
+            self._kernel: Any = self._compile() if compiles else None
         self.has_kernel = self._kernel is not None
 
     # -- streams and events -------------------------------------------------------
 
     def new_stream(self) -> Any:
-        with self._calls():
+        with self.calls():
             return self._cupy.cuda.Stream(non_blocking=True)
 
     def record(self, stream: Any) -> Any:
@@ -93,24 +104,24 @@ class CudaDriver:
         return self._record(self._engine_stream())
 
     def _record(self, handle: int) -> Any:
-        with self._calls():
+        with self.calls():
             # Who waits for it sleeps; and it needs no time.
             event = self._cupy.cuda.Event(block=True, disable_timing=True)
             self._runtime.eventRecord(event.ptr, handle)
             return event
 
     def wait(self, stream: Any, event: Any) -> None:
-        with self._calls():
+        with self.calls():
             self._runtime.streamWaitEvent(stream.ptr, event.ptr)
 
     def synchronize(self, event: Any) -> None:
-        with self._calls():
+        with self.calls():
             self._runtime.eventSynchronize(event.ptr)
 
     # -- copies -------------------------------------------------------------------
 
     def copy(self, to: Addresses, from_: Addresses, sizes: Addresses, stream: Any) -> None:
-        with self._calls():
+        with self.calls():
             if self._batch is not None and len(sizes) > 1:
                 self._batch(to, from_, sizes, stream.ptr)
                 return
@@ -119,7 +130,7 @@ class CudaDriver:
                 self._runtime.memcpyAsync(*one, kind, stream.ptr)
 
     def run_kernel(self, table: int, count: int, stream: Any) -> None:
-        with self._calls(), stream:
+        with self.calls(), stream:
             grid = min(count, kernels.MOST_BLOCKS)
             arguments = (np.uint64(table), np.uint32(count))
             self._kernel((grid,), (kernels.THREADS,), arguments)
@@ -127,33 +138,33 @@ class CudaDriver:
     # -- memory -------------------------------------------------------------------
 
     def allocate(self, nbytes: int) -> int:
-        with self._calls():
+        with self.calls():
             return int(self._runtime.malloc(nbytes))
 
     def free(self, address: int) -> None:
-        with self._calls():
+        with self.calls():
             self._runtime.free(address)
 
     def allocate_host(self, nbytes: int) -> int:
-        with self._calls():
+        with self.calls():
             return int(self._runtime.hostAlloc(nbytes, _PORTABLE))
 
     def free_host(self, address: int) -> None:
-        with self._calls():
+        with self.calls():
             self._runtime.freeHost(address)
 
     def register(self, address: int, nbytes: int) -> None:
-        with self._calls(refused=_REFUSED_PIN):
+        with self.calls(refused=_REFUSED_PIN):
             self._runtime.hostRegister(address, nbytes, _PORTABLE)
 
     def unregister(self, address: int) -> None:
-        with self._calls():
+        with self.calls():
             self._runtime.hostUnregister(address)
 
     # -- what all calls have in common --------------------------------------------
 
     @contextlib.contextmanager
-    def _calls(self, refused: Container[int] = _FULL) -> Iterator[None]:
+    def calls(self, refused: Container[int] = _FULL) -> Iterator[None]:
         """On this GPU; what fails becomes one of the project's errors."""
         if self._lost is not None:
             raise DeviceLost(str(self._lost))
@@ -163,21 +174,22 @@ class CudaDriver:
                 yield
             finally:
                 if before is not None:
-                    self._bindings.cuThreadExchangeStreamCaptureMode(before)
+                    self.bindings.cuThreadExchangeStreamCaptureMode(before)
         except self._errors as error:
-            raise self._translated(int(error.status), str(error), refused) from error
+            raise self.translated(int(error.status), str(error), refused) from error
 
     def _begin(self) -> Any:
         """Have this thread speak to this GPU, and not end the capture of a graph that the
         engine may be at in another: calls that allocate or ask would. The mode before, None
         where it could not be changed."""
         if not getattr(self._entered, "here", False):
-            self._runtime.setDevice(self._ordinal)
+            self._runtime.setDevice(self.ordinal)
             self._entered.here = True
-        _, before = self._bindings.cuThreadExchangeStreamCaptureMode(self._relaxed)
+        _, before = self.bindings.cuThreadExchangeStreamCaptureMode(self._relaxed)
         return before
 
-    def _translated(self, status: int, text: str, refused: Container[int]) -> DeviceError:
+    def translated(self, status: int, text: str, refused: Container[int] = _FULL) -> DeviceError:
+        """What a status of CUDA's is here. `refused`: those that say that there is no more."""
         if status in refused:
             return DeviceFull(text)
         if status in _TOO_OLD:
@@ -186,7 +198,7 @@ class CudaDriver:
             return NoDevice(text)
         if status in _LOST:
             self._lost = DeviceLost(text)
-            logger.error("GPU %d is lost to this process: %s", self._ordinal, text)
+            logger.error("GPU %d is lost to this process: %s", self.ordinal, text)
             return self._lost
         return DeviceError(text)
 
@@ -208,7 +220,7 @@ class CudaDriver:
             return None
         with_index = version < _BATCHED_WITHOUT_INDEX_SINCE
         asked = _BATCHED_SINCE if with_index else _BATCHED_WITHOUT_INDEX_SINCE
-        status, address, _ = self._bindings.cuGetProcAddress(b"cuMemcpyBatchAsync", asked, 0)
+        status, address, _ = self.bindings.cuGetProcAddress(b"cuMemcpyBatchAsync", asked, 0)
         if int(status) or not int(address):
             return None
         pointers = [ctypes.c_void_p] * 3
@@ -230,7 +242,7 @@ class CudaDriver:
             arguments += [ctypes.byref(index)] if with_index else []
             status = function(*arguments, stream)
             if status:
-                raise self._translated(status, f"cuMemcpyBatchAsync failed ({status})", _FULL)
+                raise self.translated(status, f"cuMemcpyBatchAsync failed ({status})")
 
         return batch
 

@@ -11,7 +11,9 @@ blocks and slots:
     slots are not pinned (yet)            the link's copies end (begin) in pinned staging
                                           memory; the processor copies from (to) the slots
 
-and the last two go together. Staging is bounded: `Tuning.steps_ahead` steps a stream.
+and the last two go together. What lies in other memory of the GPU is copied from there,
+large pieces by the copy engines and small ones by the kernel. Staging is bounded:
+`Tuning.steps_ahead` steps a stream.
 
 Each hand-over has its event: from the engine's computing to a stream (`wait_event`), from
 one of a stream's two to the other, and from the stream to the processor, which alone says
@@ -34,6 +36,7 @@ import numpy.typing as npt
 from kvstore.device.base import Blocks, Copies, Event, Memory, Piece, Stream
 from kvstore.device.kernels import RUN_BYTES
 from kvstore.device.pins import Pins
+from kvstore.device.vram import Vram
 from kvstore.errors import DeviceError, DeviceFull, DeviceLost
 from kvstore.local import copy
 
@@ -103,9 +106,15 @@ class GpuDevice:
     """One GPU, whose KV cache one engine owns. Takes the driver over."""
 
     def __init__(
-        self, driver: Driver, tuning: Tuning | None = None, *, pin_in_background: bool = True
+        self,
+        driver: Driver,
+        tuning: Tuning | None = None,
+        *,
+        vram: Vram | None = None,
+        pin_in_background: bool = True,
     ) -> None:
         self.driver = driver
+        self.vram = vram
         self.tuning = tuning or Tuning()
         self.pins = Pins(driver, in_background=pin_in_background)
         self.checksums: Callable[[Sequence[memoryview]], list[int]] = copy.checksum_many
@@ -201,7 +210,7 @@ class _GpuStream:
         self.driver = device.driver
         tuning = device.tuning
         self._idle = [_Staging(self.driver, tuning.step_bytes) for _ in range(tuning.steps_ahead)]
-        self._staged: deque[_Step] = deque()
+        self._staged: deque[_Step | _CopiesWithin] = deque()
 
     # Made when first used, which is where a GPU that fails may be told of.
 
@@ -228,6 +237,12 @@ class _GpuStream:
         assert isinstance(blocks, GpuBlocks)
         return _GpuCopies(self, blocks, block_ids, slots, save=True)
 
+    def load_within(
+        self, blocks: Blocks, block_ids: Sequence[int], addresses: Sequence[int]
+    ) -> Copies:
+        assert isinstance(blocks, GpuBlocks)
+        return _CopiesWithin(self, blocks, block_ids, addresses)
+
     def close(self) -> None:
         idle, self._idle = self._idle, []
         for staging in idle:
@@ -238,14 +253,14 @@ class _GpuStream:
     def has_room(self) -> bool:
         return bool(self._idle)
 
-    def take_staging(self, step: _Step) -> _Staging:
+    def take_staging(self, step: _Step | _CopiesWithin) -> _Staging:
         """Waits for the oldest step that has some where there is none to spare."""
         while not self._idle:
             self._staged[0].finish()
         self._staged.append(step)
         return self._idle.pop()
 
-    def give_back(self, step: _Step, staging: _Staging) -> None:
+    def give_back(self, step: _Step | _CopiesWithin, staging: _Staging) -> None:
         self._staged.remove(step)
         self._idle.append(staging)
 
@@ -436,12 +451,72 @@ class _Step:
 
     def _run_kernel(self, to: Addresses, from_: Addresses) -> None:
         assert self._staging is not None
-        address = self._staging.table(to.size)
-        table = np.frombuffer(_memory(address, to.size * RUN_BYTES), np.uint64).reshape(-1, 3)
-        table[:, 0] = to.ravel()
-        table[:, 1] = from_.ravel()
-        table[:, 2] = np.broadcast_to(self._blocks.sizes, to.shape).ravel()
-        self._driver.run_kernel(address, to.size, self._stream.gathering)
+        _run_kernel(self._stream, self._staging, to, from_, self._blocks.sizes)
+
+
+class _CopiesWithin:
+    """Blocks from other memory of the GPU: neither the link nor the host has a part in it.
+    `finish` may be repeated."""
+
+    def __init__(
+        self,
+        stream: _GpuStream,
+        blocks: GpuBlocks,
+        block_ids: Sequence[int],
+        addresses: Sequence[int],
+    ) -> None:
+        self._stream = stream
+        self._staging: _Staging | None = None
+        self._done: Any = None
+        device, to = stream.device, blocks.addresses(block_ids)
+        from_ = np.array(addresses, np.uint64)[:, None] + blocks.offsets
+        try:
+            if device.gathers and int(blocks.sizes.min()) < device.tuning.kernel_below:
+                self._staging = stream.take_staging(self)
+                _run_kernel(stream, self._staging, to, from_, blocks.sizes)
+                self._done = stream.driver.record(stream.gathering)
+            else:
+                sizes = np.broadcast_to(blocks.sizes, from_.shape)
+                stream.driver.copy(_flat(to), _flat(from_), _flat(sizes), stream.link)
+                self._done = stream.driver.record(stream.link)
+        except BaseException:
+            self._abandon()
+            raise
+
+    def finish(self) -> list[int]:
+        try:
+            if self._done is not None:
+                self._stream.driver.synchronize(self._done)
+                self._done = None
+        except BaseException:
+            self._abandon()
+            raise
+        self._give_staging_back()
+        return []
+
+    def _abandon(self) -> None:
+        # A GPU that is lost copies nothing any more.
+        with contextlib.suppress(DeviceError):
+            for stream in (self._stream.link, self._stream.gathering):
+                self._stream.driver.synchronize(self._stream.driver.record(stream))
+        self._done = None
+        self._give_staging_back()
+
+    def _give_staging_back(self) -> None:
+        staging, self._staging = self._staging, None
+        if staging is not None:
+            self._stream.give_back(self, staging)
+
+
+def _run_kernel(
+    stream: _GpuStream, staging: _Staging, to: Addresses, from_: Addresses, sizes: Addresses
+) -> None:
+    address = staging.table(to.size)
+    table = np.frombuffer(_memory(address, to.size * RUN_BYTES), np.uint64).reshape(-1, 3)
+    table[:, 0] = to.ravel()
+    table[:, 1] = from_.ravel()
+    table[:, 2] = np.broadcast_to(sizes, to.shape).ravel()
+    stream.driver.run_kernel(address, to.size, stream.gathering)
 
 
 def _flat(addresses: Addresses) -> Addresses:

@@ -18,6 +18,7 @@ import xxhash
 from numpy.lib.stride_tricks import as_strided
 
 from kvstore.device.base import Blocks, Copies, Event, Memory, Piece, Stream
+from kvstore.device.vram import Vram
 from kvstore.local import copy
 
 Bytes = npt.NDArray[np.uint8]
@@ -25,6 +26,10 @@ Bytes = npt.NDArray[np.uint8]
 
 class HostDevice:
     """Computing on it is over when the engine's call returns, so its events are past."""
+
+    def __init__(self, vram: Vram | None = None) -> None:
+        """`vram`: one that lies in host memory (`vram_stand_in`)."""
+        self.vram = vram
 
     def blocks(self, memory: Memory, pieces: Sequence[Piece], num_blocks: int) -> HostBlocks:
         return HostBlocks(memory, pieces, num_blocks)
@@ -75,11 +80,14 @@ class HostBlocks:
 
     def load(self, block_id: int, slot: memoryview) -> int:
         """Copy a slot in; its checksum after that."""
-        source = np.frombuffer(slot, np.uint8)
+        self.fill(block_id, np.frombuffer(slot, np.uint8))
+        return xxhash.xxh3_64_intdigest(slot)
+
+    def fill(self, block_id: int, source: Bytes) -> None:
+        """Copy a block's bytes in."""
         for start, end, array in self._parts:
             target = array[block_id]
             np.copyto(target, source[start:end].reshape(target.shape))
-        return xxhash.xxh3_64_intdigest(slot)
 
 
 class _HostStream:
@@ -93,6 +101,14 @@ class _HostStream:
     def save(self, blocks: Blocks, block_ids: Sequence[int], slots: Sequence[memoryview]) -> Copies:
         assert isinstance(blocks, HostBlocks)
         return self._copy(blocks.save, blocks.block_bytes, block_ids, slots)
+
+    def load_within(
+        self, blocks: Blocks, block_ids: Sequence[int], addresses: Sequence[int]
+    ) -> Copies:
+        assert isinstance(blocks, HostBlocks)
+        for block_id, address in zip(block_ids, addresses, strict=True):
+            blocks.fill(block_id, as_bytes(Memory(address, blocks.block_bytes, None)))
+        return _Done([])
 
     def close(self) -> None:
         pass

@@ -103,7 +103,6 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 GPU_LIBRARIES = {"cupy", "torch", "cuda", "vllm", "transformers"}
 GPU_ALLOWED = (
     "kvstore.device.cuda",
-    "kvstore.tiers.vram",
     "kvstore_connectors.vllm",
     "kvstore_benchmarks.end_to_end",
     "kvstore_benchmarks.gpu",

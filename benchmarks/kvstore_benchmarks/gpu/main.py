@@ -18,7 +18,7 @@ from kvstore_benchmarks.gpu.measure import Options, measure
 from kvstore_benchmarks.gpu.rig import gpu_name
 from kvstore_benchmarks.progress import progress
 
-WHOLE_AIM, PIECES_AIM, SLOWDOWN_AIM = 0.95, 0.7, 0.05
+WHOLE_AIM, PIECES_AIM, WITHIN_AIM, SLOWDOWN_AIM = 0.95, 0.7, 0.8, 0.05
 
 
 def run(options: Options, *, as_object: bool) -> int:
@@ -63,6 +63,8 @@ def _aims(figures: dict[str, Any]) -> Iterator[dict[str, Any]]:
         ]
         if small:
             yield aim(f"{way}, pieces of 16 to 64 KiB, least", min(small), PIECES_AIM)
+    for name, one in figures["within"].items():
+        yield aim(f"from the GPU's own memory, {name}", one["ratio"], WITHIN_AIM)
     for name, one in (figures["computing"] or {}).items():
         yield aim(f"slow-down of computing, {name}", one["slowdown"], SLOWDOWN_AIM, most=True)
     yield aim("wrong blocks", wrong_blocks(figures), 0, most=True)
@@ -87,6 +89,8 @@ def show(figures: dict[str, Any], console: Console) -> None:
     table.add_row("2 MiB, with checksums", *_ways(figures["checked"]))
     for name, one in (figures["connector"] or {}).items():
         table.add_row(f"connector, {name}", *_ways(one))
+    for name, one in figures["within"].items():
+        table.add_row(f"from the GPU, {name}", figure_text(one["gbps"], one["ratio"]), "")
     console.print(table)
     aims = Table(title=f"{figures['moved']['nbytes'] / 1e9:.1f} GB looked at")
     for column in ("", "measured", "aim", ""):

@@ -62,6 +62,8 @@ def measure(
         figures: dict[str, Any] = {"blocks": _whole(rig, options)}
         step("blocks in pieces")
         figures["pieces"] = _in_pieces(rig, options)
+        step("within the GPU")
+        figures["within"] = _within(rig, options)
         step("checksums")
         figures["checked"] = _checked(rig, options)
         step("beside computing")
@@ -87,6 +89,47 @@ def _in_pieces(rig: Rig, options: Options) -> dict[str, Any]:
         }
         for nbytes in options.piece_bytes
         if nbytes * options.pieces <= options.largest
+    }
+
+
+def _within(rig: Rig, options: Options) -> dict[str, Any]:
+    """Blocks from the GPU's own memory, as the store's there are loaded, beside one copy of as
+    many bytes within it."""
+    whole = min(2 << 20, options.largest)
+    piece = min(16 << 10, options.largest // options.pieces)
+    return {
+        "whole": _against_a_copy_within(rig, options, whole, 1, BATCH),
+        "pieces": _against_a_copy_within(rig, options, piece, options.pieces, KERNEL),
+    }
+
+
+def _against_a_copy_within(
+    rig: Rig, options: Options, piece: int, pieces: int, kernel_below: int
+) -> dict[str, Any]:
+    taken: list[tuple[float, float]] = []
+    source = rig.driver.allocate(rig.nbytes)
+    raw = rig.driver.new_stream()
+    with closing(rig.device(kernel_below)) as device, closing(device.stream()) as stream:
+        blocks, count = rig.blocks(device, piece, pieces)
+        nbytes = count * blocks.block_bytes
+        addresses = [source + index * blocks.block_bytes for index in range(count)]
+        step = max(1, CHUNK_BYTES // blocks.block_bytes)
+        ends = [np.array([each], np.uint64) for each in (rig.on_gpu, source, nbytes)]
+        for number in range(options.rounds + 1):
+            with timed() as plain:
+                rig.driver.copy(ends[0], ends[1], ends[2], raw)
+                rig.driver.synchronize(rig.driver.record(raw))
+            with timed() as ours, Flight() as flight:
+                for first in range(0, count, step):
+                    some = range(first, min(first + step, count))
+                    copies = stream.load_within(blocks, some, addresses[some.start : some.stop])
+                    flight.add(copies, lambda _: None)
+            if number:  # The first touches everything for the first time.
+                taken.append((ours.seconds, plain.seconds))
+    rig.driver.free(source)
+    return {
+        "gbps": finite(gbps(nbytes, median([ours for ours, _ in taken])), 2),
+        "ratio": finite(median([ratio(plain, ours) for ours, plain in taken]), 3),
     }
 
 

@@ -90,6 +90,32 @@ def sums(datas: list[bytes]) -> list[int]:
 
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("temper", Temper)
+def test_what_lies_on_the_device_is_loaded_from_there(kind: str, name: str, temper: Temper) -> None:
+    for seed in range(4):
+        made = make(kind, seed, temper)
+        blocks = made.blocks(name)
+        nbytes = blocks.block_bytes
+        size = 11 * nbytes
+        other = made.driver.give_kv_cache(size) if made.driver else np.zeros(size, np.uint8)
+        other[:] = np.frombuffer(random.Random(seed).randbytes(size), np.uint8)
+        made.launch(lambda made=made: made.memory.fill(0xEE))
+        stream = made.device.stream()
+        stream.wait_event(made.device.computed())
+        ids = random.Random(seed).sample(range(BLOCKS), 11)
+        addresses = [other.ctypes.data + index * nbytes for index in range(11)]
+        with Flight() as flight:
+            flight.add(stream.load_within(blocks, ids[:7], addresses[:7]), lambda got: None)
+            flight.add(stream.load_within(blocks, ids[7:], addresses[7:]), lambda got: None)
+        got = [bytes_of(made.memory, name, block) for block in ids]
+        assert b"".join(got) == other.tobytes()
+        made.settle()
+        assert [bytes_of(made.memory, name, block) for block in ids] == got
+        stream.close()
+        made.device.close()
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("temper", Temper)
 def test_what_was_computed_is_saved_and_loaded_again(kind: str, name: str, temper: Temper) -> None:
     """The engine's writing is launched, not done, when the save is started; and the engine's
     last use of the blocks is when the load is."""

@@ -25,7 +25,9 @@ def right(module: ModuleType) -> bool:
     """Whether all bytes are, in every way that a copy can take."""
     ways = [(0, True), (1 << 20, True), (0, False), (1 << 20, False)]
     return all(
-        _round_trip(module, *way, seed, temper) and _failure(module, *way, seed)
+        _round_trip(module, *way, seed, temper)
+        and _failure(module, *way, seed)
+        and _within(module, way[0], seed, temper)
         for way in ways
         for temper in Temper
         for seed in range(3)
@@ -90,6 +92,40 @@ def _failure(module: ModuleType, kernel_below: int, pins: bool, seed: int) -> bo
     return set(memory.tolist()) == {0x22}
 
 
+def _within(module: ModuleType, kernel_below: int, seed: int, temper: Temper) -> bool:
+    """From other memory of the GPU: what is loaded is there when it is said to be, and nothing
+    is touched any more once it has failed."""
+    driver = FakeDriver(seed, temper)
+    device = _make(module, kernel_below, True, driver)
+    memory = driver.give_kv_cache(BLOCKS * BLOCK_BYTES)
+    other = driver.give_kv_cache(BLOCKS * BLOCK_BYTES)
+    other[:] = np.random.default_rng(seed).integers(0, 256, len(other), np.uint8)
+    addresses = [other.ctypes.data + index * BLOCK_BYTES for index in range(BLOCKS)]
+    pieces = [Piece(layer * BLOCKS * PIECE, PIECE, PIECE) for layer in range(LAYERS)]
+    blocks = device.blocks(Memory(memory.ctypes.data, len(memory), memory), pieces, BLOCKS)
+    stream = device.stream()
+    driver.launch(lambda: memory.fill(0xEE))
+    stream.wait_event(device.computed())
+    stream.load_within(blocks, range(BLOCKS), addresses).finish()
+    by_block = memory.reshape(LAYERS, BLOCKS, PIECE).transpose(1, 0, 2)
+    good = by_block.tobytes() == other.tobytes()
+    real, count = driver.record, 0
+
+    def record(at: object) -> object:
+        nonlocal count
+        count += 1
+        if count == 1:
+            raise DeviceError("refused")
+        return real(at)  # type: ignore[arg-type]
+
+    driver.record = record  # type: ignore[assignment]
+    with pytest.raises(DeviceError):
+        stream.load_within(blocks, range(BLOCKS), addresses)
+    memory[:] = 0x22
+    driver.settle()
+    return good and set(memory.tolist()) == {0x22} and not driver.wrong
+
+
 def _slots() -> list[memoryview]:
     mapping = memoryview((ctypes.c_ubyte * (BLOCKS * BLOCK_BYTES))()).cast("B")
     starts = range(0, BLOCKS * BLOCK_BYTES, BLOCK_BYTES)
@@ -106,6 +142,6 @@ def test_without_any_one_wait_it_is_not(line: int, tmp_path: Path) -> None:
 
 
 def test_the_waits_are_found() -> None:
-    """Two for an engine's event, two between a stream's own, one that finishes, one that
-    abandons."""
-    assert len(waits(gpu, *NAMES)) == 6
+    """Two for an engine's event, two between a stream's own, and of copies over the link and
+    within the GPU one each that finishes and that abandons."""
+    assert len(waits(gpu, *NAMES)) == 8
