@@ -36,6 +36,7 @@ from kvstore.config_keys import (
     Policy,
     Server,
     Tenants,
+    Vram,
     meta_of,
 )
 from kvstore.errors import BadRequest, ConfigError
@@ -48,6 +49,8 @@ MIB = 1 << 20
 
 MIN_EXTENT_BYTES = 64 << 10
 MAX_EXTENT_BYTES = 1 << 30
+LEAST_VRAM_BYTES = 2 * MIB
+"""A GPU deals in no smaller pieces."""
 MAX_SOCKET_PATH_BYTES = 107
 """What sockaddr_un holds, less the ending zero."""
 
@@ -65,6 +68,9 @@ class StoreConfig:
     nvme_extent_bytes: int = 128 * MIB
     nvme_bytes_per_day: int = 0
     """That may be written there; 0: any."""
+    vram_capacity_bytes: int = 0
+    """Of each GPU."""
+    vram_reserve_bytes: int = 0
     lease_ms: int = 30_000
     reservation_ms: int = 30_000
     max_sessions: int = 256
@@ -92,6 +98,7 @@ class Config(msgspec.Struct, frozen=True):
     server: Server
     dram: Dram
     nvme: Nvme
+    vram: Vram
     policy: Policy
     tenants: Tenants
     sources: dict[str, str]
@@ -111,6 +118,10 @@ class Config(msgspec.Struct, frozen=True):
     @property
     def socket_mode(self) -> int:
         return int(self.server.socket_mode, 8)
+
+    @property
+    def gpus(self) -> list[str]:
+        return [gpu.strip() for gpu in self.vram.gpus.split(",") if gpu.strip()]
 
     def defaulted(self, key: str) -> bool:
         return self.sources[key] == "default"
@@ -273,8 +284,10 @@ def _check(config: Config) -> None:
         ("dram.capacity", config.dram.capacity),
         ("dram.extent", config.dram.extent),
         ("nvme.capacity", config.nvme.capacity),
+        ("vram.capacity", config.vram.capacity),
+        ("vram.reserve", config.vram.reserve),
     ):
-        if size != "auto":
+        if size != "auto" or name.startswith("vram."):
             try:
                 parse_size(size)
             except ValueError as error:
@@ -353,6 +366,9 @@ def store_config(config: Config, machine: Machine | None = None) -> StoreConfig:
             f"{format_size(nvme)} is less than one extent on disk ({format_size(nvme_extent)}, "
             "from dram.extent); 0 switches the tier off",
         )
+    vram = parse_size(config.vram.capacity)
+    if config.gpus and vram < max(extent, LEAST_VRAM_BYTES):
+        raise config.refuse("vram.capacity", f"{format_size(vram)} is too little to be of use")
     return StoreConfig(
         dram_capacity_bytes=dram // extent * extent,
         nvme_capacity_bytes=nvme,
@@ -361,6 +377,8 @@ def store_config(config: Config, machine: Machine | None = None) -> StoreConfig:
         nvme_bytes_per_day=_bytes_per_day(
             config.nvme.endurance, machine.disk_bytes(Path(config.nvme.path))
         ),
+        vram_capacity_bytes=vram,
+        vram_reserve_bytes=parse_size(config.vram.reserve),
         lease_ms=config.server.lease_ms,
         reservation_ms=config.server.reservation_ms,
         max_sessions=config.server.max_sessions,

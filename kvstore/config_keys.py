@@ -195,6 +195,27 @@ class Tenants(Section, frozen=True):
     ] = msgspec.field(default_factory=dict)
 
 
+class Vram(Section, frozen=True):
+    gpus: Annotated[
+        str,
+        Meta(
+            description="GPUs in whose memory copies of hot blocks are kept for the workers "
+            "there, by number, as `0,1`: see [operations.md](operations.md#memory-of-gpus). "
+            "Empty: none."
+        ),
+    ] = ""
+    capacity: Annotated[
+        str | int, Meta(description="The most that is taken of each of these GPUs' memory.")
+    ] = "4GiB"
+    reserve: Annotated[
+        str | int,
+        Meta(
+            description="What of a GPU's memory is left free for others; when they take more, "
+            "the store gives back what it has."
+        ),
+    ] = "2GiB"
+
+
 class Key(NamedTuple):
     """One key of the configuration, under all its names."""
 
@@ -212,6 +233,7 @@ SECTIONS: dict[str, type[Section]] = {
     "nvme": Nvme,
     "policy": Policy,
     "tenants": Tenants,
+    "vram": Vram,
 }
 
 

@@ -11,7 +11,7 @@ key, a session, a tenant or anything else that a caller can make up.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
@@ -20,7 +20,7 @@ from prometheus_client.registry import Collector
 
 from kvstore.clock import Clock
 from kvstore.errors import WIRE_ERRORS
-from kvstore.types import EnduranceStats, StoreStats, Tier, TransferStats
+from kvstore.types import EnduranceStats, StoreStats, Tier, TransferStats, VramStats
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
@@ -160,10 +160,46 @@ class Metrics:
         """Read what moves between tiers at every scrape from now on."""
         self.registry.register(TransferCollector(stats))
 
+    def watch_vram(self, stats: Callable[[], Sequence[VramStats]]) -> None:
+        """Read at every scrape."""
+        self.registry.register(VramCollector(stats))
+
     def watch_wear(self, wear: Callable[[], Mapping[str, int]], clock: Clock) -> None:
         """Read at every scrape what was written to NVMe since now: bytes by purpose,
         of which "store" is what was asked for."""
         self.registry.register(WearCollector(wear, clock))
+
+
+class VramCollector(Collector):
+    """`Store.vram_stats()` as metrics, read when scraped."""
+
+    def __init__(self, stats: Callable[[], Sequence[VramStats]]) -> None:
+        self._stats = stats
+
+    def collect(self) -> Iterable[Metric]:
+        levels = {
+            "capacity_bytes": "The most that is taken of a GPU's memory.",
+            "held_bytes": "What the store has of a GPU's memory now.",
+            "used_bytes": "What lies there.",
+            "blocks": "Blocks of which there is a copy there.",
+            "healthy": "0 once the GPU has failed.",
+        }
+        counts = {
+            "copied_bytes": "Bytes of blocks copied there.",
+            "evictions": "Copies that went for others.",
+            "extents_given_back": "Extents given back to the GPU.",
+        }
+        stats = self._stats()
+        for name, meaning in levels.items():
+            gauge = GaugeMetricFamily(f"kvstore_vram_{name}", meaning, labels=["gpu"])
+            for each in stats:
+                gauge.add_metric([each.gpu], float(getattr(each, name)))
+            yield gauge
+        for name, meaning in counts.items():
+            counter = CounterMetricFamily(f"kvstore_vram_{name}", meaning, labels=["gpu"])
+            for each in stats:
+                counter.add_metric([each.gpu], getattr(each, name))
+            yield counter
 
 
 class StoreCollector(Collector):

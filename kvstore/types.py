@@ -278,6 +278,21 @@ class TierStats(NamedTuple):
     """Times it stopped answering."""
 
 
+class VramStats(NamedTuple):
+    """What the store has of one GPU's memory; counters since start."""
+
+    gpu: str
+    capacity_bytes: int
+    """The most that it may have."""
+    held_bytes: int
+    used_bytes: int
+    blocks: int
+    copied_bytes: int
+    evictions: int
+    extents_given_back: int
+    healthy: bool
+
+
 class StoreStats(NamedTuple):
     """A snapshot of the server; see `GetStatsResponse` of the wire protocol."""
 

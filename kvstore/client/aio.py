@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 from kvstore.client import calls, connecting, gets, puts
 from kvstore.client.gets import Got
 from kvstore.client.lease import Layout, LeaseBase, as_layouts, chain_of
-from kvstore.client.link import Budget, Counters, Link, new_core
+from kvstore.client.link import Budget, Counters, Link, VramGrant, new_core
 from kvstore.client.rpc import parse_endpoint
 from kvstore.client.steps import (
     Begin,
@@ -291,6 +291,10 @@ class AsyncClient:
         if view is not None:
             return view
         return await self._run(connecting.slot(self._core, address, nbytes, epoch))
+
+    async def vram(self, gpu: str, layout_ids: Sequence[bytes]) -> VramGrant:
+        """Low level, local only: see `Client.vram`."""
+        return await self._run(connecting.vram(self._core, gpu, layout_ids))
 
     async def write_slots(
         self,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from kvstore.client import wire
 from kvstore.client.lines import Lines
-from kvstore.client.link import Budget, Core, Link
+from kvstore.client.link import Budget, Core, Link, VramGrant
 from kvstore.client.presence import Presence
 from kvstore.client.steps import Call, Connect, Flow, OpenSession, SessionStream, Work
 from kvstore.errors import (
@@ -214,6 +214,14 @@ def slot(core: Core, address: int, nbytes: int, epoch: bytes | None) -> Flow[mem
     arena = link.arena
     view: memoryview = yield Work(lambda: arena.view(address, nbytes, writable=False))
     return view
+
+
+def vram(core: Core, gpu: str, layout_ids: Sequence[bytes]) -> Flow[VramGrant]:
+    """What the store has of a GPU's memory, as long as the link lasts."""
+    budget = Budget(core.timeout_s)
+    link = yield from current_link(core, budget)
+    grant: VramGrant = yield Work(lambda: link.vram(gpu, layout_ids, budget.left()))
+    return grant
 
 
 def write_slots(

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kvstore.client.lines import Lines
 from kvstore.client.presence import Presence
@@ -34,6 +34,16 @@ _CLEAN_UP_SHARE = 0.1
 BACKOFF_FIRST_S = 0.05
 BACKOFF_MOST_S = 2.0
 MAX_OWED_ABORTS = 1 << 16
+
+
+class VramGrant(NamedTuple):
+    """The table of what the store has on a GPU, and its memory there: `fetch` gets (descriptor,
+    bytes) of an extent, and raises what `Attachment.fetch_extent` does. Descriptors are the
+    caller's to close."""
+
+    descriptor: int
+    extent_bytes: int
+    fetch: Callable[[int], tuple[int, int]]
 
 
 class Link:
@@ -84,6 +94,18 @@ class Link:
     ) -> Call:
         """The step that makes a call of this session."""
         return Call(method, request, self.session, timeout_s, undo=undo, lines=self._lines)
+
+    def vram(self, gpu: str, layout_ids: Sequence[bytes], timeout_s: float) -> VramGrant:
+        """See `Client.vram`."""
+        attachment = self._attachment
+        if attachment is None:
+            raise BadRequest("memory of a GPU needs a server on this host")
+        descriptor, extent_bytes = attachment.fetch_vram(gpu, layout_ids, timeout_s)
+
+        def fetch(extent: int) -> tuple[int, int]:
+            return attachment.fetch_extent(extent, timeout_s, gpu)
+
+        return VramGrant(descriptor, extent_bytes, fetch)
 
     def alive(self) -> bool:
         """Whether the session is open as far as can be told without asking."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 from kvstore.client import calls, connecting, gets, puts
 from kvstore.client.gets import Got
 from kvstore.client.lease import Layout, LeaseBase, as_layouts, chain_of
-from kvstore.client.link import Budget, Counters, Link, new_core
+from kvstore.client.link import Budget, Counters, Link, VramGrant, new_core
 from kvstore.client.rpc import parse_endpoint
 from kvstore.client.steps import (
     Begin,
@@ -287,6 +287,14 @@ class Client:
         if view is not None:
             return view
         return self._run(connecting.slot(self._core, address, nbytes, epoch))
+
+    def vram(self, gpu: str, layout_ids: Sequence[bytes]) -> VramGrant:
+        """Low level, local only: what the store keeps in that GPU's memory
+        (`kvstore.device.mirrors`) of the blocks of these layouts, which this process reads.
+
+        Raises `BadRequest` where the server has no memory there, `UnknownLayout`.
+        """
+        return self._run(connecting.vram(self._core, gpu, layout_ids))
 
     def write_slots(
         self,

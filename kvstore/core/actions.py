@@ -13,6 +13,7 @@ from kvstore.types import Tier
 
 if TYPE_CHECKING:
     from kvstore.core.catalog import Layout, Replica
+    from kvstore.core.mirrors import Mirror, Mirrors
     from kvstore.core.tickets import Ticket
 
 
@@ -66,6 +67,23 @@ class Publish:
 
 
 @dataclass(frozen=True, slots=True)
+class Mirrored:
+    """A GPU's memory has a copy of a block: its workers may be told."""
+
+    on: Mirrors
+    mirror: Mirror
+
+
+@dataclass(frozen=True, slots=True)
+class Unmirrored:
+    """It has it no more. Before anything else is done with the memory, or with the slot it is
+    a copy of, its workers are to be told."""
+
+    on: Mirrors
+    mirror: Mirror
+
+
+@dataclass(frozen=True, slots=True)
 class RememberLayout:
     layout: Layout
 
@@ -77,4 +95,7 @@ class Answer:
     ticket: Ticket
 
 
-Action = OpenExtent | CloseExtent | Move | Forget | Publish | RememberLayout | Answer
+Action = (
+    OpenExtent | CloseExtent | Move | Forget | Publish | Mirrored | Unmirrored | RememberLayout
+    | Answer
+)  # fmt: skip

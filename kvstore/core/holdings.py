@@ -25,6 +25,7 @@ from kvstore.core.catalog import (
 )
 from kvstore.core.foreseen import Foreseen
 from kvstore.core.lifecycle import Event, State
+from kvstore.core.mirrors import Mirrors
 from kvstore.core.policies import MakePolicy, Use
 from kvstore.core.pool import Pool
 from kvstore.core.promotion import DramOrder
@@ -54,6 +55,8 @@ class Holdings:
         self.corrupt = 0
         self.foreseen = Foreseen()
         self.stays = Stays()
+        self.mirrors: list[Mirrors] = []
+        """Of each GPU that has some."""
         self.nvme_on = nvme is not None
         self.forgetting = 0
         """Replicas that the NVMe tier is striking."""
@@ -144,6 +147,8 @@ class Holdings:
                 block.uses += 1
                 if not block.uses:
                     self._want(block)
+        for mirrors in self.mirrors:
+            mirrors.asked_for(replicas)
         if self._spared:
             for replica in self._spared.intersection(replicas):
                 self._want(replica.block)
@@ -162,6 +167,8 @@ class Holdings:
         self.changed.add(replica.block.stored_key)
         self.pool_of(replica).withdraw(replica, self.class_of(replica))
         if replica.tier is Tier.DRAM:
+            for mirrors in self.mirrors:
+                mirrors.goes(replica)
             self._spared.discard(replica)
             dirty = self._dirty.get(replica.block.layout.dram_class)
             if dirty is not None and replica in dirty:
@@ -325,4 +332,6 @@ class Holdings:
             listed = {r for dirty in self._dirty.values() for r in dirty}
             if should != listed | self._spared or listed & self._spared:
                 raise AssertionError("the dirty list is not what is dirty")
+        for mirrors in self.mirrors:
+            mirrors.check_integrity()
         self.foreseen.check_integrity()

@@ -447,6 +447,8 @@ class Planner:
         for transfer in self.residency.transfers:
             if transfer.copy is not None:
                 yield transfer.copy.source
+        for mirrors in self.holdings.mirrors:
+            yield from mirrors.pins()
 
 
 def _absent(block: Block | None) -> bool:

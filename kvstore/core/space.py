@@ -184,6 +184,11 @@ class Space:
                         return extent.number
         return None
 
+    def empty_extents(self, space_class: SpaceClass) -> list[int]:
+        """Extents of a class that nobody is in."""
+        partial = self._partial.get(space_class, {})
+        return [extent.number for extent in partial.values() if extent.empty]
+
     def close_extent(self, number: int) -> None:
         """Take an empty extent from its class; its number is not used again."""
         extent = self._extents[number]

@@ -10,6 +10,10 @@ order, once:
     {"op":"directory"}            -> {"op":"directory","bytes":N,
                                       "secret":"<hex>"}                    + one descriptor
     {"op":"line"}                 -> {"op":"line"}                         + one descriptor
+    {"op":"vram","gpu":"...",
+     "layouts":["<hex>", ...]}    -> {"op":"vram","extent_bytes":N}        + one descriptor
+    {"op":"map","extent":7,
+     "gpu":"..."}                 -> {"op":"extent","extent":7,"bytes":N}  + one descriptor
     anything that fails           -> {"op":"error","code":"BAD_REQUEST","message":"..."}
 
 The connection is the session: when it closes, for whatever reason, the session's
@@ -31,7 +35,7 @@ import socket
 import threading
 import time
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from kvstore.errors import (
@@ -62,7 +66,10 @@ class AttachRequest(NamedTuple):
 
 
 class MapRequest(NamedTuple):
+    """`gpu`: whose memory it is of; empty: DRAM."""
+
     extent: int
+    gpu: str = ""
 
 
 class DirectoryRequest(NamedTuple):
@@ -71,6 +78,14 @@ class DirectoryRequest(NamedTuple):
 
 class LineRequest(NamedTuple):
     """Asks for a socket to make calls on (`kvstore.wire.frames`)."""
+
+
+class VramRequest(NamedTuple):
+    """Asks for the table of what a GPU's memory has copies of (`kvstore.device.mirrors`).
+    `layouts`: ids of those of which this process reads blocks there."""
+
+    gpu: str
+    layouts: tuple[bytes, ...]
 
 
 class Attached(NamedTuple):
@@ -101,6 +116,12 @@ class LineReply(NamedTuple):
     """Comes with exactly one descriptor, of a connected stream socket."""
 
 
+class VramReply(NamedTuple):
+    """Comes with exactly one descriptor, of the table. `extent_bytes`: of the GPU's memory."""
+
+    extent_bytes: int
+
+
 class ErrorReply(NamedTuple):
     """`code` is a name of the wire's `ErrorCode`."""
 
@@ -108,8 +129,8 @@ class ErrorReply(NamedTuple):
     message: str
 
 
-Request = AttachRequest | MapRequest | DirectoryRequest | LineRequest
-Reply = Attached | ExtentReply | DirectoryReply | LineReply | ErrorReply
+Request = AttachRequest | MapRequest | DirectoryRequest | LineRequest | VramRequest
+Reply = Attached | ExtentReply | DirectoryReply | LineReply | VramReply | ErrorReply
 
 
 def attach_path(socket_path: str) -> str:
@@ -121,8 +142,13 @@ def encode_request(request: Request) -> bytes:
     match request:
         case AttachRequest(protocol):
             return _encode({"op": "attach", "protocol": protocol})
-        case MapRequest(extent):
+        case MapRequest(extent, ""):
             return _encode({"op": "map", "extent": extent})
+        case MapRequest(extent, gpu):
+            return _encode({"op": "map", "extent": extent, "gpu": gpu})
+        case VramRequest(gpu, layouts):
+            ids = [layout.hex() for layout in layouts]
+            return _encode({"op": "vram", "gpu": gpu, "layouts": ids})
         case DirectoryRequest():
             return _encode({"op": "directory"})
         case LineRequest():
@@ -136,13 +162,16 @@ def decode_request(datagram: bytes) -> Request:
         case "attach":
             return AttachRequest(_number(fields, "protocol"))
         case "map":
-            return MapRequest(_number(fields, "extent"))
+            gpu = _text(fields, "gpu") if "gpu" in fields else ""
+            return MapRequest(_number(fields, "extent"), gpu)
+        case "vram":
+            return VramRequest(_text(fields, "gpu"), _hexes(fields, "layouts"))
         case "directory":
             return DirectoryRequest()
         case "line":
             return LineRequest()
         case _:
-            raise BadRequest('a request\'s "op" is "attach", "map", "directory" or "line"')
+            raise BadRequest('a request\'s "op" is "attach", "map", "directory", "line" or "vram"')
 
 
 def encode_reply(reply: Reply) -> bytes:
@@ -163,6 +192,8 @@ def encode_reply(reply: Reply) -> bytes:
             return _encode({"op": "directory", "bytes": nbytes, "secret": secret.hex()})
         case LineReply():
             return _encode({"op": "line"})
+        case VramReply(extent_bytes):
+            return _encode({"op": "vram", "extent_bytes": extent_bytes})
         case ErrorReply(code, message):
             # A long message must not make the error itself undeliverable.
             return _encode({"op": "error", "code": code, "message": message[:500]})
@@ -181,6 +212,8 @@ def decode_reply(datagram: bytes) -> Reply:
                 return DirectoryReply(_number(fields, "bytes"), _hex(fields, "secret"))
             case "line":
                 return LineReply()
+            case "vram":
+                return VramReply(_number(fields, "extent_bytes"))
             case "error":
                 return ErrorReply(_text(fields, "code"), _text(fields, "message"))
     except BadRequest as error:
@@ -248,13 +281,14 @@ class Attachment:
             connection.close()
             raise
 
-    def fetch_extent(self, extent: int, timeout_s: float) -> tuple[int, int]:
-        """(descriptor, bytes) of an extent. The caller owns the descriptor.
+    def fetch_extent(self, extent: int, timeout_s: float, gpu: str = "") -> tuple[int, int]:
+        """(descriptor, bytes) of an extent, of DRAM or a GPU's memory. The caller owns the
+        descriptor.
 
         Raises `BadRequest` for an extent this client may not have, `Unavailable`
         when the server is gone or does not answer in time.
         """
-        reply, descriptor = self._fetch(MapRequest(extent), timeout_s)
+        reply, descriptor = self._fetch(MapRequest(extent, gpu), timeout_s)
         if not isinstance(reply, ExtentReply) or reply.extent != extent:
             os.close(descriptor)
             raise InternalError(f"the attach socket did not hand out extent {extent}")
@@ -270,6 +304,18 @@ class Attachment:
             os.close(descriptor)
             raise InternalError("the attach socket did not hand out the directory")
         return descriptor, reply.secret
+
+    def fetch_vram(self, gpu: str, layouts: Sequence[bytes], timeout_s: float) -> tuple[int, int]:
+        """(descriptor of the table, bytes of an extent). The caller owns the descriptor.
+
+        Raises `BadRequest` where the server has no memory on that GPU, `UnknownLayout`,
+        `Unavailable` when the server is gone or does not answer in time.
+        """
+        reply, descriptor = self._fetch(VramRequest(gpu, tuple(layouts)), timeout_s)
+        if not isinstance(reply, VramReply):
+            os.close(descriptor)
+            raise InternalError("the attach socket did not hand out a table of mirrors")
+        return descriptor, reply.extent_bytes
 
     def fetch_line(self, timeout_s: float) -> int:
         """Descriptor of a socket to make this session's calls on. The caller owns it.
@@ -448,6 +494,13 @@ def _text(fields: dict[str, Any], name: str) -> str:
     if not isinstance(value, str):
         raise BadRequest(f'"{name}" must be a string')
     return value
+
+
+def _hexes(fields: dict[str, Any], name: str) -> tuple[bytes, ...]:
+    values = fields.get(name)
+    if not isinstance(values, list):
+        raise BadRequest(f'"{name}" must be a list')
+    return tuple(_hex({name: value}, name) for value in values)
 
 
 def _hex(fields: dict[str, Any], name: str) -> bytes:

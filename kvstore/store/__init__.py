@@ -12,6 +12,7 @@ waits for a tier.
     movement    copies between tiers, and what the NVMe tier keeps, forgets and syncs
     suspicions  blocks in memory that clients say are damaged
     extents     memory and files that come and go
+    vram        copies of hot blocks in GPUs' memory
     directory   what local clients search (`kvstore.listing`), kept in step
     costs       what was learned of this machine, kept
     recovery    what is found at a start

@@ -17,6 +17,7 @@ from kvstore.core.limits import Counters, Limits
 from kvstore.core.planner import Planner
 from kvstore.core.sessions import Session
 from kvstore.core.space import Space
+from kvstore.device.vram import Vram
 from kvstore.errors import BadRequest, Draining, TierError
 from kvstore.listing import Listing
 from kvstore.store.costs import Costs
@@ -29,9 +30,11 @@ from kvstore.store.patience import ended_within
 from kvstore.store.recovery import recover
 from kvstore.store.suspicions import Suspicions
 from kvstore.store.upkeep import Upkeep
+from kvstore.store.vram import Gpu, Gpus, VramHandout
 from kvstore.store.waiting import Waiting
 from kvstore.store.wear import Wear
 from kvstore.tiers.base import MemoryTier, StorageTier
+from kvstore.tiers.vram import VramArena
 from kvstore.types import (
     NO_HINTS,
     SESSION_ID_BYTES,
@@ -47,6 +50,7 @@ from kvstore.types import (
     StoreStats,
     Tier,
     TransferStats,
+    VramStats,
 )
 
 log = logging.getLogger(__name__)
@@ -70,9 +74,10 @@ class Store:
         executor: Executor,
         observer: StoreObserver,
         costs: Path | None = None,
+        vram: Sequence[Vram] = (),
     ) -> None:
         """Takes over the tiers: they are closed with the store. `costs`: the file in which
-        what was learned of this machine is kept."""
+        what was learned of this machine is kept. `vram`: GPUs whose memory is used."""
         self.dram = dram
         self.epoch = secrets.token_bytes(8)
         self._nvme = nvme
@@ -118,6 +123,20 @@ class Store:
         self._weighs = config.nvme_bytes_per_day > 0
         self._upkeep = Upkeep(self._loop, self._movement, self._listing, self._wear)
         self._costs = None if costs is None else Costs(self._loop, costs)
+        self._gpus = Gpus(
+            self._loop,
+            [
+                Gpu(
+                    self._loop,
+                    dram,
+                    VramArena(each, dram.extent_bytes),
+                    config.vram_capacity_bytes,
+                    config.vram_reserve_bytes,
+                    first_extent=1 + secrets.randbits(30),
+                )
+                for each in vram
+            ],
+        )
         self._loop.handle(RememberLayout, self._remember)
 
     # Life
@@ -135,6 +154,7 @@ class Store:
         self._loop.spawn(self._upkeep.work())
         for tier in Tier:
             self._loop.spawn(self._extents.work(tier))
+        self._gpus.start()
 
     async def drain(self, timeout_s: float) -> None:
         """Refuse new work; write what is in DRAM only to NVMe, as far as time allows."""
@@ -147,18 +167,23 @@ class Store:
 
     async def close(self) -> bool:
         """Stop working and close the tiers. Copies under way are waited for, as long as a
-        drive may take to answer. False when it did not: then threads are still waiting for
-        it, in memory that is left as it is, and the process should end without them."""
+        drive or a GPU may take to answer. False when it did not: then threads are still
+        waiting for it, in memory that is left as it is, and the process should end without
+        them."""
         await self._loop.close()
         self._listing.close()
+        answered = ended_within(CLOSE_S, self._gpus.close)
+        if not answered:
+            log.error("a GPU does not answer; the memory there goes with the process")
         if not ended_within(CLOSE_S, self._close_nvme):
             log.error(
                 "the NVMe tier does not answer and was left as it is: what was synced is found "
                 "again at the next start, as after a crash"
             )
             return False
-        self.dram.close()
-        return True
+        if answered:
+            self.dram.close()
+        return answered
 
     def _close_nvme(self) -> None:
         self._loop.wait_for_threads()
@@ -193,6 +218,7 @@ class Store:
     def close_session(self, session: Session) -> None:
         """Give back all it held. Idempotent."""
         self._planner.close_session(session)
+        self._gpus.session_ended(session)
         self._loop.execute()
 
     def extent_fd(self, session: Session, extent: int) -> int:
@@ -201,6 +227,16 @@ class Store:
         if not (known and self._extents.there(Tier.DRAM, [extent * self.extent_bytes])):
             raise BadRequest(f"there is no extent {extent}")
         return self.dram.extent_fd(extent)
+
+    def open_vram(self, session: Session, gpu: str, layout_ids: Sequence[bytes]) -> VramHandout:
+        """The table of what that GPU's memory has copies of (`device.mirrors`), for a process
+        that reads blocks of these layouts there. Raises `BadRequest` where the store has no
+        memory on it, `UnknownLayout`."""
+        return self._gpus.open(session, gpu, layout_ids)
+
+    def vram_extent(self, session: Session, gpu: str, extent: int) -> VramHandout:
+        """An extent of the session's tenant there."""
+        return self._gpus.extent_fd(session, gpu, extent)
 
     def directory_fd(self) -> int:
         """The memfd of the directory (`local.directory`). It stays the store's."""
@@ -376,6 +412,9 @@ class Store:
     def stats(self, tenant: str | None = None) -> StoreStats:
         uptime_s = (self._clock.now_ns() - self._started_ns) / 1e9
         return store_stats(self._planner, self._movement.moved_bytes, uptime_s, tenant)
+
+    def vram_stats(self) -> tuple[VramStats, ...]:
+        return self._gpus.stats()
 
     def transfer_stats(self) -> TransferStats:
         return transfer_stats(self._planner)

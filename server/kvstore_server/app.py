@@ -38,6 +38,7 @@ from kvstore.tiers.dram import DramTier
 from kvstore.tiers.modelled import Modelled, ModelledDisk
 from kvstore.tiers.nvme import NvmeTier
 from kvstore.tiers.nvme_disk import Disk
+from kvstore.tiers.vram import open_all
 from kvstore_server import limits
 from kvstore_server.admin import AdminServer, Health
 from kvstore_server.attach import AttachServer
@@ -102,6 +103,7 @@ class App:
         self.health.stalled_seconds = self._stalled_seconds
         self.metrics.watch_store(self.store.stats, self._stalled_seconds)
         self.metrics.watch_transfers(self.store.transfer_stats)
+        self.metrics.watch_vram(self.store.vram_stats)
         await self._listen()
         self._write_state()
         self._undo.callback(config.state_path.unlink, missing_ok=True)
@@ -153,6 +155,7 @@ class App:
                 executor=ThreadPoolExecutor(MAX_RUNNING + _OTHER_THREADS, "kvstore-io"),
                 observer=self.metrics,
                 costs=None if nvme is None else self._costs(),
+                vram=await asyncio.to_thread(open_all, self.config.gpus),
             )
         except BaseException:
             if nvme is not None:

@@ -30,6 +30,8 @@ from kvstore.local.attach import (
     LineRequest,
     MapRequest,
     Reply,
+    VramReply,
+    VramRequest,
     decode_request,
     encode_reply,
 )
@@ -172,6 +174,8 @@ class Connection:
             self._map(request)
         elif isinstance(request, LineRequest):
             self._line()
+        elif isinstance(request, VramRequest):
+            self._vram(request)
         else:
             self._directory()
 
@@ -192,8 +196,19 @@ class Connection:
     def _map(self, request: MapRequest) -> None:
         if self._session is None:
             raise BadRequest("attach first")
-        descriptor = self._server.store.extent_fd(self._session, request.extent)
-        self._send(ExtentReply(request.extent, self._server.store.extent_bytes), descriptor)
+        store = self._server.store
+        if request.gpu:
+            handout = store.vram_extent(self._session, request.gpu, request.extent)
+            self._send(ExtentReply(request.extent, handout.extent_bytes), handout.descriptor)
+            return
+        descriptor = store.extent_fd(self._session, request.extent)
+        self._send(ExtentReply(request.extent, store.extent_bytes), descriptor)
+
+    def _vram(self, request: VramRequest) -> None:
+        if self._session is None:
+            raise BadRequest("attach first")
+        handout = self._server.store.open_vram(self._session, request.gpu, request.layouts)
+        self._send(VramReply(handout.extent_bytes), handout.descriptor)
 
     def _directory(self) -> None:
         if self._session is None:

@@ -142,6 +142,8 @@ def test_variables_that_an_orchestrator_makes_up_are_not_typos() -> None:
         ("dram.capacity", "-1"),
         ("dram.extent", "big"),
         ("nvme.capacity", "1XB"),
+        ("vram.capacity", "auto"),
+        ("vram.reserve", "some"),
         ("nvme.endurance", "0"),
         ("nvme.endurance", "0.0dwpd"),
         ("nvme.endurance", "1 drive"),
@@ -217,6 +219,7 @@ def test_any_capacity_gets_extents_that_fit_it_and_blocks_that_fit_them(capacity
         ({"dram.extent": "3MiB"}, "dram.extent"),
         ({"dram.extent": "4KiB"}, "dram.extent"),
         ({"nvme.capacity": "1MiB"}, "nvme.capacity"),
+        ({"vram.gpus": "0", "vram.capacity": "1MiB"}, "vram.capacity"),
         ({"nvme.capacity": "0", "server.device": "modelled:gen4-nvme"}, "server.device"),
     ],
 )

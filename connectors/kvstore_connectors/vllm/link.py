@@ -44,7 +44,7 @@ from kvstore.types import (
 
 if TYPE_CHECKING:
     from kvstore.client.lease import Layout
-    from kvstore.client.link import Counters
+    from kvstore.client.link import Counters, VramGrant
     from kvstore_connectors.vllm.config import ConnectorConfig
 
 logger = init_logger("vllm.kvstore")
@@ -110,6 +110,7 @@ class StoreClient(Protocol):
         self, layout: Layout, segments: Sequence[Segment], *, ahead: int
     ) -> CommitAnswer: ...
     def abort(self, slots: Sequence[int]) -> None: ...
+    def vram(self, gpu: str, layout_ids: Sequence[bytes]) -> VramGrant: ...
     def slot(self, address: int, nbytes: int, *, epoch: bytes | None = None) -> memoryview: ...
     def write_slots(
         self,

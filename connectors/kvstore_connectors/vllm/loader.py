@@ -11,6 +11,9 @@ as failed, and vLLM computes it. Of others it is the whole request: what was loa
 one group is of no use without the rest. The server is told which slots were damaged, so
 that nobody is given them again.
 
+What the store has in the GPU's memory too is copied from there (`nearby`), the rest from the
+slots.
+
 A prompt that another vLLM computes is loaded while it is being stored (`Arrivals`): the
 thread looks into the server's directory for what has come, leases and copies it, and does
 other loads in between. It waits as long as more keeps coming.
@@ -24,7 +27,6 @@ import threading
 import time
 from collections import deque
 from dataclasses import dataclass, field
-from operator import eq
 from typing import TYPE_CHECKING
 
 from vllm.logger import init_logger
@@ -33,6 +35,7 @@ from kvstore.device.flight import CHUNK_BYTES, Flight
 from kvstore.errors import KVStoreError
 from kvstore.types import ChainQuery
 from kvstore_connectors.vllm.link import is_loss
+from kvstore_connectors.vllm.nearby import LOOK_S, Nearby
 from kvstore_connectors.vllm.stats import ConnectorStats
 from kvstore_connectors.vllm.threads import outlive
 
@@ -110,6 +113,7 @@ class Loader:
         self._device = device
         self._stream = device.stream()
         self._blocks = blocks
+        self._nearby = Nearby(device)
         self._shard = shard
         self._on_done = on_done
         self._condition = threading.Condition()
@@ -173,12 +177,15 @@ class Loader:
             self._condition.notify()
         self._thread.join(timeout_s)
         if not self._thread.is_alive():
+            self._nearby.close()
             self._stream.close()
 
     def _run(self) -> None:
         while True:
             with self._condition:
                 pause_s = LOOK_EVERY_S if self._arriving else None
+                if pause_s is None and self._nearby.open:
+                    pause_s = LOOK_S
                 self._condition.wait_for(lambda: self._closing or self._queue, pause_s)
                 if self._closing:
                     return
@@ -187,6 +194,7 @@ class Loader:
                 self._get_on(load)
             for waiting in list(self._arriving):
                 self._get_on(waiting)
+            self._nearby.look()
 
     def _count_error(self) -> None:
         with self._condition:
@@ -293,42 +301,51 @@ class Loader:
     def _fill(self, attached: Attached, load: _Load, blocks: _Blocks) -> bool:
         """Whether all of these are loaded and right."""
         target, client = self._blocks[blocks.group], attached.client
+        self._stream.wait_event(load.ready)
+        near = self._nearby.fill(self._stream, attached, target, blocks.block_ids, blocks.addresses)
+        if near and time.clock_gettime_ns(time.CLOCK_MONOTONIC) >= blocks.expires_ns:
+            near = set()
+        left = [index for index in range(len(blocks.block_ids)) if index not in near]
         step = max(1, CHUNK_BYTES // target.block_bytes)
-        good, right = 0, True
+        done, right = 0, True
 
         def arrived(checksums: list[int]) -> None:
-            nonlocal good, right
+            nonlocal done, right
             if not right or time.clock_gettime_ns(time.CLOCK_MONOTONIC) >= blocks.expires_ns:
                 right = False
                 return
-            named = slice(good, good + len(checksums))
-            same = list(map(eq, checksums, blocks.checksums[named]))
+            indexes = left[done : done + len(checksums)]
+            same = [each == blocks.checksums[i] for i, each in zip(indexes, checksums, strict=True)]
             if all(same):
-                good += len(same)
+                done += len(same)
                 return
             right = False
-            good += same.index(False)
-            damaged = [a for a, ok in zip(blocks.addresses[named], same, strict=True) if not ok]
+            done += same.index(False)
+            damaged = [blocks.addresses[i] for i, ok in zip(indexes, same, strict=True) if not ok]
             load.damaged += damaged
             with self._condition:
                 self.stats.add(damaged_blocks=len(damaged))
 
-        self._stream.wait_event(load.ready)
         with Flight() as flight:
-            for start in range(0, len(blocks.block_ids), step):
+            for start in range(0, len(left), step):
                 # What follows a bad block is not loaded.
                 if not right or self._closing:
                     break
-                part = slice(start, start + step)
+                part = left[start : start + step]
                 slots = [
-                    client.slot(address, target.block_bytes, epoch=load.job.epoch)
-                    for address in blocks.addresses[part]
+                    client.slot(blocks.addresses[i], target.block_bytes, epoch=load.job.epoch)
+                    for i in part
                 ]
-                flight.add(self._stream.load(target, blocks.block_ids[part], slots), arrived)
+                block_ids = [blocks.block_ids[i] for i in part]
+                flight.add(self._stream.load(target, block_ids, slots), arrived)
+        good = left[done] if done < len(left) else len(blocks.block_ids)
         if client.epoch != load.job.epoch:
             good = 0
         load.good += good
         load.nbytes += good * target.block_bytes
+        if near:
+            with self._condition:
+                self.stats.add(vram_blocks=sum(index < good for index in near))
         return good == len(blocks.block_ids)
 
     def _report(self, load: _Load) -> None:

@@ -29,6 +29,7 @@ COUNTERS = {
     "loaded_blocks": "Blocks loaded into the engine's KV cache.",
     "loaded_bytes": "Bytes of the blocks loaded.",
     "load_seconds": "Seconds spent loading.",
+    "vram_blocks": "Blocks of those loaded that the store had in the GPU's memory.",
     "failed_loads": "Loads given up and recomputed: server lost, lease over, damaged bytes.",
     "damaged_blocks": "Blocks that arrived with the wrong checksum.",
     "stored_blocks": "Blocks written to the store.",

@@ -26,6 +26,7 @@ from tests.integration.server.harness import (
     tcp_target,
     without_admin,
 )
+from tests.unit.device.gpus import StandInGpu
 
 OPERATIONS = Path(__file__).parents[3] / "docs" / "operations.md"
 
@@ -95,8 +96,10 @@ async def test_every_documented_metric_is_live_and_every_live_one_documented(
 ) -> None:
     """Drives a server so that each kind of event happens, DRAM being too small."""
     documented = set(re.findall(r"^\| `(kvstore_\w+)`", OPERATIONS.read_text(), re.MULTILINE))
+    gpu = StandInGpu(tmp_path / "gpu.json", 1 << 30)
+    sizes = {"nvme__capacity": "256MiB", "dram__capacity": "2MiB", "vram__gpus": gpu.name}
     async with (
-        serving(tmp_path, nvme__capacity="256MiB", dram__capacity="2MiB") as app,
+        serving(tmp_path, **sizes) as app,
         stub_for(tcp_target(app)) as stub,
         remote_session(stub) as session,
     ):

@@ -14,8 +14,8 @@ from typing import Any
 import xxhash
 
 from kvstore.client.lease import Layout
-from kvstore.client.link import Counters
-from kvstore.errors import KVStoreError, LeaseExpired
+from kvstore.client.link import Counters, VramGrant
+from kvstore.errors import BadRequest, KVStoreError, LeaseExpired
 from kvstore.types import (
     NO_HINTS,
     ChainPresence,
@@ -295,6 +295,8 @@ class FakeStore:
         self.closed = False
         self.counters = Counters()
         self.expires_ns = FAR_NS
+        self.on_gpu: Callable[[str], VramGrant] | None = None
+        """What it has of a GPU's memory."""
 
     def connect(self) -> FakeStore:
         self._pass("connect")
@@ -411,6 +413,12 @@ class FakeStore:
         self._pass("abort")
         for slot in slots:
             self.reserved.pop(slot, None)
+
+    def vram(self, gpu: str, layout_ids: Sequence[bytes]) -> VramGrant:
+        self._pass("vram")
+        if self.on_gpu is None:
+            raise BadRequest("no memory on this GPU")
+        return self.on_gpu(gpu)
 
     def slot(self, address: int, nbytes: int, *, epoch: bytes | None = None) -> memoryview:
         if self.before_slot is not None:

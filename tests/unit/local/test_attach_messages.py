@@ -14,6 +14,10 @@ from kvstore.local.attach import (
     ErrorReply,
     ExtentReply,
     MapRequest,
+    Reply,
+    Request,
+    VramReply,
+    VramRequest,
     decode_reply,
     decode_request,
     encode_reply,
@@ -21,21 +25,25 @@ from kvstore.local.attach import (
     error_of,
 )
 
-REQUESTS = [AttachRequest(1), MapRequest(0), MapRequest((1 << 64) - 1)]
+REQUESTS = [
+    AttachRequest(1), MapRequest(0), MapRequest((1 << 64) - 1), MapRequest(7, "GPU-1"),
+    VramRequest("GPU-1", ()), VramRequest("GPU-1", (bytes(16), b"\xff" * 16)),
+]  # fmt: skip
 REPLIES = [
     Attached(b"s" * 16, b"epoch", 1 << 26, "alice"),
     ExtentReply(7, 1 << 26),
+    VramReply(1 << 26),
     ErrorReply("NO_TENANT", "who are you?"),
 ]
 
 
 @pytest.mark.parametrize("request_", REQUESTS)
-def test_a_request_survives_the_wire(request_: AttachRequest | MapRequest) -> None:
+def test_a_request_survives_the_wire(request_: Request) -> None:
     assert decode_request(encode_request(request_)) == request_
 
 
 @pytest.mark.parametrize("reply", REPLIES)
-def test_a_reply_survives_the_wire(reply: Attached | ExtentReply | ErrorReply) -> None:
+def test_a_reply_survives_the_wire(reply: Reply) -> None:
     assert decode_reply(encode_reply(reply)) == reply
 
 
@@ -70,6 +78,12 @@ def test_the_messages_are_those_of_the_specification() -> None:
         b'{"op":"map","extent":"7"}',
         b'{"op":"map","extent":18446744073709551616}',
         b'{"op":"attach","protocol":null}',
+        b'{"op":"map","extent":7,"gpu":7}',
+        b'{"op":"vram","gpu":"GPU-1"}',
+        b'{"op":"vram","layouts":[]}',
+        b'{"op":"vram","gpu":"GPU-1","layouts":"00"}',
+        b'{"op":"vram","gpu":"GPU-1","layouts":["0g"]}',
+        b'{"op":"vram","gpu":"GPU-1","layouts":[7]}',
         b'{"op":"map","extent":7}' + b" " * MAX_DATAGRAM_BYTES,
     ],
 )

@@ -1,0 +1,226 @@
+"""Blocks in a GPU's memory, from the store to a reader, on a stand-in for the GPU."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import logging
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from kvstore.config import StoreConfig
+from kvstore.device.mirrors import Mirrors
+from kvstore.device.vram_stand_in import StandInVram
+from kvstore.errors import BadRequest, UnknownLayout
+from kvstore.store import Session, Store
+from kvstore.tiers.vram import open_vram
+from tests.unit.device.gpus import StandInGpu
+from tests.unit.test_store import BLOCK, EXTENT, SPEC, Rig, chain, content, run, until
+
+
+class VramRig(Rig):
+    """With a GPU of `extents` extents, of which one is to be left free."""
+
+    def __init__(self, directory: Path, *, extents: int = 16, **sizes: int) -> None:
+        self.gpu = StandInGpu(directory / "gpu.json", extents * EXTENT)
+        super().__init__(**sizes)
+
+    def make_store(self) -> Store:
+        return Store(
+            config=StoreConfig(
+                dram_capacity_bytes=0, lease_ms=1000, reservation_ms=1000,
+                vram_capacity_bytes=8 * EXTENT, vram_reserve_bytes=EXTENT,
+            ),
+            clock=self.clock, dram=self.dram, nvme=self.nvme,
+            tenant_key=lambda tenant: tenant.encode(),
+            executor=ThreadPoolExecutor(4), observer=self.seen, vram=[open_vram(self.gpu.name)],
+        )  # fmt: skip
+
+    def reader(self, session: Session) -> Mirrors:
+        layout_id = self.store.register_layout(session.tenant, SPEC)
+        handout = self.store.open_vram(session, self.gpu.name, [layout_id])
+
+        def fetch(extent: int) -> tuple[int, int]:
+            found = self.store.vram_extent(session, self.gpu.name, extent)
+            return os.dup(found.descriptor), found.extent_bytes
+
+        vram = StandInVram(self.gpu.name)
+        return Mirrors(os.dup(handout.descriptor), handout.extent_bytes, fetch, vram.open)
+
+    async def use(self, session: Session, keys: list[bytes], times: int = 2) -> list[int]:
+        for _ in range(times):
+            grant = await self.acquire(session, keys)
+            assert grant.held == len(keys)
+            self.store.release(session, [grant.lease_id])
+        return list(grant.addresses)
+
+    @property
+    def on_gpu(self) -> int:
+        return self.store.vram_stats()[0].blocks
+
+
+def read(reader: Mirrors, addresses: list[int]) -> dict[int, bytes]:
+    """What is kept of the blocks at these addresses of DRAM, by index."""
+    found = reader.find(addresses)
+    if found is None:
+        return {}
+    datas = [ctypes.string_at(each, BLOCK) for each in found.addresses]
+    kept = reader.kept(found)
+    return {i: data for i, data, same in zip(found.indexes, datas, kept, strict=True) if same}
+
+
+def test_what_is_loaded_again_is_found_in_the_gpus_memory(tmp_path: Path) -> None:
+    async def body(rig: VramRig) -> None:
+        session = rig.session()
+        reader = rig.reader(session)
+        keys = chain(1, 6)
+        await rig.put(session, keys)
+        addresses = await rig.use(session, keys)
+        await until(lambda: rig.on_gpu == 6)
+        await until(lambda: len(read(reader, addresses)) == 6)
+        assert read(reader, addresses) == {i: content(key) for i, key in enumerate(keys)}
+        reader.close()
+
+    run(VramRig(tmp_path), body)
+
+
+def test_blocks_come_and_go_under_a_reader_who_never_gets_another(tmp_path: Path) -> None:
+    """DRAM is so small that slots change hands all the time."""
+
+    async def body(rig: VramRig) -> None:
+        session = rig.session()
+        reader = rig.reader(session)
+        hits = 0
+        for turn in range(60):
+            keys = chain(turn % 4, 8)
+            await rig.put(session, keys)
+            for _ in range(3):
+                grant = await rig.acquire(session, keys)
+                for index, data in read(reader, list(grant.addresses)).items():
+                    assert data == content(keys[index])
+                    hits += 1
+                rig.store.release(session, [grant.lease_id])
+                await asyncio.sleep(0.005)
+        assert hits > 20
+        reader.close()
+
+    run(VramRig(tmp_path), body)
+
+
+def test_memory_that_others_take_is_given_back_and_readers_let_go(tmp_path: Path) -> None:
+    async def body(rig: VramRig) -> None:
+        session = rig.session()
+        reader = rig.reader(session)
+        keys = chain(1, 12)
+        await rig.put(session, keys)
+        addresses = await rig.use(session, keys)
+        await until(lambda: len(read(reader, addresses)) == 12)
+        assert rig.store.vram_stats()[0].held_bytes == 3 * EXTENT
+        assert reader.opened_extents == 3
+        rig.gpu.say(taken=13 * EXTENT)
+        await until(lambda: rig.store.vram_stats()[0].held_bytes == 2 * EXTENT)
+        reader.look()
+        assert reader.opened_extents == 2
+        left = read(reader, addresses)
+        assert 0 < len(left) < 12
+        assert all(data == content(keys[index]) for index, data in left.items())
+        assert (await rig.acquire(session, keys)).held == 12, "DRAM has them all"
+        assert rig.store.vram_stats()[0].extents_given_back == 1
+        reader.close()
+
+    run(VramRig(tmp_path), body)
+
+
+def test_a_gpu_that_has_no_memory_to_spare_costs_nothing_but_a_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def body(rig: VramRig) -> None:
+        rig.gpu.say(refuses=["make"])
+        session = rig.session()
+        reader = rig.reader(session)
+        await rig.put(session, chain(1, 4))
+        await rig.use(session, chain(1, 4), times=4)
+        await until(lambda: "cannot grow now" in caplog.text)
+        assert rig.on_gpu == 0
+        rig.gpu.say(refuses=[])
+        rig.clock.advance_ms(6000)
+        await rig.use(session, chain(1, 4), times=1)
+        await until(lambda: rig.on_gpu == 4)
+        reader.close()
+
+    with caplog.at_level(logging.WARNING):
+        run(VramRig(tmp_path), body)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_gpu_that_is_lost_is_left_alone_and_the_store_goes_on(tmp_path: Path, when: str) -> None:
+    async def body(rig: VramRig) -> None:
+        session = rig.session()
+        reader = rig.reader(session)
+        await rig.put(session, chain(1, 4))
+        if when == "after":
+            addresses = await rig.use(session, chain(1, 4))
+            await until(lambda: rig.on_gpu == 4)
+        rig.gpu.say(lost=True)
+        await rig.use(session, chain(1, 4))
+        await until(lambda: ("off", "vram") in rig.seen.events)
+        await until(lambda: not rig.store.vram_stats()[0].healthy)
+        assert rig.on_gpu == 0
+        if when == "after":
+            assert read(reader, addresses) == {}
+        with pytest.raises(BadRequest, match="no memory on"):
+            rig.reader(rig.session())
+        assert (await rig.acquire(session, chain(1, 4))).held == 4
+        reader.close()
+
+    run(VramRig(tmp_path), body)
+
+
+def test_damage_in_memory_is_not_copied_to_where_nobody_compares(tmp_path: Path) -> None:
+    async def body(rig: VramRig) -> None:
+        session = rig.session()
+        reader = rig.reader(session)
+        await rig.put(session, chain(1, 2))
+        grant = await rig.acquire(session, chain(1, 2))
+        rig.dram.view(grant.addresses[0], 1)[0] ^= 1
+        addresses = await rig.use(session, chain(1, 2))
+        await until(lambda: rig.on_gpu == 1)
+        await until(lambda: list(read(reader, addresses)) == [1])
+        reader.close()
+
+    run(VramRig(tmp_path), body)
+
+
+def test_who_reads_is_known_until_the_session_ends(tmp_path: Path) -> None:
+    async def body(rig: VramRig) -> None:
+        worker, scheduler = rig.session(), rig.session()
+        reader = rig.reader(worker)
+        rig.reader(worker).close()
+        await rig.put(scheduler, chain(1, 4))
+        await rig.use(scheduler, chain(1, 4))
+        await until(lambda: rig.on_gpu == 4)
+        rig.store.close_session(worker)
+        await until(lambda: rig.store.vram_stats()[0].held_bytes == 0)
+        reader.close()
+
+    run(VramRig(tmp_path), body)
+
+
+def test_tenants_reach_nothing_of_each_others(tmp_path: Path) -> None:
+    async def body(rig: VramRig) -> None:
+        session, other = rig.session("t"), rig.session("u")
+        reader = rig.reader(session)
+        await rig.put(session, chain(1, 4))
+        addresses = await rig.use(session, chain(1, 4))
+        await until(lambda: len(read(reader, addresses)) == 4)
+        theirs = rig.reader(other)
+        assert theirs.find(addresses) is None
+        assert theirs.opened_extents == 0
+        with pytest.raises(UnknownLayout):
+            rig.store.open_vram(other, rig.gpu.name, [bytes(32)])
+        reader.close()
+
+    run(VramRig(tmp_path), body)
