@@ -68,11 +68,11 @@ class Reason:
 @dataclass(eq=False, slots=True)
 class Errand:
     """Bringing up what somebody is going to ask for, and keeping it until `until_ns`.
-    `brought`: of a chain root first."""
+    `brought`: what has not been asked for, of a chain root first."""
 
     reason: Reason
     until_ns: int
-    brought: list[Replica] = field(default_factory=list)
+    brought: dict[Replica, None] = field(default_factory=dict)
     over: bool = False
     """Nobody wants it any more."""
     kept: bool = True
@@ -109,7 +109,7 @@ class Foreseen:
     def begins(self, target: Replica, errand: Errand) -> None:
         """It is to be filled, for nobody who waits for it."""
         self._coming[target] = errand
-        errand.brought.append(target)
+        errand.brought[target] = None
         self._hold(target, errand, 1)
 
     def came(self, target: Replica, *, unasked: bool) -> None:
@@ -118,6 +118,7 @@ class Foreseen:
         if errand is None:
             return
         if not unasked:
+            errand.brought.pop(target, None)
             self._hold(target, errand, -1)
             return
         self._unused[target] = errand
@@ -129,14 +130,18 @@ class Foreseen:
         """It is not filled, after all."""
         errand = self._coming.pop(target, None)
         if errand is not None:
+            errand.brought.pop(target, None)
             self._hold(target, errand, -1)
 
-    def asked_for(self, replicas: Iterable[Replica]) -> None:
-        """Somebody reads replicas in DRAM."""
-        if self._unused:
-            for replica in list(filter(self._unused.__contains__, replicas)):
-                self._leaves(replica).reason.note(used=True)
-                self.used_bytes += replica.block.layout.block_bytes
+    def asked_for(self, replicas: Iterable[Replica]) -> list[Replica]:
+        """Somebody reads replicas in DRAM. Those that nobody had asked for before."""
+        if not self._unused:
+            return []
+        used = list(filter(self._unused.__contains__, replicas))
+        for replica in used:
+            self._leaves(replica).reason.note(used=True)
+            self.used_bytes += replica.block.layout.block_bytes
+        return used
 
     def goes(self, replica: Replica) -> None:
         """It is about to stop being READY."""
@@ -149,12 +154,12 @@ class Foreseen:
     def let_go(self, errand: Errand) -> None:
         """Nobody is expected for it any more: the room is others'."""
         for replica in errand.brought:
-            if self._unused.get(replica) is errand or self._coming.get(replica) is errand:
-                self._hold(replica, errand, -1)
-        errand.kept, errand.brought = False, []
+            self._hold(replica, errand, -1)
+        errand.kept, errand.brought = False, {}
 
     def _leaves(self, replica: Replica) -> Errand:
         errand = self._unused.pop(replica)
+        errand.brought.pop(replica, None)
         self._hold(replica, errand, -1)
         self.unused_bytes -= replica.block.layout.block_bytes
         return errand

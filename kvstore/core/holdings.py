@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Mapping
+from functools import partial
 
 from kvstore.core.actions import Action, Forget
 from kvstore.core.catalog import (
@@ -43,9 +44,10 @@ class Holdings:
         make_policy: MakePolicy,
     ) -> None:
         self.catalog = catalog
-        self._make_policy = make_policy
+        self.foreseen = Foreseen()
         self._orders: dict[SpaceClass, DramOrder] = {}
-        self.dram = Pool(Tier.DRAM, dram, self._dram_order)
+        order = partial(_dram_order, make_policy, dram, self.foreseen, self._orders)
+        self.dram = Pool(Tier.DRAM, dram, order)
         self.nvme = None if nvme is None else Pool(Tier.NVME, nvme, lambda _: make_policy())
         self.actions: list[Action] = []
         """What the shell is to do, in order; taken out by the planner."""
@@ -53,7 +55,6 @@ class Holdings:
         """Stored keys of blocks that came to or went from a tier since the planner
         last told the shell."""
         self.corrupt = 0
-        self.foreseen = Foreseen()
         self.stays = Stays()
         self.mirrors: list[Mirrors] = []
         """Of each GPU that has some."""
@@ -152,7 +153,8 @@ class Holdings:
         if self._spared:
             for replica in self._spared.intersection(replicas):
                 self._want(replica.block)
-        self.foreseen.asked_for(replicas)
+        for replica in self.foreseen.asked_for(replicas):
+            self.let_go(replica)
 
     def _want(self, block: Block) -> None:
         """It is worth a write after all, perhaps."""
@@ -241,7 +243,8 @@ class Holdings:
         return 0 if order is None else order.kept
 
     def let_go(self, replica: Replica) -> None:
-        """Nobody is expected for it any more: it leaves first."""
+        """Whom it was kept for has come, or is not expected any more: it leaves first, unless
+        it is used."""
         self._orders[replica.block.layout.dram_class].let_go(replica)
 
     # What is dirty
@@ -289,14 +292,6 @@ class Holdings:
 
     # Whose is what
 
-    def _dram_order(self, space_class: SpaceClass) -> DramOrder:
-        order = self._orders[space_class] = DramOrder(
-            self._make_policy,
-            has_room=lambda: self.dram.space.free_slots(space_class) > 0,
-            is_kept=self.foreseen.is_kept,
-        )
-        return order
-
     def pool_of(self, replica: Replica) -> Pool:
         if replica.tier is Tier.DRAM:
             return self.dram
@@ -335,3 +330,18 @@ class Holdings:
         for mirrors in self.mirrors:
             mirrors.check_integrity()
         self.foreseen.check_integrity()
+
+
+def _dram_order(
+    make_policy: MakePolicy,
+    space: Space,
+    foreseen: Foreseen,
+    orders: dict[SpaceClass, DramOrder],
+    space_class: SpaceClass,
+) -> DramOrder:
+    order = orders[space_class] = DramOrder(
+        make_policy,
+        has_room=lambda: space.free_slots(space_class) > 0,
+        is_kept=foreseen.is_kept,
+    )
+    return order
