@@ -83,3 +83,31 @@ def test_two_ranks_load_their_own_parts(
     ).wait_ready()
     warm_equals_local(engine, server.socket, ranks=2)
     engine.close()
+
+
+@pytest.mark.soak
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two stages need two cores")
+def test_stages_of_several_kv_cache_groups_tell_what_they_have(
+    start_engine: StartEngine, server: Server
+) -> None:
+    """Windows and full attention by turns: both stages have layers of both groups."""
+    engine = start_engine(
+        {"endpoint": str(server.socket)},
+        family="gpt_oss",
+        processes=True,
+        environment={"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
+        pipeline_parallel_size=2,
+        enforce_eager=False,
+        compilation_config={"mode": 2, "backend": "eager"},
+    ).wait_ready()
+    text, before = prompt(1, LONG), blocks(server.socket)
+    engine.generate(text)
+    # Of each stage all blocks of full attention, and the three of the window at the end.
+    whole = 2 * (WHOLE // BLOCK + 3)
+    until(lambda: blocks(server.socket) >= before + whole, "the blocks were never stored")
+    (local,) = engine.generate(text)
+    engine.reset()
+    (warm,) = engine.generate(text)
+    assert (local["cached"], warm["cached"]) == (WHOLE, WHOLE)
+    assert difference(local, warm) == 0
+    engine.close()

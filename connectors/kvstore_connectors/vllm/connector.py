@@ -7,8 +7,10 @@ is refused at start, with a `ConfigError` that names it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from vllm.distributed.kv_transfer import get_kv_transfer_group
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorRole,
@@ -25,7 +27,7 @@ from kvstore_connectors.vllm.config import ConnectorConfig
 from kvstore_connectors.vllm.events import StoreEvents
 from kvstore_connectors.vllm.groups import bands_of
 from kvstore_connectors.vllm.link import StoreLink, connector_of
-from kvstore_connectors.vllm.metadata import StepMetadata, WorkerReport
+from kvstore_connectors.vllm.metadata import StepMetadata, WorkerLayouts, WorkerReport
 from kvstore_connectors.vllm.orders import PoolPins
 from kvstore_connectors.vllm.scheduler import SchedulerSide
 from kvstore_connectors.vllm.stats import ConnectorPromMetrics, ConnectorStats
@@ -35,7 +37,10 @@ if TYPE_CHECKING:
     import torch
     from vllm.config import VllmConfig
     from vllm.distributed.kv_events import KVCacheEvent
-    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+        KVConnectorHandshakeMetadata,
+        KVConnectorMetadata,
+    )
     from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
         KVConnectorPromMetrics,
         KVConnectorStats,
@@ -78,6 +83,8 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
         self._events: StoreEvents | None = None
+        self._link: StoreLink | None = None
+        self._specs: list[LayoutSpec] = []
         reason = layout.unsupported_reason(vllm_config, kv_cache_config)
         if reason is not None:
             logger.warning("KVStoreConnector is off: %s.", reason)
@@ -86,22 +93,33 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
         else:
             self._worker = self._make_worker(config)
 
+    @property
+    def _stages(self) -> int:
+        stages: int = self._vllm_config.parallel_config.pipeline_parallel_size
+        return stages
+
+    def _layouts(self, shards: Sequence[int]) -> list[LayoutSpec]:
+        return layout.layout_specs(self._vllm_config, self._kv_cache_config, shards)
+
     def _specs_for(self, salt: str) -> list[LayoutSpec]:
-        return layout.layout_specs(self._vllm_config, self._kv_cache_config, salt)
+        return layout.salted(self._specs, salt)
 
     def _make_scheduler(self, config: ConnectorConfig) -> SchedulerSide:
         cache = self._kv_cache_config
         bands = bands_of(cache)
-        link = StoreLink(connector_of(config), self._specs_for(""), "scheduler")
+        if self._stages == 1:
+            self._specs = self._layouts(range(layout.shard_count(self._vllm_config, cache)))
+        link = StoreLink(connector_of(config), self._specs, "scheduler")
         weighs = config.recompute == "when_sooner"
         queue = AcquireQueue(link, bands, config.acquire_timeout_ms, weighs)
         events = self._vllm_config.kv_events_config
         loads = self._kv_transfer_config.is_kv_consumer
         if loads and events is not None and events.enable_kv_cache_events:
             self._events = StoreEvents(link, bands, cache)
-        link.start()
         queue.start()
-        link.wait_first_try()
+        self._link = link
+        if self._specs:
+            self._attach()
         return SchedulerSide(
             link=link,
             queue=queue,
@@ -116,11 +134,18 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
             specs_for=self._specs_for,
         )
 
+    def _attach(self) -> None:
+        """Now that it is known what there is to store."""
+        assert self._link is not None
+        self._link.start()
+        self._link.wait_first_try()
+
     def _make_worker(self, config: ConnectorConfig) -> WorkerSide:
         rank = self._vllm_config.parallel_config.rank
         lora = self._vllm_config.lora_config
         shard, writes = layout.shard_of(rank, self._vllm_config, self._kv_cache_config)
-        link = StoreLink(connector_of(config), self._specs_for(""), f"worker-{rank}")
+        self._specs = self._layouts([shard])
+        link = StoreLink(connector_of(config), self._specs, f"worker-{rank}")
         link.start()
         return WorkerSide(
             link=link,
@@ -162,7 +187,8 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
 
     def get_kv_connector_stats(self) -> KVConnectorStats | None:
         if self._scheduler is not None:
-            return self._scheduler.stats.take()
+            stats = self._scheduler.stats
+            return stats.take() if stats.data else None
         return None if self._worker is None else self._worker.take_stats()
 
     def shutdown(self) -> None:
@@ -171,7 +197,34 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
         if self._worker is not None:
             self._worker.close()
 
+    def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
+        if self._worker is None or self._stages == 1:
+            return None
+        if get_kv_transfer_group() is not self:
+            # One of several connectors: vLLM hands what one tells to all of them.
+            logger.warning("KVStoreConnector is off: a pipeline has it as its only connector.")
+            return None
+        return WorkerLayouts(self._worker.layouts)
+
     # -- scheduler --------------------------------------------------------------
+
+    def set_xfer_handshake_metadata_pp_aware(
+        self, metadata: dict[tuple[int, int], KVConnectorHandshakeMetadata]
+    ) -> None:
+        if self._scheduler is None or self._link is None or self._specs:
+            return
+        told = [each.specs for each in metadata.values() if isinstance(each, WorkerLayouts)]
+        cache = self._kv_cache_config
+        try:
+            shards = layout.shard_count(self._vllm_config, cache)
+            self._specs = layout.merged(told, cache.prefix_cacheable_group_ids, shards)
+        except ConfigError as error:
+            logger.warning("KVStoreConnector is off: %s.", error)
+            self.shutdown()
+            self._scheduler = self._events = None
+            return
+        self._link.change_layouts(self._specs)
+        self._attach()
 
     def bind_gpu_block_pool(self, gpu_block_pool: BlockPool) -> None:
         if self._scheduler is not None:

@@ -1,8 +1,10 @@
 """What makes KV bytes interchangeable, and where they lie in the engine's memory.
 
-Both are computed from vLLM's configuration alone, which is the same in the
-scheduler and in every worker, so that all of them name the same layouts without
-talking to each other. A worker then checks the tensors it is given against it.
+Both are computed from vLLM's configuration alone. Where all layers are in one pipeline
+stage it is the same in the scheduler and in every worker, and all of them name the same
+layouts without talking to each other. A process of a pipeline knows one stage's layers only;
+there the workers tell the scheduler (`WorkerLayouts`). A worker also checks the tensors it is
+given against the configuration.
 
 A *block* here is the KV of one manager block, all layers of one group and rank: a few
 *pieces*, each contiguous, at a fixed stride from block to block. In the store the
@@ -17,15 +19,17 @@ import hashlib
 import json
 import os
 import platform
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 import vllm
-from vllm.distributed.utils import get_pp_indices
 from vllm.platforms import current_platform
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from kvstore.device.base import Piece
+from kvstore.errors import ConfigError
 from kvstore.types import LayoutSpec
 from kvstore_connectors.vllm.blocks import Geometry
 from kvstore_connectors.vllm.groups import rule_of, unsupported_spec
@@ -43,14 +47,16 @@ def unsupported_reason(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) 
     parallel = vllm_config.parallel_config
     if not kv_cache_config.prefix_cacheable_group_ids:
         return "its KV cache cannot be cached by prefix"
-    for group in kv_cache_config.kv_cache_groups:
+    for number, group in enumerate(kv_cache_config.kv_cache_groups):
+        if not group.kv_cache_spec.prefix_cacheable:
+            continue
         reason = unsupported_spec(group.kv_cache_spec)
-        if reason is not None and group.kv_cache_spec.prefix_cacheable:
+        if reason is not None:
             return reason
+        if not group.layer_names:
+            return f"a pipeline stage has no layer of KV cache group {number}"
     if kv_cache_config.hisparse_host_num_blocks is not None:
         return "part of the KV cache is managed by HiSparse"
-    if parallel.pipeline_parallel_size > 1 and len(kv_cache_config.kv_cache_groups) > 1:
-        return "pipeline parallelism is in use with several KV cache groups"
     if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
         return "context parallelism is in use"
     speculation = vllm_config.speculative_config
@@ -130,69 +136,74 @@ def _replicas(world: int, kv_cache_config: KVCacheConfig) -> int:
 
 
 def layout_specs(
-    vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, salt: str = ""
+    vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, shards: Sequence[int]
 ) -> list[LayoutSpec]:
-    """The layouts of the first group, one for each shard, then those of the next; equal
-    wherever they are computed.
-
-    `salt` sets layouts apart that are otherwise equal: an engine that was told to
-    forget its cache takes a new one.
-    """
+    """The layouts of the first group, one for each of the shards, then those of the next;
+    equal wherever they are computed. The shards are of the stage whose layers the
+    configuration names."""
     model = vllm_config.model_config
-    revision = model_digest(vllm_config)
     cache_dtype = vllm_config.cache_config.cache_dtype
     dtype = model.dtype if cache_dtype == "auto" else cache_dtype
-    world = shard_count(vllm_config, kv_cache_config)
-    stages: int = vllm_config.parallel_config.pipeline_parallel_size
-    shapes = zip(
-        kv_cache_config.prefix_cacheable_group_ids, geometries(kv_cache_config), strict=True
-    )
+    revision, backend = model_digest(vllm_config), _backend(vllm_config)
+    world, stages = shard_count(vllm_config, kv_cache_config), _stages(vllm_config)
     return [
         LayoutSpec(
             model=str(model.model)[-400:],
-            revision=f"{revision}/{salt}" if salt else revision,
+            revision=revision,
             dtype=str(dtype).removeprefix("torch."),
-            kv_layout=f"{_kv_layout(kv_cache_config).name}/{facts}",
+            kv_layout="/".join(
+                (
+                    _kv_layout(kv_cache_config).name,
+                    *_layers(kv_cache_config, group),
+                    *([f"stage {shard * stages // world} of {stages}"] if stages > 1 else []),
+                )
+            ),
             block_tokens=shape.block_tokens,
-            block_bytes=block_bytes,
-            backend=_backend(vllm_config),
-            rank=stage * (world // stages) + rank,
+            block_bytes=shape.block_bytes,
+            backend=backend,
+            rank=shard,
             world=world,
             group=group,
         )
-        for group, shape in shapes
-        for stage, (facts, block_bytes) in enumerate(
-            _stages(vllm_config, kv_cache_config, group, shape)
+        for group, shape in zip(
+            kv_cache_config.prefix_cacheable_group_ids, geometries(kv_cache_config), strict=True
         )
-        for rank in range(world // stages)
+        for shard in shards
     ]
 
 
-def _stages(
-    vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, group_id: int, shape: Geometry
-) -> list[tuple[str, int]]:
-    """For each pipeline stage what its blocks hold, and how many bytes they have.
+def merged(
+    told: Iterable[Sequence[LayoutSpec]], groups: Sequence[int], shards: int
+) -> list[LayoutSpec]:
+    """All layouts, in the order of `layout_specs`, of what each worker tells of its own.
+    Raises `ConfigError` where some are not told."""
+    known = {(spec.group, spec.rank): spec for specs in told for spec in specs}
+    places = [(group, shard) for group in groups for shard in range(shards)]
+    if not known.keys() >= set(places):
+        raise ConfigError("not every pipeline stage can keep its layers in the store")
+    return [known[place] for place in places]
 
-    vLLM tells each process of one stage's layers only, the scheduler of the first one's.
-    The others' follow from how it deals them out: layers of one group are alike.
-    """
+
+def salted(specs: Sequence[LayoutSpec], salt: str) -> list[LayoutSpec]:
+    """Layouts like these that nobody else has. An engine that was told to forget its cache
+    takes a salt; "" is none."""
+    if not salt:
+        return list(specs)
+    return [replace(spec, revision=f"{spec.revision}/{salt}") for spec in specs]
+
+
+def _layers(kv_cache_config: KVCacheConfig, group_id: int) -> tuple[str, ...]:
+    """What is in a block of a group."""
     group = kv_cache_config.kv_cache_groups[group_id]
-    rule, groups = rule_of(group.kv_cache_spec), len(kv_cache_config.kv_cache_groups)
-    here = len(group.layer_names)
+    digest = hashlib.sha256("\0".join(group.layer_names).encode()).hexdigest()[:16]
+    groups, count = len(kv_cache_config.kv_cache_groups), len(group.layer_names)
+    rule = rule_of(group.kv_cache_spec)
+    return f"group {group_id} of {groups}", f"{count} layers {digest}", str(rule)
+
+
+def _stages(vllm_config: VllmConfig) -> int:
     stages: int = vllm_config.parallel_config.pipeline_parallel_size
-    if stages == 1:
-        layers = "\0".join(group.layer_names).encode()
-        digest = hashlib.sha256(layers).hexdigest()[:16]
-        return [(f"group {group_id} of {groups}/{here} layers {digest}/{rule}", shape.block_bytes)]
-    total: int = vllm_config.model_config.get_total_num_hidden_layers()
-    spans = [get_pp_indices(total, stage, stages) for stage in range(stages)]
-    return [
-        (
-            f"group {group_id} of {groups}/layers {first} to {end} of {total}/{rule}",
-            shape.block_bytes // here * (end - first),
-        )
-        for first, end in spans
-    ]
+    return stages
 
 
 def model_digest(vllm_config: VllmConfig) -> str:

@@ -107,8 +107,9 @@ class Loader:
         shard: int,
         on_done: Callable[[], None],
     ) -> None:
-        """`blocks`: of each stored group, on `device`. `on_done` is called, from a thread, when
-        `take_results` has news."""
+        """`link` has a layout for each stored group, `blocks` are its blocks on `device`.
+        `shard`: which of a load's addresses are for them. `on_done` is called, from a thread,
+        when `take_results` has news."""
         self._link = link
         self._device = device
         self._stream = device.stream()
@@ -257,8 +258,7 @@ class Loader:
         done = load.good - sum(len(part.block_ids) for part in load.job.parts)
         if load.unwanted:
             return True
-        shards = len(attached.layouts) // len(self._blocks)
-        layout_ids = [attached.layouts[arrivals.group * shards + self._shard].id]
+        layout_ids = [attached.layouts[arrivals.group].id]
         seen = attached.client.peek(layout_ids, arrivals.keys[done:])
         if seen is not None and seen.held:
             chain = ChainQuery(layout_ids, arrivals.keys[done : done + seen.held], arrivals.reuse)

@@ -1,15 +1,16 @@
-"""What scheduler and workers tell each other, once a step."""
+"""What scheduler and workers tell each other: once a step, and once at the start."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorHandshakeMetadata,
     KVConnectorMetadata,
     KVConnectorWorkerMetadata,
 )
 
-from kvstore.types import NO_REUSE, Reuse
+from kvstore.types import NO_REUSE, LayoutSpec, Reuse
 from kvstore_connectors.vllm.adapters import Adapter
 
 
@@ -121,3 +122,10 @@ class WorkerReport(KVConnectorWorkerMetadata):
         for number, identities in other.adapters.items():
             adapters[number] = adapters.get(number, {}) | identities
         return WorkerReport(merged, adapters, max(self.prefill, other.prefill))
+
+
+@dataclass
+class WorkerLayouts(KVConnectorHandshakeMetadata):
+    """What a worker keeps in the store: a layout for each group."""
+
+    specs: list[LayoutSpec]

@@ -100,16 +100,14 @@ class Saver:
         link: StoreLink,
         device: Device,
         blocks: Sequence[Blocks],
-        shard: int,
         on_done: Callable[[], None],
     ) -> None:
-        """`blocks`: of each stored group, on `device`. `on_done` is called, from a thread, when
-        `take_reports` has news."""
+        """`link` has a layout for each stored group, `blocks` are its blocks on `device`.
+        `on_done` is called, from a thread, when `take_reports` has news."""
         self._link = link
         self._device = device
         self._stream = device.stream()
         self._groups = [_Group(number, each) for number, each in enumerate(blocks)]
-        self._shard = shard
         self._on_done = on_done
         self._condition = threading.Condition()
         self._queued_bytes = 0
@@ -288,8 +286,7 @@ class Saver:
             return True
 
     def _save_chunk(self, attached: Attached, group: _Group, parts: list[_Part]) -> None:
-        shards = len(attached.layouts) // len(self._groups)
-        layout = attached.layouts[group.number * shards + self._shard]
+        layout = attached.layouts[group.number]
         present = sum(_skip_present(attached, layout, part) for part in parts)
         wanted = sum(part.stop - part.start for part in parts)
         slots = group.slots.take(attached, layout, wanted)

@@ -24,7 +24,7 @@ from kvstore_connectors.vllm.stats import ConnectorStats
 if TYPE_CHECKING:
     import torch
 
-    from kvstore.device.base import Blocks, Device
+    from kvstore.device.base import Device
     from kvstore.types import LayoutSpec
     from kvstore_connectors.vllm.blocks import Geometry
     from kvstore_connectors.vllm.link import StoreLink
@@ -38,8 +38,9 @@ the load takes 543 ms without a wait, 28 ms with 1 ms, 25 ms with 2 ms and 22 ms
 
 
 class WorkerSide:
-    """One rank. `geometries`: of each stored group. `writes`: whether this rank stores, or
-    another with equal KV does. `adapters`: None where the engine has no LoRA."""
+    """One rank. `link`: with this rank's own layouts. `geometries`: of each stored group.
+    `writes`: whether this rank stores, or another with equal KV does. `specs_for(salt)`: the
+    layouts. `adapters`: None where the engine has no LoRA."""
 
     def __init__(
         self,
@@ -76,22 +77,17 @@ class WorkerSide:
         try:
             self._device = device = device_of(kv_caches)
             blocks = [blocks_of(device, kv_caches, each) for each in self._geometries]
-            self._check(blocks)
         except (ConfigError, DeviceError) as error:
             logger.warning("KVStoreConnector is off: %s.", error)
             return
         self._loader = Loader(self._link, device, blocks, self._shard, self._announce)
-        self._saver = Saver(self._link, device, blocks, self._shard, self._announce)
+        self._saver = Saver(self._link, device, blocks, self._announce)
         self._link.wait_first_try()
 
-    def _check(self, blocks: Sequence[Blocks]) -> None:
-        """Raises `ConfigError` where the scheduler, which computes all layouts from what it
-        knows, must have come to others."""
-        specs = self._link.specs
-        shards = len(specs) // len(blocks)
-        for spec, each in zip(specs[self._shard :: shards], blocks, strict=True):
-            if spec.block_bytes != each.block_bytes:
-                raise ConfigError("its layers are dealt out otherwise than expected")
+    @property
+    def layouts(self) -> list[LayoutSpec]:
+        """Of what it keeps in the store: none where it has to leave its KV cache alone."""
+        return [] if self._saver is None else self._link.specs
 
     def before_step(self, meta: StepMetadata) -> None:
         """Before any block may be overwritten."""

@@ -64,7 +64,7 @@ class Rank:
         self.link.start()
         assert self.link.wait_attached(5)
         self.loader = loader(self.link, device, blocks, 0, lambda: None)
-        self.saver = saver(self.link, device, blocks, 0, lambda: None)
+        self.saver = saver(self.link, device, blocks, lambda: None)
 
     def bytes_of(self, block: int) -> bytes:
         return bytes(self.layers[:, block].reshape(-1).tolist())

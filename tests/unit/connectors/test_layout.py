@@ -23,6 +23,7 @@ from vllm.v1.kv_cache_interface import (
 
 from kvstore.device.host import HostDevice
 from kvstore.errors import ConfigError
+from kvstore.types import LayoutSpec
 from kvstore_connectors.vllm import layout
 from kvstore_connectors.vllm.blocks import blocks_of
 
@@ -88,7 +89,7 @@ def engine(path: str = "some/model", **changes: Any) -> Any:
     parts = {
         "model": path, "dtype": torch.bfloat16, "revision": None, "quantization": None,
         "seed": 0, "cache_dtype": "auto", "tp": 1, "rank": 0, "pp": 1, "dcp": 1,
-        "load_format": "auto", "hf": config, "speculative": None, "layers": len(LAYERS),
+        "load_format": "auto", "hf": config, "speculative": None,
     } | changes  # fmt: skip
     return SimpleNamespace(
         model_config=SimpleNamespace(
@@ -98,7 +99,6 @@ def engine(path: str = "some/model", **changes: Any) -> Any:
             quantization=parts["quantization"],
             seed=parts["seed"],
             hf_config=SimpleNamespace(to_dict=lambda: dict(parts["hf"])),
-            get_total_num_hidden_layers=lambda: parts["layers"],
         ),
         cache_config=SimpleNamespace(cache_dtype=parts["cache_dtype"]),
         parallel_config=SimpleNamespace(
@@ -115,8 +115,15 @@ def engine(path: str = "some/model", **changes: Any) -> Any:
     )
 
 
+def specs_of(vllm_config: Any, kv_config: Any) -> list[LayoutSpec]:
+    """As the scheduler computes them."""
+    shards = range(layout.shard_count(vllm_config, kv_config))
+    return layout.layout_specs(vllm_config, kv_config, shards)
+
+
 def ids(vllm_config: Any, kv_config: Any, salt: str = "") -> list[bytes]:
-    return [spec.layout_id for spec in layout.layout_specs(vllm_config, kv_config, salt)]
+    specs = layout.salted(specs_of(vllm_config, kv_config), salt)
+    return [spec.layout_id for spec in specs]
 
 
 def test_every_rank_computes_what_the_scheduler_computes() -> None:
@@ -169,51 +176,105 @@ def test_ranks_with_equal_kv_share_a_shard_and_one_of_them_writes() -> None:
     assert shards == [(0, True), (0, False), (1, True), (1, False)]
 
 
-def stage(layers: int) -> Any:
-    """The KV cache of a pipeline stage with so many layers."""
-    names = [f"layer {number}" for number in range(layers)]
-    page = cache().kv_cache_groups[0].kv_cache_spec.page_size_bytes
-    tensor = KVCacheTensor(
-        size=page * BLOCKS * layers, layers=names, layer_stride=page * BLOCKS, block_stride=page
-    )
-    group = KVCacheGroupSpec(names, cache().kv_cache_groups[0].kv_cache_spec)
-    return cache(kv_cache_tensors=[tensor], kv_cache_groups=[group])
+def stage(first: int, end: int) -> Any:
+    """The KV cache of a pipeline stage with the layers [first, end)."""
+    names = [f"layer {number}" for number in range(first, end)]
+    return staged([names])
 
 
-def test_every_stage_computes_what_the_scheduler_computes() -> None:
-    """vLLM tells the scheduler of the first stage's layers only; 7 layers make 2, 3 and 2."""
-    deal = engine(tp=2, pp=3, layers=7)
-    assert layout.unsupported_reason(deal, stage(2)) is None
-    specs = layout.layout_specs(deal, stage(2))
+def staged(layers_of_groups: list[list[str]]) -> Any:
+    """The KV cache of a pipeline stage: its layers, group by group, in one memory."""
+    full = cache().kv_cache_groups[0].kv_cache_spec
+    window = cache(spec_class=SlidingWindowSpec).kv_cache_groups[0].kv_cache_spec
+    page, most = full.page_size_bytes, max(map(len, layers_of_groups))
+    tensors = [
+        KVCacheTensor(
+            size=page * BLOCKS * most, layers=names, layer_stride=page * BLOCKS, block_stride=page
+        )
+        for names in layers_of_groups
+    ]
+    groups = [
+        KVCacheGroupSpec(names, full if number == 0 else window)
+        for number, names in enumerate(layers_of_groups)
+    ]
+    return cache(kv_cache_tensors=tensors, kv_cache_groups=groups)
+
+
+def told_by_workers(deal: Any, stages: list[Any], tp: int = 1) -> list[list[LayoutSpec]]:
+    """What the worker of each rank says of its own."""
+    told = []
+    for rank in range(tp * len(stages)):
+        config = stages[rank // tp]
+        shard, _ = layout.shard_of(rank, deal, config)
+        told.append(layout.layout_specs(deal, config, [shard]))
+    return told
+
+
+def test_the_scheduler_of_a_pipeline_has_every_stages_layouts_from_its_workers() -> None:
+    """vLLM tells it of the first stage's layers only."""
+    deal = engine(tp=2, pp=3)
+    stages = [stage(0, 2), stage(2, 5), stage(5, 7)]
+    assert layout.unsupported_reason(deal, stages[0]) is None
+    told = told_by_workers(deal, stages, tp=2)
+    specs = layout.merged(reversed(told), (0,), shards=6)
     assert [(spec.rank, spec.world) for spec in specs] == [(rank, 6) for rank in range(6)]
     assert len({spec.layout_id for spec in specs}) == 6
-    for rank, layers in enumerate((2, 2, 3, 3, 2, 2)):
-        assert ids(deal, stage(layers)) == [spec.layout_id for spec in specs]
-        assert layout.shard_of(rank, deal, stage(layers)) == (rank, True)
-        (geometry,) = layout.geometries(stage(layers))
-        assert specs[rank].block_bytes == geometry.block_bytes
+    for rank, spec in enumerate(specs):
+        (geometry,) = layout.geometries(stages[rank // 2])
+        assert spec.block_bytes == geometry.block_bytes
+
+
+def test_a_pipeline_of_several_groups_has_a_layout_of_each_group_and_stage() -> None:
+    deal = engine(pp=2)
+    stages = [staged([["f0"], ["w0", "w1"]]), staged([["f1"], ["w2"]])]
+    assert [layout.unsupported_reason(deal, each) for each in stages] == [None, None]
+    specs = layout.merged(told_by_workers(deal, stages), (0, 1), shards=2)
+    assert [(spec.group, spec.rank) for spec in specs] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert len({spec.layout_id for spec in specs}) == 4
+    assert specs[2].block_bytes == 2 * specs[3].block_bytes
+
+
+def test_what_one_stage_cannot_keep_is_kept_by_none() -> None:
+    deal = engine(pp=2)
+    stages = [staged([["f0"], ["w0"]]), staged([["f1", "f2"], []])]
+    assert layout.unsupported_reason(deal, stages[0]) is None
+    assert "no layer of KV cache group 1" in (layout.unsupported_reason(deal, stages[1]) or "")
+    told = told_by_workers(deal, stages[:1])
+    with pytest.raises(ConfigError, match="stage"):
+        layout.merged(told, (0, 1), shards=2)
 
 
 def test_stages_and_ranks_are_not_taken_for_each_other() -> None:
-    stages = ids(engine(pp=2, layers=4), stage(2))
-    ranks = ids(engine(tp=2), stage(2))
-    whole = ids(engine(layers=4), stage(4))
+    stages = [
+        spec.layout_id
+        for specs in told_by_workers(engine(pp=2), [stage(0, 2), stage(2, 4)])
+        for spec in specs
+    ]
+    ranks = ids(engine(tp=2), stage(0, 2))
+    whole = ids(engine(), stage(0, 4))
     assert len({*stages, *ranks, *whole}) == 5
+
+
+def test_another_dealing_of_layers_is_another_layout() -> None:
+    even, odd = (told_by_workers(engine(pp=2), [stage(0, cut), stage(cut, 4)]) for cut in (2, 1))
+    assert not {s.layout_id for each in even for s in each} & {
+        s.layout_id for each in odd for s in each
+    }
 
 
 def test_data_parallel_replicas_share_what_they_store() -> None:
     """Ranks are numbered replica by replica, then stage by stage."""
-    deal = engine(tp=2, pp=2, layers=4)
-    shards = [layout.shard_of(rank, deal, stage(2))[0] for rank in range(8)]
+    deal = engine(tp=2, pp=2)
+    shards = [layout.shard_of(rank, deal, stage(0, 2))[0] for rank in range(8)]
     assert shards == [0, 1, 2, 3, 0, 1, 2, 3]
-    alone = [ids(engine(tp=2, pp=2, layers=4, rank=rank), stage(2)) for rank in (0, 4)]
+    alone = [ids(engine(tp=2, pp=2, rank=rank), stage(0, 2)) for rank in (0, 4)]
     assert alone[0] == alone[1]
 
 
 def test_stages_with_equal_kv_in_their_ranks_have_a_shard_each() -> None:
-    config = stage(2)
+    config = stage(0, 2)
     config.kv_tp_replicas = 2
-    deal = engine(tp=2, pp=2, layers=4)
+    deal = engine(tp=2, pp=2)
     shards = [layout.shard_of(rank, deal, config) for rank in range(4)]
     assert shards == [(0, True), (0, False), (1, True), (1, False)]
 
@@ -223,7 +284,6 @@ def test_stages_with_equal_kv_in_their_ranks_have_a_shard_each() -> None:
     [
         (engine(), cache(spec_class=EncoderOnlyAttentionSpec), "EncoderOnlyAttentionSpec"),
         (engine(), recurrent("none"), "state"),
-        (engine(pp=2), hybrid(), "pipeline"),
         (engine(dcp=2), cache(), "context"),
         (engine(speculative=SimpleNamespace(method="eagle")), cache(), "eagle"),
         (engine(), cache("LHBNC"), "LHBNC"),
@@ -269,7 +329,7 @@ def test_blocks_are_cut_where_vllm_puts_them(kv_layout: str, pieces: int) -> Non
 
 
 def test_every_group_has_layouts_of_its_own() -> None:
-    specs = layout.layout_specs(engine(tp=2), hybrid())
+    specs = specs_of(engine(tp=2), hybrid())
     assert [(spec.group, spec.rank) for spec in specs] == [
         (0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1),
     ]  # fmt: skip
