@@ -26,6 +26,7 @@ from functools import partial
 from kvstore.errors import KVStoreError
 from kvstore.types import NO_HINTS, ChainQuery, Hints, LeaseGrant
 from kvstore_connectors.vllm.groups import Band, Bands
+from kvstore_connectors.vllm.held import Held, held_of
 from kvstore_connectors.vllm.link import Attached, StoreLink, is_loss
 from kvstore_connectors.vllm.positions import (
     Query,
@@ -56,36 +57,6 @@ class TicketState(enum.Enum):
     ANSWERED = enum.auto()
     FAILED = enum.auto()
     CANCELLED = enum.auto()
-
-
-@dataclass(slots=True)
-class Taken:
-    """Leased blocks of a band from its block `first` on, a list for each of its layouts:
-    all shards of the first member, then of the next."""
-
-    band: Band
-    first: int
-    addresses: list[list[int]]
-    checksums: list[list[int]]
-
-
-@dataclass(slots=True)
-class Held:
-    """Leases that together let a prompt resume at `tokens`, and whose they are. They begin
-    at `floor`, which must be had already.
-
-    `full_tokens`: how far full attention is held, which may be further. `dram_tokens`:
-    how far it was in DRAM when it was asked for.
-    """
-
-    floor: int
-    tokens: int
-    full_tokens: int
-    dram_tokens: int
-    lease_ids: list[int]
-    expires_ns: int
-    taken: list[Taken]
-    attached: Attached
 
 
 @dataclass(slots=True, eq=False)
@@ -137,6 +108,8 @@ class AcquireQueue:
         self._answers = 0
         self._seen_answers = 0
         self._closing = False
+        self.news = False
+        """Something was submitted or released since the last `wake`."""
         self.errors = 0
         """Calls that failed."""
         self._threads = [
@@ -168,11 +141,11 @@ class AcquireQueue:
         attached = self._link.current
         if attached is None:
             return None
-        known = self._first_columns
-        if known[0] is not attached:
+        whose, columns = self._first_columns
+        if whose is not attached:
             columns = _layout_ids(attached, self._bands, self._bands.full[0])
-            known = self._first_columns = (attached, columns)
-        seen = attached.client.peek(known[1], (key,))
+            self._first_columns = attached, columns
+        seen = attached.client.peek(columns, (key,))
         return None if seen is None else seen.held > 0
 
     def submit(self, wanted: Wanted) -> Ticket:
@@ -181,6 +154,7 @@ class AcquireQueue:
         ticket = Ticket(wanted, time.monotonic())
         with self._work:
             self._asked.append(ticket)
+        self.news = True
         return ticket
 
     def foresee(self, wanted: Wanted) -> None:
@@ -188,6 +162,7 @@ class AcquireQueue:
         there is time and room."""
         with self._work:
             self._foreseen.append(wanted)
+        self.news = True
 
     def cancel(self, ticket: Ticket) -> None:
         """The answer is no longer wanted; a lease that it brings is given back."""
@@ -204,13 +179,14 @@ class AcquireQueue:
             return
         with self._work:
             self._returned.append(held)
+        self.news = True
 
     def wake(self) -> None:
         """See to what was submitted and released. Waking a thread costs the engine's more
         than all the rest, so it is done once for many."""
-        if self._asked or self._returned or self._foreseen:
-            with self._work:
-                self._work.notify()
+        self.news = False
+        with self._work:
+            self._work.notify()
 
     def wait_answer(self, timeout_s: float) -> None:
         """Return once an answer has come since the last call, or after `timeout_s`."""
@@ -378,39 +354,27 @@ class AcquireQueue:
     def _take_up(self, attached: Attached, ask: _Ask) -> _Ask | None:
         """Answer the ticket, unless another position is to be tried: then what to ask."""
         bands = self._bands
-        full, position = ask.full_tokens, ask.position
-        taken = _taken(ask)
-        for each in taken:
-            if each.band.rule.is_full:
-                blocks = each.first + len(each.addresses[0])
-                position = min(position, bands.aligned(blocks * each.band.block_tokens))
-        if bands.partial and position < ask.position:
-            full = position
+        held = held_of(
+            bands,
+            attached,
+            ask.queries,
+            ask.grants,
+            floor=ask.ticket.wanted.floor,
+            position=ask.position,
+            full_tokens=ask.full_tokens,
+        )
         whole = all(
             grant.held == len(query.chain.keys)
             for query, grant in zip(ask.queries, ask.grants, strict=True)
         )
         if whole or not bands.partial:
-            held_by = [grant.lease_id for grant in ask.grants if grant.lease_id]
-            ends = [grant.expires_ns for grant in ask.grants if grant.lease_id]
-            answer = Held(
-                floor=ask.ticket.wanted.floor,
-                tokens=position,
-                full_tokens=full if bands.partial else position,
-                dram_tokens=min(_dram_tokens(ask), position),
-                lease_ids=held_by,
-                expires_ns=min(ends, default=0),
-                taken=taken,
-                attached=attached,
-            )
-            self._answer([ask.ticket], answer)
+            self._answer([ask.ticket], held)
             return None
         self._let_go(attached, ask.grants)
-        if position == ask.position:
-            # It is a window or a state that is gone.
-            position -= bands.alignment
-        again = self._ask(attached, ask.ticket, position)
-        again.full_tokens = max(again.full_tokens, min(full, ask.full_tokens))
+        # Where full attention is all there, it is a window or a state that is gone.
+        short = held.tokens < ask.position
+        again = self._ask(attached, ask.ticket, held.tokens - (0 if short else bands.alignment))
+        again.full_tokens = max(again.full_tokens, held.full_tokens)
         return again
 
     def _answer(self, tickets: list[Ticket], held: Held | None = None) -> None:
@@ -477,34 +441,3 @@ def _batches(chains: list[ChainQuery]) -> list[list[ChainQuery]]:
         batches[-1].append(chain)
         room -= keys
     return batches
-
-
-def _dram_tokens(ask: _Ask) -> int:
-    """How far the longest chain was in DRAM."""
-    query, grant = max(
-        zip(ask.queries, ask.grants, strict=True),
-        key=lambda pair: (pair[0].band.rule.is_full, pair[1].from_dram > 0, pair[0].first),
-        default=(None, None),
-    )
-    if query is None or grant is None or not grant.from_dram:
-        return 0
-    return (query.first + grant.from_dram) * query.band.block_tokens
-
-
-def _taken(ask: _Ask) -> list[Taken]:
-    """What was granted, band by band, each from its first block on without a hole."""
-    taken: list[Taken] = []
-    broken = False
-    for query, grant in zip(ask.queries, ask.grants, strict=True):
-        if not taken or taken[-1].band is not query.band:
-            empty: list[list[int]] = [[] for _ in query.chain.layout_ids]
-            taken.append(Taken(query.band, query.first, empty, [list(each) for each in empty]))
-            broken = False
-        if not broken:
-            held, current = grant.held, taken[-1]
-            for number in range(len(query.chain.layout_ids)):
-                column = slice(number * held, (number + 1) * held)
-                current.addresses[number] += grant.addresses[column]
-                current.checksums[number] += grant.checksums[column]
-            broken = held < len(query.chain.keys)
-    return taken

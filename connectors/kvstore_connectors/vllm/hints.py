@@ -5,7 +5,8 @@ less is more urgent. It is taken for both: whose blocks come up from NVMe first,
 stay. More can be said of the next use in `kv_transfer_params`:
 
     kvstore_priority    0 to 100 instead of vLLM's, of their staying; 50 is the usual
-    kvstore_category    requests of one kind tend to be followed up alike
+    kvstore_category    requests of one kind tend to be followed up alike; not "output",
+                        which blocks are that a model made, for prompts are what is stored
     kvstore_retention   a list of {"first_token", "stop_token", "priority", "ttl_ms"}, for
                         parts of the prompt; any of them may be left out
 
@@ -24,6 +25,7 @@ from kvstore.types import (
     MAX_PRIORITY,
     MAX_RETENTIONS,
     NO_HINTS,
+    OUTPUT,
     Retention,
     Reuse,
 )
@@ -44,21 +46,24 @@ def urgency_of(request: Request) -> int:
 
 def reuse_of(request: Request) -> Reuse:
     """Within the server's bounds, whatever the request says."""
+    params, session = request.kv_transfer_params, request.session_id
+    if params is None and session is None:
+        # The usual request, on the engine's thread.
+        return Reuse(urgency_of(request), request=_name(request.request_id))
     priority, category = urgency_of(request), ""
     retention: tuple[Retention, ...] = ()
-    params = request.kv_transfer_params
     if isinstance(params, Mapping):
         told = params.get(_PREFIX + "priority")
         if _is_number(told, MAX_PRIORITY):
             priority = told
         told = params.get(_PREFIX + "category")
-        if isinstance(told, str) and len(told.encode(errors="replace")) <= MAX_HINT_BYTES:
-            category = told.encode(errors="replace").decode()
+        if isinstance(told, str) and told != OUTPUT:
+            text = told.encode(errors="replace")
+            category = text.decode() if len(text) <= MAX_HINT_BYTES else ""
         told = params.get(_PREFIX + "retention")
         if isinstance(told, list):
             read = (_retention(each, priority) for each in told[:MAX_RETENTIONS])
             retention = tuple(each for each in read if each is not None)
-    session = request.session_id
     return Reuse(
         priority,
         retention,

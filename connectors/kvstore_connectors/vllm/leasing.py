@@ -26,9 +26,11 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from kvstore_connectors.vllm.acquire import AcquireQueue, Held, Ticket, TicketState
+from kvstore_connectors.vllm.acquire import AcquireQueue, Ticket, TicketState
 from kvstore_connectors.vllm.groups import Bands
 from kvstore_connectors.vllm.handover import ASK_EVERY_S, LOOK_EVERY_S
+from kvstore_connectors.vllm.held import Held
+from kvstore_connectors.vllm.hints import urgency_of
 from kvstore_connectors.vllm.link import StoreLink
 from kvstore_connectors.vllm.orders import StoreOrders
 from kvstore_connectors.vllm.positions import Wanted
@@ -69,6 +71,8 @@ class Leasing:
         # What fails of a load can be told block by block only where there is one group.
         self._can_follow = follows and len(bands.groups) == 1 and not bands.partial
         self._first_size = bands.full[0].block_tokens if bands.full else 0
+        # How many hashes make a key there.
+        self._first_hashes = self._first_size // bands.hash_tokens
         self.outstanding = 0
         """Requests with a ticket or an unused lease."""
 
@@ -83,6 +87,9 @@ class Leasing:
         if tracked.held is None:
             if tracked.ticket is not None:
                 self._look_for_answer(tracked, tracked.ticket)
+            elif tracked.coming is None and self._is_missed(tracked, computed):
+                tracked.done = True
+                return 0
             elif self._ask(tracked, computed):
                 assert tracked.coming is not None
                 tracked.local_tokens = computed
@@ -147,15 +154,10 @@ class Leasing:
         if self.outstanding >= MAX_OUTSTANDING:
             return False
         coming = tracked.coming
-        if coming is None:
-            if self._is_missed(tracked, computed):
-                tracked.done = True
-                return False
-            wanted = self._wanted(tracked, computed)
-        else:
-            if time.monotonic() < coming.next_look_s:
-                return False
-            wanted = self._wanted(tracked, computed)
+        if coming is not None and time.monotonic() < coming.next_look_s:
+            return False
+        wanted = self._wanted(tracked, computed)
+        if coming is not None:
             seen = self._queue.peek(wanted)
             if seen is not None:
                 if self._can_follow and computed < min(seen, coming.tokens):
@@ -173,11 +175,10 @@ class Leasing:
     def _is_missed(self, tracked: Tracked, computed: int) -> bool:
         """The block that a load would begin with is not there, as far as can be seen. This
         is what every new prompt pays, out of cold caches: each call counts."""
-        size = self._first_size
-        if not size:
+        hashes = self._first_hashes
+        if not hashes:
             return False
-        first = computed // size
-        (key,) = keys_of(tracked, self._bands.hash_tokens, size, first, first + 1)
+        key = tracked.hashes()[(computed // self._first_size + 1) * hashes - 1]
         if self._queue.holds(key) is not False:
             return False
         counted, asked = self._stats.data, tracked.loadable // self._bands.alignment
@@ -244,7 +245,7 @@ class Leasing:
             size: keys_of(tracked, hash_tokens, size, 0, limit // size)
             for size in self._block_sizes
         }
-        return Wanted(keys, limit, computed, tracked.reuse, tracked.urgency)
+        return Wanted(keys, limit, computed, tracked.reuse, urgency_of(tracked.request))
 
     def _learn(self, wanted: Wanted, full_tokens: int, tokens: int) -> None:
         """The store holds full attention's blocks up to `full_tokens`, and what else is

@@ -147,7 +147,8 @@ class StoreLink:
         self._connect = connect
         self._specs = list(specs)
         self._condition = threading.Condition()
-        self._attached: Attached | None = None
+        self.current: Attached | None = None
+        """The client, for calls that neither wait nor touch the arena. Read only."""
         self._closing = False
         self._epoch = b""
         self._past: deque[bytes] = deque(maxlen=_PAST_LIVES)
@@ -165,12 +166,7 @@ class StoreLink:
     @property
     def up(self) -> bool:
         """Whether asking the store has a point. A plain read, for hot paths."""
-        return self._attached is not None
-
-    @property
-    def current(self) -> Attached | None:
-        """The current client, for calls that neither wait nor touch the arena."""
-        return self._attached
+        return self.current is not None
 
     @property
     def specs(self) -> list[LayoutSpec]:
@@ -180,7 +176,7 @@ class StoreLink:
     def borrow(self) -> Iterator[Attached | None]:
         """The current client, kept open meanwhile; None while there is none."""
         with self._condition:
-            attached = self._attached
+            attached = self.current
             if attached is not None:
                 attached.users += 1
         try:
@@ -192,7 +188,7 @@ class StoreLink:
     def failed(self, attached: Attached, error: KVStoreError) -> None:
         """Tell that a call did not work for want of a server. Idempotent."""
         with self._condition:
-            if self._attached is not attached:
+            if self.current is not attached:
                 return
             self._detach()
             self.outages += 1
@@ -200,7 +196,7 @@ class StoreLink:
 
     def suspect(self) -> None:
         """The server did not keep its time: do without it until it answers again."""
-        attached = self._attached
+        attached = self.current
         if attached is not None:
             self.failed(attached, Unavailable("no answer in time"))
 
@@ -215,7 +211,7 @@ class StoreLink:
         from here. Then it is looked for at once."""
         with self._condition:
             if self._epoch == epoch:
-                return self._attached is not None
+                return self.current is not None
             if epoch in self._past:
                 return False
             if self._sought != epoch:
@@ -227,7 +223,7 @@ class StoreLink:
 
     def wait_attached(self, timeout_s: float) -> bool:
         with self._condition:
-            return self._condition.wait_for(lambda: self._attached is not None, timeout_s)
+            return self._condition.wait_for(lambda: self.current is not None, timeout_s)
 
     def wait_first_try(self, timeout_s: float = FIRST_TRY_S) -> bool:
         """Whether the first try found a server; False also if it takes too long.
@@ -237,7 +233,7 @@ class StoreLink:
         """
         with self._condition:
             self._condition.wait_for(lambda: self._tried, timeout_s)
-            return self._attached is not None
+            return self.current is not None
 
     def close(self, timeout_s: float = 2.0) -> None:
         """Detach and end the thread. Idempotent."""
@@ -250,7 +246,7 @@ class StoreLink:
             self._close_unused()
 
     def _detach(self) -> None:
-        attached, self._attached = self._attached, None
+        attached, self.current = self.current, None
         if attached is not None:
             attached.dropped = True
             if not attached.users:
@@ -332,7 +328,7 @@ class StoreLink:
                 self._past.append(self._epoch)
                 self._epoch = epoch
                 self.generation += 1
-            self._attached = attached
+            self.current = attached
             self._tried = True
             self._condition.notify_all()
         logger.info("The KV store is attached.")
@@ -342,7 +338,7 @@ class StoreLink:
         """Return when `attached` is no longer the current client."""
         while True:
             with self._condition:
-                if self._condition.wait_for(lambda: self._attached is not attached, HEARTBEAT_S):
+                if self._condition.wait_for(lambda: self.current is not attached, HEARTBEAT_S):
                     return
             if attached.users:
                 # Whoever uses it notices a loss; and a client that found its
@@ -363,7 +359,7 @@ class StoreLink:
     def _renew(self, attached: Attached) -> None:
         """The server restarted between two calls: start afresh, quietly."""
         with self._condition:
-            if self._attached is attached:
+            if self.current is attached:
                 self._detach()
 
 

@@ -1,7 +1,7 @@
 """How fast this engine prefills, so that the store brings up what beats that.
 
 Measured from step to step: a step that computes many tokens is a prefill, whatever else
-it does. Steps overlap where the engine schedules ahead; a step then counts from the end of
+it does. Steps overlap where the engine schedules ahead; one then counts from the end of
 the one before. Not every step's end is told (where the workers have nothing to say, it is
 not), so each prefill has a number, which the workers send back.
 """
@@ -23,29 +23,32 @@ class PrefillMeter:
     """Told of steps by the engine's thread; read by any."""
 
     def __init__(self, now_s: Callable[[], float] = time.monotonic) -> None:
-        self.tokens_per_s = 0.0
-        """The median of the latest; 0.0 before the first."""
         self._now_s = now_s
         self._number = 0
-        self._begun: deque[tuple[int, int, float]] = deque(maxlen=MOST_AHEAD)
+        self.begun: deque[tuple[int, int, float]] = deque(maxlen=MOST_AHEAD)
+        """Prefills under way: their numbers, tokens, and when they began. Without one the end
+        of a step says nothing."""
         self._ended_s = 0.0
         self._latest: deque[float] = deque(maxlen=REMEMBERED)
 
+    @property
+    def tokens_per_s(self) -> float:
+        """The median of the latest; 0.0 before the first."""
+        latest = list(self._latest)
+        return statistics.median(latest) if latest else 0.0
+
     def begin(self, tokens: int) -> int:
-        """A step of so many tokens is scheduled. Its number; 0 where it is no prefill."""
-        if tokens < LEAST_TOKENS:
-            return 0
+        """A prefill of so many tokens, `LEAST_TOKENS` at least, is scheduled. Its number."""
         self._number += 1
-        self._begun.append((self._number, tokens, self._now_s()))
+        self.begun.append((self._number, tokens, self._now_s()))
         return self._number
 
     def end(self, number: int) -> None:
         """A step is over: the prefill of this number, or another (0)."""
         now_s = self._now_s()
-        while self._begun and self._begun[0][0] <= number:
-            begun, tokens, began_s = self._begun.popleft()
+        while self.begun and self.begun[0][0] <= number:
+            begun, tokens, began_s = self.begun.popleft()
             taken_s = now_s - max(began_s, self._ended_s)
             if begun == number and taken_s > 0:
                 self._latest.append(tokens / taken_s)
-                self.tokens_per_s = statistics.median(self._latest)
         self._ended_s = now_s

@@ -18,17 +18,18 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
-from kvstore_connectors.vllm.acquire import AcquireQueue, Held, Taken
+from kvstore_connectors.vllm.acquire import AcquireQueue
 from kvstore_connectors.vllm.adapters import Adapter, AdapterBook
 from kvstore_connectors.vllm.groups import Bands
 from kvstore_connectors.vllm.handover import Coming, answer_for_decode
-from kvstore_connectors.vllm.hints import reuse_of, urgency_of
+from kvstore_connectors.vllm.held import Held, Taken
+from kvstore_connectors.vllm.hints import reuse_of
 from kvstore_connectors.vllm.leasing import ANSWER_GRACE_S, Leasing
 from kvstore_connectors.vllm.link import StoreLink
 from kvstore_connectors.vllm.metadata import (
@@ -39,6 +40,7 @@ from kvstore_connectors.vllm.metadata import (
     WorkerReport,
 )
 from kvstore_connectors.vllm.orders import Pins, StoreOrders
+from kvstore_connectors.vllm.prefill import LEAST_TOKENS
 from kvstore_connectors.vllm.stats import ConnectorStats
 from kvstore_connectors.vllm.storing import Storing
 from kvstore_connectors.vllm.tracked import Tracked, keys_of
@@ -91,6 +93,7 @@ class SchedulerSide:
         self._link = link
         self._queue = queue
         self._bands = bands
+        self._hash_tokens = bands.hash_tokens
         self._smallest_block = min(band.block_tokens for band in bands.bands)
         self._handover_s = handover_timeout_ms / 1000
         self._loads = loads
@@ -102,7 +105,7 @@ class SchedulerSide:
         self._adapted: dict[str, _Adapted] = {}
         self._adapters = AdapterBook(workers)
         self._steps = 0
-        self._orders = StoreOrders(workers, len(bands.groups))
+        self._orders = StoreOrders(workers, len(bands.groups), self._is_evicted)
         patience_s = acquire_timeout_ms / 1000 + ANSWER_GRACE_S
         self._leasing = Leasing(link, queue, bands, self._orders, self.stats, patience_s, follows)
         self._storing = Storing(bands, self._orders)
@@ -113,7 +116,15 @@ class SchedulerSide:
         # Requests that came since the last step.
         self._new: list[Tracked] = []
         self._known_generation = link.generation
-        self._meta = StepMetadata()
+        # Orders for the next step; most have none.
+        self._meta: StepMetadata | None = None
+        self._nothing = StepMetadata()
+
+    def _is_evicted(self, group: int, key: bytes) -> bool:
+        """Whether it can be seen that the store has not got a block. Not of windows and
+        states."""
+        full = self._bands.full
+        return bool(full) and group in full[0].members and self._queue.holds(key) is False
 
     def bind_pins(self, pins: Pins) -> None:
         """Nothing is stored before there is a way to keep blocks from being reused."""
@@ -122,7 +133,9 @@ class SchedulerSide:
     # -- requests ---------------------------------------------------------------
 
     def on_new_request(self, request: Request) -> None:
-        tokens = self._keyed_tokens(request)
+        prompt = request.num_prompt_tokens
+        # Those whose blocks have keys.
+        tokens = min(prompt, len(request.block_hashes) * self._hash_tokens)
         if tokens < self._smallest_block or request.resumable:
             # A session that goes on has no fixed prompt.
             return
@@ -132,24 +145,20 @@ class SchedulerSide:
             self._adapted[request.request_id] = _Adapted(request, tokens, self._steps)
 
     def _track(self, request: Request, tokens: int, adapter: Adapter | None) -> None:
-        loads = self._loads and not request.skip_reading_prefix_cache
-        loadable = self._loadable(request, tokens) if loads else 0
+        loadable = 0
+        if self._loads and not request.skip_reading_prefix_cache:
+            # vLLM needs one token to compute, to have something to sample from.
+            loadable = min(request.num_prompt_tokens - 1, tokens)
+            loadable -= loadable % self._bands.alignment
         coming = None
         if loadable and request.kv_transfer_params is not None:
             params, now_s = request.kv_transfer_params, time.monotonic()
             coming = Coming.of(params, loadable, self._handover_s, now_s)
-        tracked = self._tracked[request.request_id] = Tracked(
-            request=request,
-            prompt_tokens=tokens,
-            loadable=loadable,
-            offered=[0] * len(self._bands.bands),
-            done=not loadable,
-            coming=coming,
-            offering=self._stores,
-            reuse=reuse_of(request),
-            urgency=urgency_of(request),
-            adapter=adapter,
-        )
+        tracked = Tracked(request, tokens, loadable, not loadable, coming, adapter)
+        self._tracked[request.request_id] = tracked
+        if self._stores:
+            tracked.storable = True
+            self._storing.offering[request.request_id] = tracked
         if loadable:
             self._new.append(tracked)
 
@@ -161,16 +170,6 @@ class SchedulerSide:
             del self._adapted[request.request_id]
             self._track(request, waiting.tokens, adapter)
         return adapter is not None
-
-    def _keyed_tokens(self, request: Request) -> int:
-        """Those of the prompt whose blocks have keys."""
-        hashed: int = len(request.block_hashes) * self._bands.hash_tokens
-        prompt: int = request.num_prompt_tokens
-        return min(prompt, hashed)
-
-    def _loadable(self, request: Request, tokens: int) -> int:
-        # vLLM needs one token to compute, to have something to sample from.
-        return self._bands.aligned(min(request.num_prompt_tokens - 1, tokens))
 
     def get_num_new_matched_tokens(
         self, request: Request, num_computed_tokens: int
@@ -207,9 +206,10 @@ class SchedulerSide:
         else:
             job = self._load(tracked, held, position, get_block_ids())
             from_dram = max(0, held.dram_tokens - tracked.local_tokens)
-        self._meta.loads.append(job)
+        meta = self._orders_for_next_step()
+        meta.loads.append(job)
         if tracked.adapter is not None:
-            self._meta.adapters[request.request_id] = tracked.adapter
+            meta.adapters[request.request_id] = tracked.adapter
         self._dram_tokens[request.request_id] = from_dram
         self._loading[request.request_id] = held
         tracked.loading = True
@@ -224,7 +224,7 @@ class SchedulerSide:
             block_ids=list(tables[self._bands.groups[0]][first:last]),
             keys=keys_of(tracked, self._bands.hash_tokens, size, first, last),
             patience_s=self._handover_s,
-            reuse=tracked.reuse,
+            reuse=reuse_of(request),
         )
         self.stats.add(asked_blocks=last - first, found_blocks=last - first)
         epoch = b"" if attached is None else attached.epoch
@@ -280,57 +280,92 @@ class SchedulerSide:
 
     def request_finished(self, request: Request) -> dict[str, Any] | None:
         """What to hand over to a vLLM that decodes, where a proxy asks for that."""
-        self._dram_tokens.pop(request.request_id, None)
-        tracked = self._tracked.pop(request.request_id, None)
-        self._adapted.pop(request.request_id, None)
+        request_id = request.request_id
+        tracked = self._tracked.pop(request_id, None)
         if tracked is not None:
-            # A load under way goes on: vLLM holds its blocks until it is reported.
-            self._leasing.end(tracked)
+            if not tracked.done:
+                self._leasing.end(tracked)
+            self._storing.end(tracked)
+            self._orders.ends(request_id)
             if tracked.loading:
-                self._meta.unwanted.append(request.request_id)
+                # It goes on: vLLM holds its blocks until it is reported.
+                self._orders_for_next_step().unwanted.append(request_id)
+        if self._dram_tokens:
+            self._dram_tokens.pop(request_id, None)
+        if self._adapted:
+            self._adapted.pop(request_id, None)
         if request.kv_transfer_params is None:
             return None
-        stored = tracked is not None and self._stores and self._link.up
-        tokens = self._loadable(request, self._keyed_tokens(request)) if stored else 0
-        return answer_for_decode(request.kv_transfer_params, tokens)
+        tokens = 0
+        if tracked is not None and self._stores and self._link.up:
+            tokens = min(tracked.prompt_tokens, request.num_prompt_tokens - 1)
+        return answer_for_decode(request.kv_transfer_params, self._bands.aligned(tokens))
 
     # -- steps ------------------------------------------------------------------
 
+    def _orders_for_next_step(self) -> StepMetadata:
+        meta = self._meta
+        if meta is None:
+            meta = self._meta = StepMetadata(salt=self._salt)
+        return meta
+
     def build_meta(self, output: SchedulerOutput) -> StepMetadata:
-        prefill = self._queue.prefill.begin(output.total_num_scheduled_tokens)
+        """Orders for the workers, not to be changed. Most steps only decode, and have none:
+        what they pass through here costs the engine most of all."""
+        self._steps += 1
         if self._known_generation != self._link.generation:
             self._known_generation = self._link.generation
             self._orders.forget()
         if output.preempted_req_ids:
-            # Their blocks are free for reuse in this very step.
-            self._meta.cancelled += self._orders.cancel(output.preempted_req_ids)
-            for request_id in output.preempted_req_ids:
-                tracked = self._tracked.get(request_id)
-                if tracked is not None and self._stores:
-                    self._storing.offer_again(tracked)
-        self._steps += 1
-        for request_id, waiting in list(self._adapted.items()):
-            # Too late for a load, but what is computed of it can be stored.
-            if waiting.bypasses and self._find_adapter(waiting):
-                self._leasing.end(self._tracked[request_id])
-        if self._stores and self._link.up:
-            self._meta.stores = self._storing.jobs(output, self._tracked)
+            self._preempted(output.preempted_req_ids)
+        if self._adapted:
+            self._look_for_adapters()
+        storing = self._storing
+        if (storing.offering or storing.states) and self._link.up:
+            stores = storing.jobs(output, self._tracked)
+            if stores:
+                self._orders_for_next_step().stores = stores
         if self._new:
             new, self._new = self._new, []
             self._leasing.foresee(new)
-        self._queue.wake()
-        idle = output.total_num_scheduled_tokens == 0
-        if idle and not self._loading and not self._meta.loads and self._awaits_answer():
-            self._queue.wait_answer(IDLE_WAIT_S)
-        meta, self._meta = self._meta, StepMetadata()
-        meta.idle = idle
-        meta.prefill = prefill
-        meta.salt = self._salt
+        if self._queue.news:
+            self._queue.wake()
+        tokens = output.total_num_scheduled_tokens
+        if tokens >= LEAST_TOKENS:
+            self._orders_for_next_step().prefill = self._queue.prefill.begin(tokens)
+        elif not tokens:
+            self._orders_for_next_step().idle = True
+            self._wait_idle()
+        meta, self._meta = self._meta, None
+        if meta is None:
+            return self._nothing
         for store in meta.stores:
             adapter = self._tracked[store.request_id].adapter
             if adapter is not None:
                 meta.adapters[store.request_id] = adapter
         return meta
+
+    def _preempted(self, request_ids: Collection[str]) -> None:
+        """Their blocks are free for reuse in this very step."""
+        cancelled = self._orders.cancel(request_ids)
+        if cancelled:
+            self._orders_for_next_step().cancelled += cancelled
+        for request_id in request_ids:
+            tracked = self._tracked.get(request_id)
+            if tracked is not None and self._stores:
+                self._storing.begin_anew(tracked)
+
+    def _look_for_adapters(self) -> None:
+        for request_id, waiting in list(self._adapted.items()):
+            # Too late for a load, but what is computed of it can be stored.
+            if waiting.bypasses and self._find_adapter(waiting):
+                self._leasing.end(self._tracked[request_id])
+
+    def _wait_idle(self) -> None:
+        """The engine has nothing to do until an answer comes."""
+        meta = self._orders_for_next_step()
+        if not self._loading and not meta.loads and self._awaits_answer():
+            self._queue.wait_answer(IDLE_WAIT_S)
 
     def _awaits_answer(self) -> bool:
         return bool(self._adapted) or any(
@@ -340,19 +375,29 @@ class SchedulerSide:
 
     def update_output(self, output: KVConnectorOutput) -> None:
         report = output.kv_connector_worker_meta
-        report = report if isinstance(report, WorkerReport) else None
-        self._queue.prefill.end(report.prefill if report is not None else 0)
-        for request_id in output.finished_recving or ():
+        if output.finished_recving:
+            self._loaded(output.finished_recving)
+        # Not `isinstance`, which takes longer than all the rest for an abstract class.
+        if type(report) is WorkerReport:
+            self._queue.prefill.end(report.prefill)
+            if report.jobs:
+                self._orders.reported(report.jobs)
+            if report.adapters:
+                self._adapters.heard(report.adapters)
+        elif self._queue.prefill.begun:
+            self._queue.prefill.end(0)
+
+    def _loaded(self, request_ids: Collection[str]) -> None:
+        """Loads that have ended, for better or worse."""
+        for request_id in request_ids:
             held = self._loading.pop(request_id, None)
             if held is not None:
                 self._queue.release(held)
             tracked = self._tracked.get(request_id)
             if tracked is not None:
                 tracked.loading = False
-        self._queue.wake()
-        if report is not None:
-            self._orders.reported(report)
-            self._adapters.heard(report.adapters)
+        if self._queue.news:
+            self._queue.wake()
 
     @property
     def stores_pending(self) -> bool:
@@ -371,7 +416,10 @@ class SchedulerSide:
         for tracked in self._tracked.values():
             if not tracked.loading:
                 self._leasing.end(tracked)
-            self._storing.offer_no_more(tracked)
+            self._storing.end(tracked)
+        self._nothing = StepMetadata(salt=self._salt)
+        if self._meta is not None:
+            self._meta.salt = self._salt
         self._link.change_layouts(self._specs_for(self._salt))
 
     def close(self) -> None:

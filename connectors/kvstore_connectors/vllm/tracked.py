@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kvstore.types import NO_HINTS, NO_REUSE, Reuse
-from kvstore_connectors.vllm.acquire import Held, Ticket
+from kvstore.types import Reuse
+from kvstore_connectors.vllm.acquire import Ticket
 from kvstore_connectors.vllm.adapters import Adapter
 from kvstore_connectors.vllm.handover import Coming
+from kvstore_connectors.vllm.held import Held
+from kvstore_connectors.vllm.hints import reuse_of
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -20,35 +22,43 @@ class Tracked:
     0 where nothing is loaded. `done`: the store is not asked any more. `local_tokens`:
     what vLLM had itself when a load was offered. `junction`: where full attention goes
     on in the store, but windows or states do not. `coming`: what another vLLM is storing
-    of it, as long as that is waited for. `offered`: for each band, up to which block it
-    has been stored; `offering`: whether there is more. `reuse`: what it says of the next
-    use of its blocks. `urgency`: 0 to 100, of its being answered soon. `adapter`: what it
-    is computed with beside the model.
+    of it, as long as that is waited for. `adapter`: what it is computed with beside the
+    model. `storable`: what is computed of it may be stored. `offered`: for each band, up to
+    which block it has been.
     """
 
     request: Request
     prompt_tokens: int
     loadable: int
-    offered: list[int]
+    done: bool
+    coming: Coming | None
+    adapter: Adapter | None
     preemptions: int = 0
-    done: bool = False
     ticket: Ticket | None = None
     held: Held | None = None
     local_tokens: int = 0
     loading: bool = False
     junction: int = 0
-    coming: Coming | None = None
-    offering: bool = True
-    reuse: Reuse = NO_REUSE
-    urgency: int = NO_HINTS.priority
-    adapter: Adapter | None = None
-    _adapted: list[bytes] = field(default_factory=list)
+    storable: bool = False
+    offered: list[int] | None = None
+    _reuse: Reuse | None = None
+    _adapted: list[bytes] | None = None
+
+    @property
+    def reuse(self) -> Reuse:
+        """What the request says of the next use of its blocks."""
+        reuse = self._reuse
+        if reuse is None:
+            reuse = self._reuse = reuse_of(self.request)
+        return reuse
 
     def hashes(self) -> list[bytes]:
         """Of what is computed of it so far, by its weights and all before; not a copy."""
         hashes: list[bytes] = self.request.block_hashes
         if self.adapter is None:
             return hashes
+        if self._adapted is None:
+            self._adapted = []
         if len(self._adapted) < len(hashes):
             self._adapted += self.adapter.keys(hashes[len(self._adapted) :])
         return self._adapted

@@ -28,8 +28,9 @@ from kvstore.types import (
     Segment,
     SlotGrant,
 )
-from kvstore_connectors.vllm.acquire import Held, Taken, Ticket, TicketState
+from kvstore_connectors.vllm.acquire import Ticket, TicketState
 from kvstore_connectors.vllm.groups import Band, Bands, Rule
+from kvstore_connectors.vllm.held import Held, Taken
 from kvstore_connectors.vllm.link import Attached
 from kvstore_connectors.vllm.positions import Wanted
 from kvstore_connectors.vllm.prefill import PrefillMeter
@@ -194,6 +195,8 @@ class FakeQueue:
     def foresee(self, wanted: Wanted) -> None:
         self.foreseen.append(wanted)
 
+    news = False
+
     def wake(self) -> None:
         pass
 
@@ -256,6 +259,11 @@ class FakeQueue:
 
     def close(self) -> None:
         pass
+
+
+def prefills_at(meter: PrefillMeter, tokens_per_s: float) -> None:
+    """The engine has been seen to."""
+    meter._latest.append(tokens_per_s)
 
 
 def attached(specs: Sequence[LayoutSpec], client: Any = None) -> Attached:

@@ -67,6 +67,7 @@ def test_all_that_can_be_said_is_understood() -> None:
         {"kvstore_category": "c" * 65},
         {"kvstore_category": "\udcff" * 65},
         {"kvstore_category": 7},
+        {"kvstore_category": "output"},
         {"kvstore_retention": {"first_token": 0}},
         {"kvstore_retention": [7, None, {"first_token": 5, "stop_token": 5}]},
         {"kvstore_retention": [{"priority": 101}, {"ttl_ms": 0}, {"ttl_ms": -1}]},

@@ -14,7 +14,7 @@ from kvstore_connectors.vllm import link as link_module
 from kvstore_connectors.vllm.acquire import AcquireQueue, Ticket, TicketState
 from kvstore_connectors.vllm.link import StoreLink
 from kvstore_connectors.vllm.positions import Wanted
-from tests.unit.connectors.fakes import BLOCK_TOKENS, FULL, FakeStore, spec
+from tests.unit.connectors.fakes import BLOCK_TOKENS, FULL, FakeStore, prefills_at, spec
 
 
 def wanted(*keys: bytes, urgency: int = 50) -> Wanted:
@@ -204,7 +204,7 @@ def test_the_store_is_told_how_fast_the_engine_computes(
     store.blocks = {b"a": bytes(64)}
     first = submit(queue, b"a")
     eventually(lambda: first.state is TicketState.ANSWERED)
-    queue.prefill.tokens_per_s = 12_345.0
+    prefills_at(queue.prefill, 12_345.0)
     second = submit(queue, b"a")
     eventually(lambda: second.state is TicketState.ANSWERED)
     assert [hints.tokens_per_s for hints in store.hints] == [0.0, 12_345.0]

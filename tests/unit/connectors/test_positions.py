@@ -11,8 +11,9 @@ import pytest
 
 from kvstore.types import ChainQuery
 from kvstore_connectors.vllm import acquire as module
-from kvstore_connectors.vllm.acquire import AcquireQueue, Held, TicketState
+from kvstore_connectors.vllm.acquire import AcquireQueue, TicketState
 from kvstore_connectors.vllm.groups import Band, Bands, Rule
+from kvstore_connectors.vllm.held import Held
 from kvstore_connectors.vllm.link import StoreLink
 from kvstore_connectors.vllm.positions import (
     Wanted,
@@ -20,7 +21,7 @@ from kvstore_connectors.vllm.positions import (
     longest_position,
     queries,
 )
-from tests.unit.connectors.fakes import BLOCK_TOKENS, FULL, FakeStore, bands_with, spec
+from tests.unit.connectors.fakes import BLOCK_TOKENS, FULL, FakeStore, bands_with, prefills_at, spec
 
 KEYS = [bytes([number]) * 32 for number in range(12)]
 HYBRID = bands_with(Rule(), Rule(window=6), Rule(state=True))
@@ -203,7 +204,7 @@ def test_what_is_asked_for_names_every_layout_of_a_band() -> None:
 def test_chains_that_are_needed_together_are_not_weighed_one_by_one(world: World) -> None:
     """A single state may take longer to load than its tokens to compute, and spares all
     tokens before it."""
-    world.queue.prefill.tokens_per_s = 1e6
+    prefills_at(world.queue.prefill, 1e6)
     world.ask(wanted())
     assert world.store.hints
     assert all(hints.tokens_per_s is None for hints in world.store.hints)
@@ -214,7 +215,7 @@ def test_an_engine_that_is_to_be_spared_loads_what_it_would_compute_sooner(
     weighs: bool, told: float | None
 ) -> None:
     world = World(FULL, weighs=weighs)
-    world.queue.prefill.tokens_per_s = 1e6
+    prefills_at(world.queue.prefill, 1e6)
     world.ask(wanted())
     assert {hints.tokens_per_s for hints in world.store.hints} == {told}
     world.close()

@@ -519,6 +519,28 @@ def test_evicted_blocks_are_stored_again(world: World) -> None:
     assert again.keys == twin.block_hashes[1:4]
 
 
+@pytest.mark.parametrize("loads", [True, False], ids=["loads", "only stores"])
+def test_what_the_store_is_seen_to_have_evicted_is_stored_again(loads: bool) -> None:
+    """An engine that finds a prompt in its own cache, or only stores, asks for no leases."""
+    world = World(loads=loads)
+    world.queue.seen = 0
+    request = world.request()
+    (job,) = world.compute(request, 4 * BLOCK_TOKENS, [1, 2, 3, 4]).stores
+    twin = world.request()
+    world.match(twin, 4 * BLOCK_TOKENS)
+    assert not world.compute(twin, 4 * BLOCK_TOKENS, [1, 2, 3, 4]).stores, "under way"
+    world.report(job.job_id)
+    world.queue.seen = 4 * BLOCK_TOKENS
+    twin = world.request()
+    world.match(twin, 4 * BLOCK_TOKENS)
+    assert not world.compute(twin, 4 * BLOCK_TOKENS, [1, 2, 3, 4]).stores, "there"
+    world.queue.seen = BLOCK_TOKENS
+    twin = world.request()
+    world.match(twin, 4 * BLOCK_TOKENS)
+    (again,) = world.compute(twin, 4 * BLOCK_TOKENS, [1, 2, 3, 4]).stores
+    assert again.block_ids == [1, 2, 3, 4]
+
+
 def test_blocks_are_pinned_only_while_a_store_reads_them(world: World) -> None:
     request = world.request()
     (job,) = world.compute(request, 4 * BLOCK_TOKENS, [1, 2, 3, 4]).stores
@@ -534,6 +556,54 @@ def test_blocks_are_pinned_only_while_a_store_reads_them(world: World) -> None:
     world.compute(twin, 4 * BLOCK_TOKENS, [5, 6, 7, 8])
     world.finish(twin)
     assert world.quiet()
+
+
+def test_blocks_that_a_request_keeps_are_pinned_when_it_ends(world: World) -> None:
+    """Most stores are over by then, and pinning costs the engine's thread."""
+    request = world.request()
+    (job,) = world.compute(request, 4 * BLOCK_TOKENS, [1, 2, 3, 4]).stores
+    assert not world.pins.held
+    world.finish(request)
+    assert world.pins.held == {1: 1, 2: 1, 3: 1, 4: 1}
+    world.report(job.job_id)
+    assert world.quiet()
+
+
+def test_blocks_that_leave_a_window_are_pinned_at_once() -> None:
+    world = World(bands=bands_with(Rule(), Rule(window=6), Rule(state=True)))
+    request = world.request(tokens=4 * BLOCK_TOKENS + 1)
+    request_id = request.request_id
+    meta = world.meta(
+        {request_id: 4 * BLOCK_TOKENS + 1},
+        blocks={request_id: [[1, 2, 3, 4, 5], [11, 12, 13, 14, 15], [0] * 5]},
+        states={request_id: [(2, 77, 4 * BLOCK_TOKENS)]},
+    )
+    assert world.pins.held == {13: 1, 14: 1, 77: 1}
+    world.finish(request)
+    assert world.pins.held == dict.fromkeys((1, 2, 3, 4, 13, 14, 77), 1)
+    world.report(*(job.job_id for job in meta.stores))
+    assert world.quiet()
+
+
+def test_what_was_computed_before_a_reset_is_not_stored_after_it() -> None:
+    world = World(bands=bands_with(Rule(), Rule(state=True)))
+    request, again = world.request(tokens=4 * BLOCK_TOKENS + 1), world.request(seed=1)
+    world.side.reset()
+    for each in (request, again):
+        meta = world.meta(
+            {each.request_id: 4 * BLOCK_TOKENS},
+            blocks={each.request_id: [[1, 2, 3, 4], [0, 0, 0, 9]]},
+            states={each.request_id: [(1, 77, 4 * BLOCK_TOKENS)]},
+        )
+        assert not meta.stores
+    # Preempted, it is computed anew.
+    meta = world.meta(
+        {again.request_id: 4 * BLOCK_TOKENS},
+        blocks={again.request_id: [[1, 2, 3, 4], [0, 0, 0, 9]]},
+        preempted={again.request_id},
+        states={again.request_id: [(1, 77, 4 * BLOCK_TOKENS)]},
+    )
+    assert [job.group for job in meta.stores] == [0, 1]
 
 
 def test_a_job_is_over_when_every_rank_has_reported_it() -> None:
@@ -557,7 +627,7 @@ def test_a_preempted_requests_stores_are_cancelled_in_the_same_step(world: World
     (again,) = world.compute(request, 4 * BLOCK_TOKENS, [5, 6, 7, 8]).stores
     assert again.block_ids == [5, 6, 7, 8]
     world.report(job.job_id, lost=True)
-    assert world.pins.held == {5: 1, 6: 1, 7: 1, 8: 1}
+    assert not world.pins.held
     assert not world.compute(world.request(), 4 * BLOCK_TOKENS, [9, 10, 11, 12]).stores
 
 
@@ -685,6 +755,7 @@ def test_the_engines_prefill_is_measured_from_step_to_step(world: World) -> None
     meta = world.compute(request, 512, [1])
     world.report()
     assert world.queue.prefill.tokens_per_s == 0.0, "the end of another step"
+    assert world.compute(request, 1, [1]).prefill == 0, "a step that decodes"
     report = WorkerReport(prefill=meta.prefill)
     world.side.update_output(outcome(kv_connector_worker_meta=report))
     assert world.queue.prefill.tokens_per_s > 0.0
