@@ -8,6 +8,8 @@ al. (see w_tinylfu).
 
 from __future__ import annotations
 
+from zlib import crc32
+
 ROWS = 4
 MOST = 15
 SEEN_A_NAME = 10
@@ -15,6 +17,7 @@ SEEN_A_NAME = 10
 
 _HALVED = bytes(count >> 1 for count in range(256))
 _MIX = 0x9E3779B97F4A7C15
+# A checksum differs wherever names do, of which numbers, too, make good ones.
 
 
 class Frequency:
@@ -31,7 +34,7 @@ class Frequency:
 
     def add(self, name: bytes) -> None:
         mask = self._width - 1
-        spread = (int.from_bytes(name[-8:], "little") * _MIX) & 0xFFFFFFFFFFFFFFFF
+        spread = crc32(name) * _MIX & 0xFFFFFFFFFFFFFFFF
         step = (spread >> 32) | 1
         for row in self._rows:
             place = (spread >> 8) & mask
@@ -46,7 +49,7 @@ class Frequency:
     def of(self, name: bytes) -> int:
         """At least how often it was seen, as far as that is remembered."""
         mask = self._width - 1
-        spread = (int.from_bytes(name[-8:], "little") * _MIX) & 0xFFFFFFFFFFFFFFFF
+        spread = crc32(name) * _MIX & 0xFFFFFFFFFFFFFFFF
         step = (spread >> 32) | 1
         least = MOST
         for row in self._rows:

@@ -165,7 +165,7 @@ class Worth(EvictionPolicy):
         if self._use is None:
             self._begin_unnamed()
         for group, run in groupby(replicas, _group):
-            self._touch(group, list(run))
+            self._touch(group, list(dict.fromkeys(run)))
 
     def _touch(self, group: Group, run: list[Replica]) -> None:
         """Use some of a group, the deepest first."""

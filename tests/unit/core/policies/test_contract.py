@@ -66,6 +66,22 @@ def test_every_replica_held_is_a_candidate_once(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_what_a_request_names_twice_is_held_once(name: str) -> None:
+    policy = POLICIES[name]()
+    held = [replica(number, depth=9 - number) for number in range(10)]
+    policy.use(Use(now_ms=1.0))
+    policy.insert_all(held)
+    for now in (2.0, 3.0):
+        policy.use(Use(now_ms=now))
+        policy.touch_run([*held[:5], *held[:5], held[4], held[9], held[9]])
+    policy.use(Use(now_ms=4.0))
+    assert sorted(r.address for r in policy.candidates()) == list(range(10)) and len(policy) == 10
+    for leaving in held:
+        policy.remove(leaving)
+    assert not len(policy)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_policy_decides_alike_each_time(name: str) -> None:
     def run() -> list[bool]:
         draw = random.Random(2)
