@@ -79,8 +79,7 @@ def sweep_stacks(
 def policy_of_a_server(name: str) -> str:
     policy = policy_called(name)
     if policy in BOUNDS:
-        raise BadRequest(f"{policy} knows the future, so no server runs it; with tiers the bounds"
-                         " are part of the answer")  # fmt: skip
+        raise BadRequest(f"{policy} knows the future, so no server runs it")
     return policy
 
 

@@ -92,7 +92,8 @@ def merged(traces: Iterable[Trace]) -> Trace:
 def coarsened(trace: Trace, block_tokens: int) -> Trace:
     """The same requests in larger blocks. A prompt has those that its blocks fill, and two
     are equal where all that they are made of is: a block's name is that of the prompt up to
-    its end. Raises `TraceError` where the blocks are not so many of the trace's."""
+    its end. Raises `TraceError` where they are not so many of the trace's, or nothing fills
+    one."""
     factor, rest = divmod(block_tokens, trace.block_tokens)
     if rest or not factor:
         raise TraceError(f"blocks of {block_tokens} tokens are not some of {trace.block_tokens}")
@@ -106,6 +107,8 @@ def coarsened(trace: Trace, block_tokens: int) -> Trace:
         numbers[new] = np.arange(blocks, blocks + len(new))
         blocks += len(new)
         requests.append(replace(request, pieces=pieces_of(numbers[ends])))
+    if trace.blocks and not blocks:
+        raise TraceError(f"no prompt fills a block of {block_tokens} tokens")
     return Trace(block_tokens, blocks, requests)
 
 

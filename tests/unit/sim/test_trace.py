@@ -39,6 +39,11 @@ def test_blocks_that_are_not_made_of_the_trace_s_are_refused(tokens: int) -> Non
         coarsened(Trace(16, 1, []), tokens)
 
 
+def test_blocks_that_no_prompt_fills_are_refused() -> None:
+    with pytest.raises(TraceError, match="no prompt fills a block of 64 tokens"):
+        coarsened(Trace(16, 3, [Request(0, 48, 1, ((0, 3),))]), 64)
+
+
 def test_callers_say_when_sessions_are_back_as_well_as_they_are_to_know_it() -> None:
     times = {1: [0, 100, 400], 2: [50], None: [60, 70]}
     requests = [
