@@ -41,6 +41,18 @@ HOOKS = (
 """In the file two words each, nanoseconds: of the thread at work, and of the clock on the
 wall, which goes on while the thread waits or another process has its core."""
 
+EACH_STEP = frozenset(
+    (
+        "build_connector_meta",
+        "update_connector_output",
+        "get_kv_connector_stats",
+        "take_events",
+        "has_pending_push_work",
+        "has_pending_block_frees",
+    )
+)
+"""Those that vLLM calls whether or not the step computes something."""
+
 TOKENS, ANSWER = 1024, 8
 REQUESTS = 16
 SEED = 7000
@@ -80,6 +92,13 @@ class HookTimes(Closing):
         self._seen = now
         return dict(zip(HOOKS, zip(taken[::2], taken[1::2], strict=True), strict=True))
 
+    def take_for(self, requests: int) -> dict[str, tuple[float, float]]:
+        """The same, microseconds for each of so many requests."""
+        thousands = 1e3 * max(1, requests)
+        return {
+            name: (busy / thousands, wall / thousands) for name, (busy, wall) in self.take().items()
+        }
+
 
 def map_times(path: str) -> memoryview:
     """The file's words."""
@@ -97,19 +116,14 @@ def measure(server: Server, load: Load, times: HookTimes, rounds: int) -> dict[s
             server.forget()
             times.take()
             met = load.run(server.port, _arguments(number, requests))
-            thousands = 1e3 * max(1, met.requests)
-            per_request = {
-                name: (busy_ns / thousands, wall_ns / thousands)
-                for name, (busy_ns, wall_ns) in times.take().items()
-            }
             if number >= 0:
-                samples.append(per_request)
+                samples.append(times.take_for(met.requests))
     return {
         "tokens": TOKENS,
         "requests": REQUESTS,
         "rounds": rounds,
         "most_us": AIM_US,
-        **{kind: _median(samples) for kind, samples in taken.items()},
+        **{kind: median_of(samples) for kind, samples in taken.items()},
     }
 
 
@@ -122,7 +136,7 @@ def _arguments(number: int, requests: int) -> list[str]:
     ]
 
 
-def _median(samples: Sequence[dict[str, tuple[float, float]]]) -> dict[str, Any]:
+def median_of(samples: Sequence[dict[str, tuple[float, float]]]) -> dict[str, Any]:
     """Of the thread at work, `wall_us` apart. Totals are without the steps that compute
     nothing."""
 

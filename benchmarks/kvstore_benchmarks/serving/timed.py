@@ -10,7 +10,7 @@ from collections.abc import Callable
 from time import perf_counter_ns, thread_time_ns
 from typing import TYPE_CHECKING, Any
 
-from kvstore_benchmarks.serving.hooks import FILE, HOOKS, IDLE, map_times
+from kvstore_benchmarks.serving.hooks import EACH_STEP, FILE, HOOKS, IDLE, map_times
 from kvstore_connectors.vllm.connector import KVStoreConnector
 
 if TYPE_CHECKING:
@@ -22,7 +22,8 @@ BUILD = "build_connector_meta"
 
 
 class TimedConnector(KVStoreConnector):
-    """Steps that compute nothing are booked apart: to wait in them is their purpose."""
+    """Steps that compute nothing are booked apart: in them the engine waits for the store,
+    and has nothing else to do."""
 
     def __init__(
         self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
@@ -30,6 +31,7 @@ class TimedConnector(KVStoreConnector):
         super().__init__(vllm_config, role, kv_cache_config)
         # The workers' half is not on the engine's thread.
         self._times = None if self._scheduler is None else map_times(os.environ[FILE])
+        self._idle = False
 
 
 def _timed(name: str) -> Callable[..., Any]:
@@ -45,9 +47,9 @@ def _timed(name: str) -> Callable[..., Any]:
             return inner(self, *arguments, **named)
         finally:
             busy_ns, taken_ns = thread_time_ns() - began_ns, perf_counter_ns() - started_ns
-            at = own
-            if name == BUILD and arguments and not arguments[0].total_num_scheduled_tokens:
-                at = idle
+            if name == BUILD:
+                self._idle = not arguments[0].total_num_scheduled_tokens
+            at = idle if self._idle and name in EACH_STEP else own
             times[at] += busy_ns
             times[at + 1] += taken_ns
 
