@@ -103,8 +103,8 @@ class NvmeTier:
         self._scratch = nvme_slot.ScratchPool()
         self._summary = nvme_slot.aligned(self._geometry.summary_bytes)
         self._noted_bytes = 0
-        # (segment, life) of which the index could not be told all.
-        self._untold: set[tuple[int, int]] = set()
+        # Segment -> its life of which the index could not be told all.
+        self._untold: dict[int, int] = {}
         self._remembering = threading.Lock()
         self._flushing = threading.Lock()
         self._failed: TierFailed | None = None
@@ -267,7 +267,10 @@ class NvmeTier:
                 if damage is None:
                     raise CorruptBlock("another block is stored there")
                 _, place = before
-                _log.error("slot %d of segment %d: %s", place.slot, place.segment, damage)
+                _log.error(
+                    "a block is damaged and dropped: %s (slot %d of segment %d)",
+                    damage, place.slot, place.segment,
+                )  # fmt: skip
                 self._log.lose(address, place)
                 raise damage
         raise CorruptBlock("no block was written there")
@@ -398,8 +401,10 @@ class NvmeTier:
         """Put it into the index, or as much as goes in. Of which segments it then
         does not tell all, a start after this reads the headers."""
         for number, (life, _) in list(batch.segments.items()):
-            if (number, life) in self._untold:
+            if self._untold.get(number) == life:
                 del batch.segments[number]
+            else:
+                self._untold.pop(number, None)  # It began anew.
         if not len(batch):
             return
         try:
@@ -407,7 +412,7 @@ class NvmeTier:
             return
         except TierFull as error:
             _log.warning("%s: the next start will take longer", error)
-            self._untold |= {(number, life) for number, (life, _) in batch.segments.items()}
+            self._untold |= {number: life for number, (life, _) in batch.segments.items()}
         with suppress(TierFull):
             self._index.apply(batch.without_new_blocks())
 

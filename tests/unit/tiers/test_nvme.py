@@ -632,6 +632,35 @@ def test_an_index_that_runs_out_of_pages_loses_entries_but_nothing_else(
     again.close()
 
 
+def test_what_a_full_index_was_not_told_is_not_kept_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tier = open_tier(tmp_path)
+
+    def full(batch: nvme_index.Batch) -> None:
+        if batch.segments:
+            raise TierFull("the index is full")
+
+    def write_over_and_over() -> None:
+        for number in range(60):
+            put(tier, EXTENT_BYTES + number % 8 * size, number)
+            tier.sync()
+
+    size = tier.slot_bytes(BLOCK_BYTES)
+    tier.open_extent(1, size)
+    with monkeypatch.context() as patched:
+        patched.setattr(tier._index, "apply", full)
+        write_over_and_over()
+        untold = len(tier._untold)
+        assert 1 < untold <= len(tier._log.segments)
+    write_over_and_over()
+    assert len(tier._untold) < untold, "what began anew is told"
+    tier.close()
+    again = open_tier(tmp_path)
+    assert len(recovered(again)) == 8
+    again.close()
+
+
 def test_data_is_synced_before_the_index_names_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
