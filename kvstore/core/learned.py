@@ -12,7 +12,7 @@ batch's share of the link tells. A batch is ready once all before it has gone th
 that pace, and its own turnaround is over.
 
 What was learned long ago goes on to count until somebody measures again, and then for
-little: the next few say what holds now.
+little: the next few say what holds now. So it is where a link breaks with it (`core.pulse`).
 """
 
 from __future__ import annotations
@@ -28,6 +28,11 @@ FEW = 4
 WINDOW = 8
 """Ends that a pace is measured over: copies that run at the same time end in bursts."""
 STALE_NS = 5_000_000_000
+UNSEEN_NS = 1_000_000_000
+SAMPLED_NS = 20_000_000
+"""A pace is the mean over so long, so that those remembered are of more than a moment."""
+FASTER = 0.4
+"""Of what was predicted: a link that takes no more, several times, is another one."""
 MOST_SPEEDS = 1024
 """Layouts whose prefill is remembered."""
 
@@ -92,10 +97,10 @@ class Ratios:
     @property
     def spread(self) -> float:
         """Half the distance between the quartiles."""
-        count = len(self._sorted)
-        if count < FEW:
+        last = len(self._sorted) - 1
+        if last + 1 < FEW:
             return 0.5 * self.median
-        return (self._sorted[3 * count // 4] - self._sorted[count // 4]) / 2
+        return (self._sorted[3 * last // 4] - self._sorted[last // 4]) / 2
 
 
 class LinkCost:
@@ -106,14 +111,24 @@ class LinkCost:
         self.predicted_ns = self.actual_ns = self.error_ns = 0.0
         """Of all batches noted: sums of what was said, what was, and by how much the two
         differed."""
+        self.fades = 0
+        """Times that what was learned was found not to hold any more."""
         self._noted_ns: int | None = None
+        self._faster = 0
         self._any = Ratios()
         self._by_size: dict[int, Ratios] = {}
         self._pace = Ratios()
+        self._latest = 0.0
+        # What the next sample of it is made of.
+        self._work_ns = self._taken_ns = 0
 
     def stale(self, now_ns: int) -> bool:
         """Nothing was measured for so long that what was learned may not hold any more."""
         return self._noted_ns is None or now_ns - self._noted_ns >= STALE_NS
+
+    def unseen(self, now_ns: int) -> bool:
+        """Nothing was measured for some time."""
+        return self._noted_ns is None or now_ns - self._noted_ns >= UNSEEN_NS
 
     def turnaround(self, work_ns: int) -> Prediction:
         """From a batch's start to its end."""
@@ -123,31 +138,58 @@ class LinkCost:
         return Prediction(ratios.median * work_ns, ratios.spread * work_ns)
 
     def passing(self, work_ns: int) -> Prediction:
-        """Until so much work has gone through, one thing after the other."""
-        return Prediction(self._pace.median * work_ns, self._pace.spread * work_ns)
+        """Until so much work has gone through, one thing after the other. Where that is
+        slower at this moment than it mostly is, it may go on to be."""
+        error = max(self._pace.spread, self._latest - self._pace.median)
+        return Prediction(self._pace.median * work_ns, error * work_ns)
 
     def note(
-        self, work_ns: int, taken_ns: int, said_ns: float, now_ns: int, beside: int = 1
+        self,
+        work_ns: int,
+        taken_ns: int,
+        said_ns: float,
+        now_ns: int,
+        beside: int = 1,
+        *,
+        full: bool = False,
     ) -> None:
         """A batch has ended well, for which `said_ns` was predicted. `beside`: batches that
-        ran at the same time, it among them."""
+        ran at the same time, it among them; `full`: as many as can, and no more waited, so
+        that its share is all that tells the pace."""
         if taken_ns <= 0:
             return
-        if self.stale(now_ns):
-            for ratios in (self._any, self._pace, *self._by_size.values()):
-                ratios.fade()
+        self._faster = self._faster + 1 if taken_ns <= FASTER * said_ns else 0
+        if self.stale(now_ns) or self._faster >= FEW:
+            self.fade()
         self._noted_ns = now_ns
         self.predicted_ns += said_ns
         self.actual_ns += taken_ns
         self.error_ns += abs(said_ns - taken_ns)
         self._any.add(taken_ns / work_ns)
         self._by_size.setdefault(_size(work_ns), Ratios()).add(taken_ns / work_ns)
-        if len(self._pace) < FEW:
+        if full or len(self._pace) < FEW:
             self._pace.add(taken_ns / work_ns / beside)
+            self._latest = taken_ns / work_ns / beside
+
+    def fade(self) -> None:
+        """What was learned counts for little from now on."""
+        self.fades += 1
+        self._faster = 0
+        self._work_ns = self._taken_ns = 0
+        self._latest = 0.0
+        for ratios in (self._any, self._pace, *self._by_size.values()):
+            ratios.fade()
 
     def note_pace(self, work_ns: int, taken_ns: int) -> None:
         """So much went through in so long, while more was waiting."""
-        self._pace.add(taken_ns / work_ns)
+        if taken_ns <= 0:
+            return
+        self._latest = taken_ns / work_ns
+        self._work_ns += work_ns
+        self._taken_ns += taken_ns
+        if self._taken_ns >= SAMPLED_NS:
+            self._pace.add(self._taken_ns / self._work_ns)
+            self._work_ns = self._taken_ns = 0
 
     def state(self) -> dict[str, float]:
         """What outlives a restart."""

@@ -48,6 +48,9 @@ PROBED_BLOCKS = BATCH_BLOCKS
 """What tells how fast NVMe is, where nobody waits for it: as many batches as run at a time."""
 GRACE_NS = 5_000_000
 """A prediction is not wrong for so little."""
+LOOKS = 8
+SOONEST_NS = 2_000_000
+"""How a load gets on is looked at after this part of the time that is left, but not sooner."""
 
 _NOTHING = LeaseGrant(0, 0, [], [], 0, 0)
 
@@ -69,6 +72,7 @@ class Leases:
         self._counters = counters
         self._ids = ids
         self.prefill = PrefillSpeeds()
+        self._fades = 0
         # In the order in which they end, but for the moments that granting one takes.
         self._leases: OrderedDict[int, Lease] = OrderedDict()
         self._tickets: set[AcquireTicket] = set()
@@ -182,15 +186,23 @@ class Leases:
             if not choice.positions:
                 yield from self._probe(claim, wish.asked_ns)
             self._refuse(claim, claim.claimed + choice.positions, choice.refusal)
-        if ticket.compute_ns and choice.positions:
-            doubt_ns = wish.asked_ns + _doubtful_ns(choice.prediction)
-            ticket.doubt_ns = max(ticket.doubt_ns or 0, doubt_ns)
+        if choice.positions:
+            self._promise(ticket, works_ns[choice.positions], choice.prediction)
+
+    def _promise(self, ticket: AcquireTicket, work_ns: int, said: Prediction) -> None:
+        wish, link = ticket.wish, self._residency.transfers
+        ahead_ns = link.ahead(ticket.session.tenant, wish.priority, wish.asked_ns, work_ns)
+        ticket.through_ns = max(ticket.through_ns, link.done_ns + ahead_ns)
+        if ticket.compute_ns:
+            promised_ns = wish.asked_ns + _doubtful_ns(said)
+            ticket.promised_ns = max(ticket.promised_ns, promised_ns)
+            ticket.doubt_ns = wish.asked_ns + _look_ns(said.ns)
 
     def _probe(self, claim: ChainClaim, now_ns: int) -> Chore:
         """Nobody has measured for some time whether what is refused is as slow as it was:
         a few batches are brought up that nobody waits for."""
         link = self._residency.transfers
-        if link.depth(TransferClass.DEMAND) or not link.costs[Tier.DRAM].stale(now_ns):
+        if link.depth(TransferClass.DEMAND) or not link.costs[Tier.DRAM].unseen(now_ns):
             return
         wish, left = Wish(TransferClass.DEMAND, now_ns, priority=0), PROBED_BYTES
         for key in islice(claim.keys, claim.claimed, claim.claimed + PROBED_BLOCKS):
@@ -312,22 +324,33 @@ class Leases:
         self.give_up(ticket, now_ns)
 
     def doubt(self, ticket: AcquireTicket, now_ns: int) -> None:
-        """What was predicted has not come about: decide again whether the rest is worth
-        waiting for. What has been brought up is leased in any case."""
+        """Decide again whether the rest is worth waiting for. What has been brought up is
+        leased in any case."""
         if ticket.answer is not None or ticket.at_work or not ticket.missing:
             ticket.doubt_ns = None
             return
-        link = self._residency.transfers
-        left = link.ready(Tier.DRAM, ticket.session.tenant, ticket.wish.priority, now_ns, 1)
-        layouts = max(len(claim.layouts) for claim in ticket.claims)
+        left = self._left(ticket, now_ns)
         # Every time that it was wrong it has to be twice as good to be believed again.
         least_ns = (1 << ticket.doubts) * (left.ns + left.error_ns)
+        layouts = max(len(claim.layouts) for claim in ticket.claims)
         if least_ns < len(ticket.missing) / layouts * ticket.compute_ns:
-            ticket.doubts += 1
-            ticket.doubt_ns = now_ns + _doubtful_ns(left)
+            if now_ns >= ticket.promised_ns:
+                ticket.doubts += 1
+                ticket.promised_ns = now_ns + _doubtful_ns(left)
+            ticket.doubt_ns = now_ns + _look_ns(left.ns)
             return
         self._counters.given_up += 1
         self.give_up(ticket, now_ns)
+
+    def _left(self, ticket: AcquireTicket, now_ns: int) -> Prediction:
+        """How long until all that a ticket waits for is there. What came to the queue after
+        it is behind it, unless that turns out otherwise."""
+        link, tenant = self._residency.transfers, ticket.session.tenant
+        one = next(iter(ticket.missing)).block.layout.stored_bytes
+        own_ns = len(ticket.missing) * link.costs[Tier.DRAM].nominal.work_ns(one)
+        queued_ns = link.ahead(tenant, ticket.wish.priority, now_ns, 0)
+        ahead_ns = max(own_ns, min(ticket.through_ns - link.done_ns, queued_ns))
+        return link.through(Tier.DRAM, ahead_ns, own_ns, now_ns)
 
     def withdraw(self, ticket: AcquireTicket, now_ns: int) -> None:
         """The caller is gone: nobody would give back what it is granted."""
@@ -504,6 +527,12 @@ class Leases:
 
     def target_settled(self, target: Replica, now_ns: int) -> None:
         """A replica that was being filled is READY or gone."""
+        fades = self._residency.transfers.costs[Tier.DRAM].fades
+        if self._fades != fades:
+            self._fades = fades
+            waiting = [ticket for ticket in self._tickets if ticket.doubt_ns is not None]
+            for ticket in sorted(waiting, key=lambda ticket: ticket.wish.asked_ns):
+                self.doubt(ticket, now_ns)
         for ticket in self._filling.pop(target, ()):
             ticket.missing.discard(target)
             if not ticket.at_work and not self._may_get_on(ticket):
@@ -551,6 +580,10 @@ class Leases:
             for claim in ticket.claims:
                 yield from chain.from_iterable(claim.columns)
         yield from chain.from_iterable(self._letting_go)
+
+
+def _look_ns(left_ns: float) -> int:
+    return max(SOONEST_NS, int(left_ns / LOOKS))
 
 
 def _doubtful_ns(said: Prediction) -> int:

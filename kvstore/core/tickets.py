@@ -60,9 +60,13 @@ class AcquireTicket:
     compute_ns: float = 0.0
     """What a position costs who asks, where it computes what it is not given."""
     doubt_ns: int | None = None
-    """By when all should have been there: then it is decided again."""
+    """When to look how it gets on, and to decide again."""
+    promised_ns: int = 0
+    """By when all should be there."""
     doubts: int = 0
-    """Times that it was, and more was waited for."""
+    """Times that it was not, and more was waited for."""
+    through_ns: int = 0
+    """All is there once so much work has gone through the link since the start."""
     answer: list[LeaseGrant] | None = None
 
 

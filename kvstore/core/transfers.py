@@ -23,11 +23,13 @@ import enum
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
+from math import exp
 from typing import NamedTuple
 
 from kvstore.core.actions import Copy
 from kvstore.core.breaker import Breaker, BreakerState
 from kvstore.core.learned import WINDOW, LinkCost, Prediction
+from kvstore.core.pulse import Pulse
 from kvstore.types import Refusal, Tier
 
 BATCH_BYTES = 2 << 20
@@ -42,6 +44,14 @@ PATIENCE_NS = 1_000_000_000
 """For who does not say by when."""
 MOST_OWED = 2
 """So many batches a class can be owed at most."""
+INFLOW_NS = 5_000_000_000
+"""How much of what is more important comes is seen over about so long."""
+MOST_TENANTS = 1024
+"""Whose inflow is known."""
+MOST_INFLOW = 0.9
+"""Of the link's time, as far as is believed."""
+BROKEN = 2.5
+"""A link so many times slower than predicted is not the one that was learned."""
 
 
 class TransferClass(enum.IntEnum):
@@ -141,6 +151,27 @@ class _Lane:
     """What is queued, by priority."""
 
 
+class _Inflow:
+    """Work that comes, lately."""
+
+    __slots__ = ("_at_ns", "_sum")
+
+    def __init__(self) -> None:
+        self._sum = 0.0
+        self._at_ns = 0
+
+    def note(self, work_ns: int, now_ns: int) -> None:
+        self._sum = self._at(now_ns) + work_ns
+        self._at_ns = max(self._at_ns, now_ns)
+
+    def rate(self, now_ns: int) -> float:
+        """Nanoseconds of work a nanosecond."""
+        return self._at(now_ns) / INFLOW_NS
+
+    def _at(self, now_ns: int) -> float:
+        return self._sum * exp(min(0, self._at_ns - now_ns) / INFLOW_NS)
+
+
 class Link:
     """One link's queue. Not thread-safe."""
 
@@ -155,7 +186,10 @@ class Link:
         `weight`: a tenant's share, for what it is to those of others."""
         self.costs = costs
         self.breaker = Breaker()
+        self.done_ns = 0
+        """Work that has gone through since the start."""
         self._depth = depth
+        self._pulse = Pulse()
         self._background = max(1, depth // 2)
         self._weight = weight
         self._minimum = minimum
@@ -167,6 +201,8 @@ class Link:
         self._clock = dict.fromkeys(TransferClass, 0.0)
         self._owed = dict.fromkeys(TransferClass, 0.0)
         self._sequence = 0
+        # Demand that comes, by tenant and priority.
+        self._inflow: dict[str, dict[int, _Inflow]] = {}
         # Since when the link has had more to do than it could, and what went through.
         self._busy_since_ns: int | None = None
         self._passed: dict[Tier, int] = {}
@@ -183,11 +219,6 @@ class Link:
         """Transfers of a class that are queued or running."""
         running = sum(b.going for b in self._running if b.transfer_class is transfer_class)
         return self._queued[transfer_class] + running
-
-    def late_ns(self, into: Tier, now_ns: int) -> float:
-        """By how much what runs has taken longer than was predicted, at most."""
-        running = (batch for batch in self._running if batch.transfers[0].into is into)
-        return max([0.0, *(now_ns - batch.began_ns - batch.said_ns for batch in running)])
 
     def oldest_ns(self) -> int | None:
         """When the oldest of what runs began."""
@@ -206,7 +237,18 @@ class Link:
         assert transfer.target not in self._transfers
         transfer.work_ns = self.costs[transfer.into].nominal.work_ns(transfer.nbytes)
         self._transfers[transfer.target] = transfer
+        if transfer.transfer_class is TransferClass.DEMAND:
+            self._note_inflow(transfer)
         self._enqueue(transfer)
+
+    def _note_inflow(self, transfer: Transfer) -> None:
+        known = self._inflow.get(transfer.tenant)
+        if known is None:
+            if len(self._inflow) >= MOST_TENANTS:
+                del self._inflow[next(iter(self._inflow))]
+            known = self._inflow[transfer.tenant] = {}
+        wish = transfer.wish
+        known.setdefault(wish.priority, _Inflow()).note(transfer.work_ns, wish.asked_ns)
 
     def hurry(self, target: Hashable, wish: Wish) -> None:
         """Another wants it too: until it starts it is as urgent as the most urgent of them
@@ -242,8 +284,34 @@ class Link:
         self, into: Tier, tenant: str, priority: int, now_ns: int, work_ns: int
     ) -> Prediction:
         """How long until demand of so much work, asked for now, would have gone through.
-        Costs nothing to ask, however much is queued. What is late already may be as late
-        again."""
+        Costs nothing to ask, however much is queued."""
+        ahead_ns = self.ahead(tenant, priority, now_ns, work_ns)
+        return self.through(into, ahead_ns, work_ns, now_ns)
+
+    def through(self, into: Tier, ahead_ns: int, work_ns: int, now_ns: int) -> Prediction:
+        """How long until `ahead_ns` have gone through, the last `work_ns` of it into a tier,
+        as slowly as the link is now."""
+        last_ns = min(work_ns, self._batch_work())
+        cost = self.costs[into]
+        wait, last = cost.passing(max(0, ahead_ns - last_ns)), cost.turnaround(last_ns)
+        slowness = self.slowness(now_ns)
+        return Prediction(
+            slowness * (wait.ns + last.ns), slowness * (wait.error_ns + last.error_ns)
+        )
+
+    def slowness(self, now_ns: int) -> float:
+        """By what factor it takes longer at this moment than was learned; 1.0: it does not."""
+        if not self._running:
+            return 1.0
+        passing = sum(self._passing_ns(batch) for batch in self._running)
+        return self._pulse.slowness(passing + max(b.said_ns for b in self._running), now_ns)
+
+    def _passing_ns(self, batch: Batch) -> float:
+        return self.costs[batch.transfers[0].into].passing(batch.work_ns).ns
+
+    def ahead(self, tenant: str, priority: int, now_ns: int, work_ns: int) -> int:
+        """Work that will have gone through once demand of so much, asked for now, has: with
+        what is more important and is still to come, where that goes on as it came lately."""
         lanes = self._lanes[TransferClass.DEMAND]
         own = lanes.get(tenant)
         mine = sum(w for p, w in own.work.items() if p >= priority) if own is not None else 0
@@ -254,13 +322,24 @@ class Link:
             min(sum(lane.work.values()), fair * self._weight(name)) for name, lane in others
         )
         owed = sum(share for c, share in self._minimum.items() if self._queued[c])
-        ahead = sum(batch.work_ns for batch in self._running)
-        last_ns = min(work_ns, self._batch_work())
-        cost = self.costs[into]
-        wait_ns = int((ahead + mine + theirs + work_ns - last_ns) / (1 - owed))
-        wait, last = cost.passing(wait_ns), cost.turnaround(last_ns)
-        late_ns = self.late_ns(into, now_ns)
-        return Prediction(wait.ns + last.ns + late_ns, wait.error_ns + last.error_ns + late_ns)
+        running = sum(batch.work_ns for batch in self._running)
+        ahead_ns = (running + mine + theirs + work_ns) / (1 - owed)
+        return int(ahead_ns + self._to_come(tenant, priority, now_ns, ahead_ns))
+
+    def _to_come(self, tenant: str, priority: int, now_ns: int, ahead_ns: float) -> float:
+        """Work of a tenant that is more important and comes in time to go first, while
+        `ahead_ns` go through."""
+        above = {
+            p: inflow.rate(now_ns)
+            for p, inflow in self._inflow.get(tenant, {}).items()
+            if p > priority
+        }
+        if not above:
+            return 0.0
+        passing_ns = self.costs[Tier.DRAM].passing(1_000_000).ns / 1e6
+        free = 1 - min(MOST_INFLOW, passing_ns * sum(above.values()))
+        wait_ns = passing_ns * ahead_ns / free
+        return sum(rate * min(wait_ns, (p - priority) * POINT_NS) for p, rate in above.items())
 
     def queued_bytes(self, transfer_class: TransferClass) -> int:
         return self._queued_bytes[transfer_class]
@@ -269,7 +348,8 @@ class Link:
 
     def start(self, now_ns: int) -> list[Batch]:
         """What is to begin now."""
-        begun = []
+        begun: list[Batch] = []
+        was_idle = not self._running
         while len(self._running) < self._places():
             batch = self._next(now_ns)
             if batch is None:
@@ -277,6 +357,8 @@ class Link:
             self._running.append(batch)
             begun.append(batch)
         if begun:
+            if was_idle:
+                self._pulse.begin(now_ns)
             for batch in self._running:
                 batch.beside = max(batch.beside, len(self._running))
         if any(self._queued.values()):
@@ -308,6 +390,7 @@ class Link:
         batch = transfer.batch
         assert batch is not None
         transfer.batch = None  # So that both are freed at once.
+        self.done_ns += transfer.work_ns
         batch.going -= 1
         batch.well &= well
         if not batch.going:
@@ -320,7 +403,14 @@ class Link:
         self.breaker.answered(batch.began_ns, now_ns)
         into = batch.transfers[0].into
         taken_ns = now_ns - batch.began_ns
-        self.costs[into].note(batch.work_ns, taken_ns, batch.said_ns, now_ns, batch.beside)
+        self._pulse.ended(self._passing_ns(batch), now_ns)
+        if self.slowness(now_ns) >= BROKEN:
+            self.costs[into].fade()
+            self._pulse.begin(now_ns)
+        full = self._busy_since_ns is None and batch.beside >= self._depth
+        self.costs[into].note(
+            batch.work_ns, taken_ns, batch.said_ns, now_ns, batch.beside, full=full
+        )
         if self._busy_since_ns is None:
             return
         self._passed[into] = self._passed.get(into, 0) + batch.work_ns

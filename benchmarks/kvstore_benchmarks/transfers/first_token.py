@@ -12,6 +12,7 @@ them.
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import statistics
 from collections import deque
@@ -52,19 +53,24 @@ CALL_S = 0.0002
 BLOCK_S = 2e-7
 """What an acquire takes beside waiting, and more for each block."""
 WAIT_MS = 10_000
+LOADING_S = 0.03
+"""After this time the request in the middle is in the middle of its load."""
 NOISE_S = 0.1
 """A drive's speed changes as often."""
 SLOT_EXTENT = 64 * BLOCK_BYTES
 DRAM_BYTES = 64 << 30
 REMEMBERED = 15
+EXACT_S = 1e-6
+LONGEST_S = 3600
+"""After the last request all is soon over."""
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
     """`reads`: what is asked for, as a part of what the drive reads at its full speed.
-    `speed`: of that, all the time; `then`: from the middle on, for `then_s` seconds, or to
-    the end. `noise`: standard deviation of the speed's logarithm. `turns`: nothing is held at
-    first, and conversations go on."""
+    `speed`: of that, all the time; `then`: from the middle on, while the request in the middle
+    waits, for `then_s` seconds, or to the end. `noise`: standard deviation of the speed's
+    logarithm. `turns`: nothing is held at first, and conversations go on."""
 
     name: str
     reads: float
@@ -107,6 +113,9 @@ class Seen:
     alone_s: list[float] = field(default_factory=list)
     asked: list[int] = field(default_factory=list)
     given: list[int] = field(default_factory=list)
+    told: list[float] = field(default_factory=list)
+    """Ratios of those that waited when the drive changed, had they been told so then and
+    gone on to compute at once."""
 
     @property
     def ratios(self) -> list[float]:
@@ -127,6 +136,8 @@ def figures_of(case: Case, requests: int, seed: int) -> dict[str, Any]:
         "ratio_p50": finite(percentile(ratios, 50), 3),
         "ratio_p99": finite(percentile(ratios, 99), 3),
         "ratio_worst": finite(max(ratios), 3),
+        "waited_at_change": len(seen.told),
+        "told_worst": finite(max(seen.told, default=1.0), 3),
         "ratio_mean": finite(statistics.fmean(ratios), 3),
         "time_saved": finite(1 - sum(seen.ours_s) / sum(seen.alone_s), 3),
         "loss_mean": finite(statistics.fmean(max(0.0, ratio - 1) for ratio in ratios), 4),
@@ -146,6 +157,8 @@ class Life:
         make = self._conversations if case.turns else self._prompts
         self._prompts_in_order = sorted(make(requests), key=lambda prompt: prompt.at_s)
         self._ends_s = self._prompts_in_order[-1].at_s
+        middle = self._prompts_in_order[len(self._prompts_in_order) // 2]
+        self._changes_s = middle.at_s + LOADING_S
         held = [] if case.turns else self._prompts_in_order
         name = namer(SECRET, SPEC.layout_id)
         storage = ImaginedStorage(
@@ -155,7 +168,9 @@ class Life:
         # What is held was computed once, and somebody told how fast.
         self._tokens_per_s = deque([4096e3 / self._prefill.ms(4096)], REMEMBERED)
         self.seen = Seen()
-        self.seconds = 0.0
+        self.seconds = self._began_s = 0.0
+        self._changed_s: float | None = None
+        self._forecast: asyncio.TimerHandle | None = None
         asyncio.set_event_loop(self._loop)
         self.store = Store(
             config=StoreConfig(dram_capacity_bytes=0, nvme_capacity_bytes=0),
@@ -198,8 +213,10 @@ class Life:
     async def _live(self) -> None:
         loop, store = self._loop, self.store
         await store.start()
-        began_s = loop.time()
-        self._weather(began_s)
+        began_s = self._began_s = loop.time()
+        loop.ends_s = began_s + self._ends_s + LONGEST_S
+        self._weather()
+        loop.call_at(began_s + self._changes_s, self._weather)
         session = store.open_session(TENANT, local=True)
         tasks = []
         for prompt in self._prompts_in_order:
@@ -207,20 +224,24 @@ class Life:
             tasks.append(loop.create_task(self._request(session, prompt)))
         await asyncio.gather(*tasks)
         self.seconds = loop.time() - began_s
+        if self._forecast is not None:
+            self._forecast.cancel()
         loop.set_speed(1.0)
         store.close_session(session)
         await store.close()
 
-    def _weather(self, began_s: float) -> None:
+    def _weather(self) -> None:
         """How fast the drive is from now on, a moment at a time."""
         case, loop = self._case, self._loop
-        now_s = loop.time() - began_s
-        middle_s = self._ends_s / 2
-        changed = middle_s <= now_s < middle_s + (case.then_s or self._ends_s)
+        if self._forecast is not None:
+            self._forecast.cancel()
+        since_s = loop.time() - self._began_s - self._changes_s
+        changed = -EXACT_S <= since_s < (case.then_s or math.inf)
+        if changed and self._changed_s is None:
+            self._changed_s = loop.time()
         speed = case.speed * (case.then if changed else 1.0)
         loop.set_speed(speed * self._rng.lognormvariate(0.0, case.noise))
-        if now_s < self._ends_s + WAIT_MS / 1e3:
-            loop.call_later(NOISE_S, self._weather, began_s)
+        self._forecast = loop.call_later(NOISE_S, self._weather)
 
     async def _request(self, session: Session, prompt: Prompt) -> None:
         loop, store, prefill = self._loop, self.store, self._prefill
@@ -228,6 +249,7 @@ class Life:
         speed = statistics.median(self._tokens_per_s)
         asked = ChainQuery([SPEC.layout_id], prompt.keys)
         [grant] = await store.acquire(session, [asked], WAIT_MS, Hints(tokens_per_s=speed))
+        answered_s = loop.time()
         copying_s = grant.held * BLOCK_BYTES / self._gpu.host_gbps / 1e9
         await asyncio.sleep(CALL_S + BLOCK_S * len(prompt.keys) + copying_s)
         if grant.held:
@@ -239,6 +261,9 @@ class Life:
         seen = self.seen
         seen.ours_s.append(loop.time() - asked_s)
         seen.alone_s.append(prefill.ms(tokens) / 1e3)
+        changed_s = self._changed_s
+        if self._case.then != 1.0 and changed_s is not None and asked_s < changed_s < answered_s:
+            seen.told.append((seen.ours_s[-1] - answered_s + changed_s) / seen.alone_s[-1])
         seen.asked.append(prompt.held)
         seen.given.append(grant.held)
         await self._store(session, prompt.keys, grant.held)

@@ -6,7 +6,15 @@ import random
 
 import pytest
 
-from kvstore.core.learned import FEW, REMEMBERED, STALE_NS, LinkCost, PrefillSpeeds, Speed
+from kvstore.core.learned import (
+    FEW,
+    REMEMBERED,
+    SAMPLED_NS,
+    STALE_NS,
+    LinkCost,
+    PrefillSpeeds,
+    Speed,
+)
 
 WORK = 1_000_000
 LAYOUT = b"l" * 16
@@ -38,6 +46,30 @@ def test_what_was_learned_long_ago_counts_for_little_once_somebody_measures() ->
     assert cost.passing(WORK).ns == WORK
 
 
+def test_a_pace_of_a_moment_is_no_more_than_a_doubt() -> None:
+    cost = LinkCost(Speed(1e-4, 1e9))
+    for _ in range(REMEMBERED):
+        cost.note_pace(WORK, SAMPLED_NS)
+    usual = cost.passing(WORK)
+    for _ in range(10):
+        cost.note_pace(WORK // 100, SAMPLED_NS // 50)
+    now = cost.passing(WORK)
+    assert now.ns == usual.ns
+    assert now.error_ns == pytest.approx(usual.ns), "it is twice as slow at this moment"
+    for _ in range(REMEMBERED):
+        cost.note_pace(WORK, 2 * SAMPLED_NS)
+    assert cost.passing(WORK).ns == pytest.approx(2 * usual.ns)
+
+
+def test_what_is_far_faster_than_was_said_is_believed_after_a_few() -> None:
+    cost = LinkCost(Speed(1e-4, 1e9))
+    for _ in range(REMEMBERED):
+        cost.note(WORK, 10 * WORK, 10 * WORK, 0)
+    for _ in range(2 * FEW):
+        cost.note(WORK, WORK, 10 * WORK, 0)
+    assert cost.turnaround(WORK).ns == WORK
+
+
 def test_a_size_that_was_not_measured_costs_what_all_sizes_do() -> None:
     cost = LinkCost(Speed(1e-4, 1e9))
     for _ in range(FEW):
@@ -64,7 +96,8 @@ def test_what_was_learned_outlives_a_restart_and_what_is_not_that_is_ignored() -
     cost = LinkCost(Speed(0.0, 1e9))
     for _ in range(FEW):
         cost.note(WORK, 7 * WORK, 0, 0)
-        cost.note_pace(WORK, 5 * WORK)
+    for _ in range(2 * FEW):
+        cost.note_pace(SAMPLED_NS, 5 * SAMPLED_NS)
     again = LinkCost(cost.nominal)
     nonsense = {"nonsense": 3.0, "6": float("nan"), "8": "x", "pace ": 2.0, "9" * 50: 1.0}
     again.restore(cost.state() | nonsense)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
+import sys
 from functools import partial
 
 import pytest
 
 from kvstore.core import transfers
 from kvstore.core.choice import WORTH_IT, choose, is_settled
-from kvstore.core.learned import STALE_NS, Prediction
+from kvstore.core.learned import UNSEEN_NS, Prediction
 from kvstore.core.tickets import AcquireTicket
 from kvstore.core.transfers import TransferClass
 from kvstore.types import ChainQuery, Hints, LeaseGrant, Refusal, Tier
@@ -202,13 +203,17 @@ def test_a_link_that_became_slow_is_tried_again_later_and_nobody_waits(rig: Rig)
         rig.drop_from_dram()
     assert refused > 3, "it is ten times slower than computing"
     assert not rig.copies
-    rig.now_ns += STALE_NS
+    rig.now_ns += UNSEEN_NS
     ticket = rig.ask(hints)
     assert ticket.answer is not None and ticket.answer[0].held == 0
     assert rig.copies
     rig.take(ticket, each_ms=0.1)
-    rig.drop_from_dram()
-    assert rig.take(rig.ask(hints), each_ms=0.1).held == BLOCKS
+    for _ in range(5):
+        rig.now_ns += UNSEEN_NS
+        rig.drop_from_dram()
+        if rig.take(ticket := rig.ask(hints), each_ms=0.1).held == BLOCKS:
+            break
+    assert ticket.answer is not None and ticket.answer[0].held == BLOCKS, "it is found out"
 
 
 def test_who_comes_while_a_drive_hangs_does_not_count_on_it(rig: Rig) -> None:
@@ -238,6 +243,51 @@ def test_what_takes_longer_than_was_predicted_is_given_up_and_what_came_is_kept(
     assert rig.planner.counters.given_up == 1
 
 
+def test_a_drive_that_becomes_slow_is_noticed_long_before_a_load_should_be_over(
+    monkeypatch: pytest.MonkeyPatch, one_by_one: None
+) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "BLOCKS", 64)
+    rig, each_ms = Rig(), 10.0
+    twice_as_long_to_compute = Hints(tokens_per_s=16 / 0.02)
+    for _ in range(4):
+        assert rig.take(rig.ask(twice_as_long_to_compute), each_ms).held == BLOCKS
+        rig.drop_from_dram()
+    began_ns, ticket = rig.now_ns, rig.ask(twice_as_long_to_compute)
+    for _ in range(20):
+        rig.now_ns += int(each_ms * 1e6)
+        rig.end_copy()
+        rig.planner.doubt(ticket, rig.now_ns)
+    assert ticket.answer is None, "as long as it gets on"
+    assert ticket.promised_ns - began_ns > 600_000_000
+    while ticket.answer is None:
+        assert ticket.doubt_ns is not None
+        rig.now_ns = max(rig.now_ns + 1, ticket.doubt_ns)
+        rig.planner.doubt(ticket, rig.now_ns)
+        rig.run()
+    assert ticket.answer[0].held == 20
+    assert rig.now_ns - began_ns < (20 + 20) * each_ms * 1e6
+
+
+def test_what_is_queued_behind_a_load_does_not_make_it_give_up(rig: Rig, one_by_one: None) -> None:
+    others = [chain(number, BLOCKS) for number in (2, 3)]
+    for keys in others:
+        rig.put(rig.client, rig.layout_id, keys)
+    rig.drop_from_dram()
+    for _ in range(4):
+        rig.take(rig.ask(UNTOLD), each_ms=10)
+        rig.planner.flush("t", drop=True)
+        rig.run()
+        rig.settle()
+    ticket = rig.ask(Hints(tokens_per_s=16 / 0.04))
+    for keys in others:
+        rig.acquire(rig.client, [rig.layout_id], keys, wait=True)
+    while ticket.answer is None:
+        rig.now_ns += 10_000_000
+        rig.end_copy()
+        rig.planner.doubt(ticket, rig.now_ns)
+    assert ticket.answer[0].held == BLOCKS
+
+
 def test_what_is_late_but_still_worth_it_is_waited_for(rig: Rig) -> None:
     ticket = rig.ask(SLOW)
     assert ticket.doubt_ns is not None
@@ -264,6 +314,31 @@ def test_a_deadline_that_is_missed_is_counted(rig: Rig) -> None:
     ticket = rig.ask(within_ms=1000)
     rig.planner.give_up(ticket, rig.now_ns)
     assert rig.planner.counters.missed_deadlines == 1
+
+
+@pytest.mark.parametrize("hours", [-1, 1])
+def test_a_clock_that_steps_costs_loads_until_the_drive_is_measured_again(
+    rig: Rig, hours: int
+) -> None:
+    for _ in range(4):
+        rig.take(rig.ask(UNTOLD), each_ms=10)
+        rig.drop_from_dram()
+    ticket = rig.ask(Hints(tokens_per_s=16 / 0.04))
+    rig.end_copy()
+    rig.now_ns += hours * 3_600_000_000_000
+    for _ in range(3):
+        rig.advance(100)
+        rig.planner.doubt(ticket, rig.now_ns)
+        rig.settle()
+    assert ticket.answer is not None
+    rig.planner.release(rig.client, [grant.lease_id for grant in ticket.answer])
+    for _ in range(8):
+        rig.drop_from_dram()
+        rig.now_ns += UNSEEN_NS
+        if rig.take(again := rig.ask(UNTOLD), each_ms=10).held == BLOCKS:
+            break
+    assert again.answer is not None and again.answer[0].held == BLOCKS
+    rig.planner.check_integrity()
 
 
 def test_what_is_more_important_is_brought_up_first(rig: Rig, one_by_one: None) -> None:

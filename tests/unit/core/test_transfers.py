@@ -232,6 +232,61 @@ def test_what_is_said_of_when_demand_is_ready_holds() -> None:
         assert said.ns == pytest.approx(waited_ns, rel=0.15, abs=3 * SPEED.work_ns(BATCH_BYTES))
 
 
+def test_who_matters_less_is_told_of_those_that_will_come_in_between() -> None:
+    """At the rate at which they came lately, while it waits."""
+    rng, now_ns, work_ns = random.Random(6), 0, SPEED.work_ns(BATCH_BYTES)
+    line = link()
+
+    def pass_time() -> None:
+        nonlocal now_ns
+        if rng.random() < 0.4:
+            push(line, ("high", now_ns), priority=90, asked_ns=now_ns)
+        batches = line.start(now_ns)
+        now_ns += work_ns
+        for batch in batches:
+            for transfer in batch.transfers:
+                line.ended(transfer.target, now_ns, well=True)
+
+    for _ in range(10_000):
+        pass_time()
+    began_ns = now_ns
+    said = line.ready(Tier.DRAM, "", 10, now_ns, 100 * work_ns)
+    high = line.ready(Tier.DRAM, "", 90, now_ns, 100 * work_ns)
+    low = {push(line, number, priority=10, asked_ns=now_ns).target for number in range(100)}
+    while low & {transfer.target for transfer in line}:
+        pass_time()
+    assert said.ns == pytest.approx(now_ns - began_ns, rel=0.15)
+    assert high.ns < 0.7 * said.ns
+
+
+def test_a_link_that_breaks_is_learned_anew() -> None:
+    line, now_ns, work_ns = link(depth=4), 0, SPEED.work_ns(BATCH_BYTES)
+
+    def move(count: int, slower: int) -> None:
+        """Four at a time, while more is waiting."""
+        nonlocal now_ns
+        for number in range(count + 4):
+            push(line, (now_ns, number), asked_ns=now_ns)
+        running: list[Transfer] = []
+        while len(line) > 4:
+            for batch in line.start(now_ns):
+                running += batch.transfers
+            now_ns += 4 * slower * work_ns
+            for transfer in running:
+                line.ended(transfer.target, now_ns, well=True)
+            running.clear()
+        for transfer in line:
+            line.cancel(transfer.target)
+
+    cost = line.costs[Tier.DRAM]
+    move(400, 1)
+    before = cost.fades
+    assert cost.passing(work_ns).ns == pytest.approx(work_ns, rel=0.1)
+    move(12, 10)
+    assert cost.fades == before + 1
+    assert cost.passing(work_ns).ns == pytest.approx(10 * work_ns, rel=0.1)
+
+
 def test_what_was_said_and_what_was_is_kept() -> None:
     line = link()
     work_ns = SPEED.work_ns(BATCH_BYTES)
