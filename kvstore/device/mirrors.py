@@ -147,7 +147,7 @@ class Mirrors:
         self._fetch = fetch
         self._open_memory = open_memory
         self._opened: dict[int, Opened | None] = {}
-        self._seen = -1
+        self._seen = self._indexed = -1
         self._sources: Words = np.zeros(0, np.uint64)
         self._numbers: Any = np.zeros(0, np.intp)
 
@@ -165,16 +165,12 @@ class Mirrors:
         there = set(self._extents.tolist())
         for extent in [each for each in self._opened if each not in there]:
             self._close(extent)
-        sources = self._rows[:, SOURCE].copy()
-        numbers = np.flatnonzero(sources)
-        order = np.argsort(sources[numbers])
-        self._numbers = numbers[order]
-        self._sources = sources[self._numbers]
 
     def find(self, sources: Sequence[int]) -> Found | None:
         """The mirrors of blocks at these addresses of DRAM, which the caller has leased. Raises
         `DeviceLost`."""
         self.look()
+        self._index()
         if not len(self._sources):
             return None
         asked = np.array(sources, np.uint64)
@@ -202,6 +198,18 @@ class Mirrors:
         """Idempotent."""
         for extent in list(self._opened):
             self._close(extent)
+
+    def _index(self) -> None:
+        """Sort what is listed now, so that it can be searched."""
+        version = int(self._version[0])
+        if version == self._indexed:
+            return
+        self._indexed = version
+        sources = self._rows[:, SOURCE].copy()
+        numbers = np.flatnonzero(sources)
+        order = np.argsort(sources[numbers])
+        self._numbers = numbers[order]
+        self._sources = sources[self._numbers]
 
     def _base(self, extent: int) -> int | None:
         """Where an extent begins here; None where it cannot be had, for as long as it lives."""

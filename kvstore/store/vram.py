@@ -31,8 +31,10 @@ from kvstore.types import VramStats
 log = logging.getLogger(__name__)
 
 LOOK_S = 0.1
-MOST_ROWS = 1 << 18
-LEAST_SLOT_BYTES = 16 << 10
+FEWEST_ROWS, MOST_ROWS = 1 << 10, 1 << 18
+USUAL_SLOT_BYTES = 64 << 10
+"""Blocks are mostly larger. Of smaller ones there may be as many as the table has rows: readers
+go through all of them whenever something has changed."""
 
 
 class VramHandout(NamedTuple):
@@ -63,7 +65,7 @@ class Gpu:
         reserve_bytes: int,
         first_extent: int,
     ) -> None:
-        rows = max(1, min(MOST_ROWS, capacity_bytes // LEAST_SLOT_BYTES))
+        rows = max(FEWEST_ROWS, min(MOST_ROWS, capacity_bytes // USUAL_SLOT_BYTES))
         space = Space(capacity_bytes, arena.extent_bytes, max_slots=rows, first_extent=first_extent)
         self.name = arena.vram.name
         self.mirrors = Mirrors(loop.planner.holdings, space, reserve_bytes)
