@@ -56,20 +56,35 @@ class Shortlist:
     def find(self, order: Iterator[Replica], may_go: MayGo) -> tuple[Replica | None, list[Replica]]:
         """The first that may go, among the `SCANNED` coldest, or in its stead one with
         children; and those found in use on the way."""
+        found = self._next_offered(may_go)
+        in_use: list[Replica] = []
+        if found is None or (self._passed and not self._unwritten):
+            # What will be passed over next is to be written in time.
+            walked = self._walk(order, may_go, in_use, found)
+            found = found or walked
+        return found, in_use
+
+    def _next_offered(self, may_go: MayGo) -> Replica | None:
         while self._offered:
             replica = self._offered.popitem(last=False)[0]
             if may_go(replica) is Verdict.GO:
-                return replica, []
-        in_use: list[Replica] = []
-        return self._walk(order, may_go, in_use), in_use
+                return replica
+        return None
 
     def _walk(
-        self, order: Iterator[Replica], may_go: MayGo, in_use: list[Replica]
+        self,
+        order: Iterator[Replica],
+        may_go: MayGo,
+        in_use: list[Replica],
+        leaving: Replica | None,
     ) -> Replica | None:
+        """`leaving`: one that is found already."""
         found = last_resort = None
         passed: list[Replica] = []
         more = end = 0
         for step, replica in enumerate(islice(order, SCANNED)):
+            if replica is leaving:
+                continue
             verdict = may_go(replica)
             if verdict is Verdict.GO:
                 if found is None:
@@ -88,6 +103,8 @@ class Shortlist:
                 break
         self._passed.update(passed)
         self._unwritten = deque(passed)
+        if leaving is not None and found is not None:
+            self._offered[found] = None
         return found or last_resort
 
     def behind(self) -> Replica | None:
