@@ -120,9 +120,7 @@ def _floats(raw: npt.NDArray[Any], dtype: str) -> Floats:
 
 def _encode_fp8(values: Floats, known: _Range) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     bits = values.view(np.uint32)
-    size = bits & _MAGNITUDE
-    broken = size >= _INFINITE
-    size[broken] = 0
+    size, broken = _finite(bits & _MAGNITUDE)
     np.minimum(size, _bits_of(known.most_fp8), out=size)
     top = size.max(axis=1)
     # 448 is 1.75 * 2^8.
@@ -133,31 +131,49 @@ def _encode_fp8(values: Floats, known: _Range) -> tuple[npt.NDArray[Any], npt.ND
     scaled = size.view(np.float32) * scale_down[:, None]
     whole = scaled.view(np.uint32)
     # To three bits of mantissa, halves to even; the exponent's bias from 127 to 7.
-    codes = whole + (np.uint32(0x7_FFFF) + ((whole >> np.uint32(20)) & np.uint32(1)))
-    codes = (codes >> np.uint32(20)) - np.uint32((127 - 7) << 3)
-    small = whole < _bits_of(2.0**-6)
-    codes[small] = np.rint(scaled[small] * np.float32(512)).astype(np.uint32)
+    codes = whole >> np.uint32(20)
+    codes &= np.uint32(1)
+    codes += whole
+    codes += np.uint32(0x7_FFFF)
+    codes >>= np.uint32(20)
+    codes -= np.uint32((127 - 7) << 3)
+    # Below 2^-6 it is so many times 2^-9. Added to 2^14, of which that is the last bit, it
+    # is rounded to it.
+    least = (scaled + np.float32(2.0**14)).view(np.uint32) & np.uint32(0xF)
+    codes = np.where(whole < _bits_of(2.0**-6), least, codes)
     codes |= (bits >> np.uint32(24)) & np.uint32(0x80)
-    codes[broken] = _FP8_NAN
+    if broken is not None:
+        codes[broken] = _FP8_NAN
     return (power + 127).astype(np.uint8), codes.astype(np.uint8)
 
 
 def _encode_int4(values: Floats, known: _Range) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    bits = values.view(np.uint32)
-    size = bits & _MAGNITUDE
-    broken = size >= _INFINITE
-    size[broken] = 0
+    size, broken = _finite(values.view(np.uint32) & _MAGNITUDE)
     seventh = size.max(axis=1).view(np.float32) / np.float32(7)
     # Up to five significant bits.
     rounded = (seventh.view(np.uint32) + np.uint32(0x7_FFFF)) & np.uint32(0xFFF8_0000)
     rounded = np.clip(rounded, _bits_of(known.least), _bits_of(known.most))
-    finite = values if not broken.any() else np.where(broken, np.float32(0), values)
-    codes = np.rint(finite / rounded.view(np.float32)[:, None])
-    codes = np.clip(codes, -7, 7).astype(np.int8).view(np.uint8) & np.uint8(15)
-    codes[broken] = _INT4_NAN
-    pairs = codes.reshape(-1, 2)
-    packed = pairs[:, 0] | (pairs[:, 1] << np.uint8(4))
-    return (rounded >> np.uint32(19)).astype(np.uint16), packed
+    finite = values if broken is None else np.where(broken, np.float32(0), values)
+    scaled = finite / rounded.view(np.float32)[:, None]
+    np.rint(scaled, out=scaled)
+    np.maximum(scaled, np.float32(-7), out=scaled)
+    np.minimum(scaled, np.float32(7), out=scaled)
+    codes = scaled.astype(np.int8).view(np.uint8)
+    if broken is not None:
+        codes[broken] = _INT4_NAN
+    # Two bytes, the first one low, to one.
+    pairs = codes.view("<u2")
+    packed = (pairs & np.uint16(0xF)) | ((pairs >> np.uint16(4)) & np.uint16(0xF0))
+    return (rounded >> np.uint32(19)).astype(np.uint16), packed.astype(np.uint8)
+
+
+def _finite(size: Bits) -> tuple[Bits, npt.NDArray[np.bool_] | None]:
+    """Magnitudes, of which what is not finite counts as 0, and where that was."""
+    broken = size >= _INFINITE
+    if not broken.any():
+        return size, None
+    size[broken] = 0
+    return size, broken
 
 
 def _bits_of(number: float) -> np.uint32:

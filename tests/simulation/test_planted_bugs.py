@@ -176,6 +176,24 @@ BUGS = {
         "damaged = True",
         "tests/unit/test_store_suspicions.py",
     ),
+    "what was decoded goes by the checksum of what was put": Bug(
+        "kvstore/core/planner.py",
+        "            else:\n                block.checksum = checksum\n",
+        "",
+        "tests/unit/test_store_coded.py",
+    ),
+    "what was coded goes by the checksum of what was put": Bug(
+        "kvstore/core/planner.py",
+        "                block.stored_checksum = checksum\n",
+        "                pass\n",
+        "tests/unit/test_store_coded.py",
+    ),
+    "layouts of two codecs are one": Bug(
+        "kvstore/types.py",
+        "        if not self.codec:\n            del fields",
+        "        if True:\n            del fields",
+        "tests/unit/test_store_coded.py",
+    ),
     "what is damaged in memory is given out again": Bug(
         "kvstore/core/suspects.py",
         "        if damaged and is_ready(replica):\n            self._holdings.damaged(replica)\n",

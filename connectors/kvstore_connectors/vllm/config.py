@@ -13,6 +13,8 @@
                         waits when no more of its blocks come.
     load_failure        What becomes of a request whose load fails: "recompute", or
                         "fail", which ends it with an error.
+    codec               "fp8" or "int4": blocks are kept with fewer bits in slower tiers,
+                        and come back less exactly; "none".
     untested_gpu        Whether to serve a KV cache on a GPU, which has not been tried
                         on one yet.
 
@@ -27,10 +29,12 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from kvstore.errors import ConfigError
+from kvstore.types import CODECS
 
 _MAX_TIMEOUT_MS = 60_000
 _RECOMPUTE = ("when_sooner", "never")
 _LOAD_FAILURES = ("recompute", "fail")
+_NO_CODEC = "none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +47,7 @@ class ConnectorConfig:
     recompute: str = "when_sooner"
     handover_timeout_ms: int = 2000
     load_failure: str = "recompute"
+    codec: str = ""
     untested_gpu: bool = False
 
     @classmethod
@@ -61,6 +66,7 @@ class ConnectorConfig:
             recompute=_choice(extra, "recompute", _RECOMPUTE),
             handover_timeout_ms=_milliseconds(extra, "handover_timeout_ms", 2000),
             load_failure=_choice(extra, "load_failure", _LOAD_FAILURES),
+            codec=_choice(extra, "codec", (_NO_CODEC, *CODECS)).replace(_NO_CODEC, ""),
             untested_gpu=_flag(extra, "untested_gpu"),
         )
         if config.endpoint is not None and config.server_args:

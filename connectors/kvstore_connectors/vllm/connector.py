@@ -23,6 +23,7 @@ from kvstore.errors import ConfigError
 from kvstore_connectors.vllm import layout
 from kvstore_connectors.vllm.acquire import AcquireQueue
 from kvstore_connectors.vllm.adapter_files import LoadedAdapters
+from kvstore_connectors.vllm.coding import coded
 from kvstore_connectors.vllm.config import ConnectorConfig
 from kvstore_connectors.vllm.events import StoreEvents
 from kvstore_connectors.vllm.groups import bands_of
@@ -75,6 +76,7 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
         transfer = self._kv_transfer_config
         config = ConnectorConfig.parse(transfer.kv_connector_extra_config or {})
         _check(vllm_config, config)
+        self._codec = config.codec
         # A load may fail whenever the server does; failing the request over it would
         # make a cache the weakest part. That is vLLM's default, and whether a user
         # wrote it cannot be seen, so who wants it says it in our own words. vLLM reads
@@ -99,7 +101,8 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
         return stages
 
     def _layouts(self, shards: Sequence[int]) -> list[LayoutSpec]:
-        return layout.layout_specs(self._vllm_config, self._kv_cache_config, shards)
+        specs = layout.layout_specs(self._vllm_config, self._kv_cache_config, shards)
+        return coded(specs, self._codec, self._kv_cache_config)
 
     def _specs_for(self, salt: str) -> list[LayoutSpec]:
         return layout.salted(self._specs, salt)

@@ -34,6 +34,7 @@ def test_an_endpoint_is_a_socket_path(endpoint: str) -> None:
         ({"acquire_timeout_ms": True}, "whole number"),
         ({"recompute": True}, "'when_sooner' or 'never'"),
         ({"load_failure": "retry"}, "'recompute' or 'fail'"),
+        ({"codec": "fp9"}, "'none' or 'fp8' or 'int4'"),
         ({"untested_gpu": "yes"}, "true or false"),
         ({"server_args": "--x"}, "list of strings"),
         ({"server_args": ["--x"], "endpoint": "/x"}, "starts none"),
