@@ -39,7 +39,9 @@ PAUSE_S = 0.12
 """Between a client's calls: all together use less than half a core."""
 ROUNDS_A_CLEAR = 10
 """It is filled again at once, so that what is measured is always a full server."""
-WARM_ROUNDS = 5
+WARM_ROUNDS = 30
+"""Until then the memory of a new server grows to its level: with its threads, and with the
+first times it is cleared and filled again."""
 PATIENCE_S = 300.0
 """On a machine that others use too."""
 LEAK_BYTES_AN_HOUR = 1 << 20
