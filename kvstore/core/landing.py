@@ -149,7 +149,7 @@ class Landing(EvictionPolicy):
         yield from islice(landed, first)
         yield from self._policy.candidates()
         yield from islice(landed, first, None)
-        # What would be used last of these is nearest to a root.
+        # Of a chain the root came first, and leaves last.
         yield from reversed(self._kept)
 
     def __len__(self) -> int:
