@@ -20,7 +20,7 @@ from prometheus_client.registry import Collector
 
 from kvstore.clock import Clock
 from kvstore.errors import WIRE_ERRORS
-from kvstore.types import EnduranceStats, StoreStats, Tier, TransferStats, VramStats
+from kvstore.types import CODECS, EnduranceStats, StoreStats, Tier, TransferStats, VramStats
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
@@ -83,6 +83,9 @@ class Metrics:
         for tier in Tier:
             self._corrupt.labels(tier.label)
             self._tiers_off.labels(tier.label)
+        for codec in CODECS:
+            self._coded.labels(codec, Tier.DRAM.label, Tier.NVME.label)
+            self._coded.labels(codec, Tier.NVME.label, Tier.DRAM.label)
 
     def _add_call_metrics(self, registry: CollectorRegistry) -> None:
         self._call_seconds = Histogram(

@@ -266,7 +266,7 @@ class RandomLife:
         self.aside = aside = random.Random(seed)
         planner = make_planner(
             rng.choice([8, 16, 32]), nvme_slots, max_slots=max_slots,
-            eviction=aside.choice(["lru", "lru", "arc"]),
+            eviction=aside.choice(["lru", "worth", "arc"]),
             nvme_bytes_per_day=aside.choice([0, 0, 25 * 16 * SLOT]),
         )  # fmt: skip
         self.shell = Shell(planner)

@@ -47,7 +47,7 @@ def test_a_truncated_read_piece_is_not_data(encoded: bytes) -> None:
 
 
 def test_every_field_of_a_layout_reaches_the_wire() -> None:
-    spec = LayoutSpec("m", "d", 16, 4096, "r", "LBHNC", 1, 2, 3, "b")
+    spec = LayoutSpec("m", "bfloat16", 16, 4096, "r", "LBHNC", 1, 2, 3, "b", "fp8")
     message = wire.layout_message(spec)
     assert len(message.ListFields()) == len(pb.Layout.DESCRIPTOR.fields)
     assert all(
