@@ -121,7 +121,8 @@ def _value(key: str, value: float | None) -> str:
 
 def _sources(figures: dict[str, Any]) -> Table:
     table = Table(title="Where the tokens of the prompts came from, with the store")
-    headings = ("workload", "vLLM's own cache", "DRAM", "NVMe", "the store: DRAM", "NVMe", "equal")
+    ours = ("the store: DRAM", "NVMe", "of it not needed", "equal")
+    headings = ("workload", "vLLM's own cache", "DRAM", "NVMe", *ours)
     for heading in headings:
         table.add_column(heading, justify="right" if heading != "workload" else "left")
     for name, one in figures["workloads"].items():
@@ -133,6 +134,7 @@ def _sources(figures: dict[str, Any]) -> Table:
             _share(hits["vllm"]["disk"]),
             _share(hits["store"]["host"]),
             _share(hits["store"]["disk"]),
+            _share(hits["unneeded"]),
             "yes" if hits["equal"] else "NO",
         )
     return table

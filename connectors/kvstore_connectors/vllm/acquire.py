@@ -164,13 +164,15 @@ class AcquireQueue:
             self._foreseen.append(wanted)
         self.news = True
 
-    def cancel(self, ticket: Ticket) -> None:
-        """The answer is no longer wanted; a lease that it brings is given back."""
+    def cancel(self, ticket: Ticket) -> Held | None:
+        """The answer is no longer wanted; a lease that it brings is given back, as is what
+        it has brought already, which is returned."""
         with self._work:
             held, ticket.held = ticket.held, None
             ticket.state = TicketState.CANCELLED
         if held is not None:
             self.release(held)
+        return held
 
     def release(self, held: Held) -> None:
         """Give leases back, at the next `wake`."""

@@ -122,6 +122,7 @@ class Leasing:
         tracked.done, tracked.coming = True, None
         if held is not None:
             self.outstanding -= 1
+            self._count_unneeded(held, tracked.local_tokens)
         return held
 
     def end(self, tracked: Tracked) -> int:
@@ -130,7 +131,9 @@ class Leasing:
         ticket, tracked.ticket = tracked.ticket, None
         if ticket is not None:
             self.outstanding -= 1
-            self._queue.cancel(ticket)
+            came = self._queue.cancel(ticket)
+            if came is not None:
+                self._count_unneeded(came, came.tokens)
         self._drop_lease(tracked)
         return 0
 
@@ -143,7 +146,12 @@ class Leasing:
         held, tracked.held = tracked.held, None
         if held is not None:
             self.outstanding -= 1
+            self._count_unneeded(held, held.tokens)
             self._queue.release(held)
+
+    def _count_unneeded(self, held: Held, tokens: int) -> None:
+        """Of what was handed out, the part up to there."""
+        self._stats.add(unneeded_blocks=(tokens - held.floor) // self._bands.alignment)
 
     def _ask(self, tracked: Tracked, computed: int) -> bool:
         """Whether to follow what is coming, instead of asking for leases."""
@@ -205,6 +213,7 @@ class Leasing:
         if self._more_is_coming(tracked, held.tokens if held else 0, ASK_EVERY_S):
             self.outstanding -= 1
             if held is not None:
+                self._count_unneeded(held, held.tokens)
                 self._queue.release(held)
             return
         tracked.coming = None

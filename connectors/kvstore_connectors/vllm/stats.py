@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 COUNTERS = {
     "asked_blocks": "Prompt blocks the store was asked for.",
     "found_blocks": "Prompt blocks the store held, of those asked for.",
+    "unneeded_blocks": "Blocks the store handed out and vLLM computed or had itself by then.",
     "acquire_timeouts": "Requests computed because the store did not answer in time.",
     "handover_timeouts": "Prompts that another vLLM was to store and did not in time.",
     "detached": "Requests computed without asking, for want of a server.",

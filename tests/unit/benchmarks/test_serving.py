@@ -60,6 +60,13 @@ def test_both_sides_are_compared_tier_by_tier(
     assert (compared["equal"], compared["plausible"]) == (equal, plausible)
 
 
+def test_what_was_handed_out_for_nothing_is_no_difference() -> None:
+    seen = sides.sources(METRICS + 'vllm:kvstore_unneeded_blocks_total{engine="0"} 3.0\n')
+    assert seen.unneeded == 96
+    assert sides.as_json(seen, Hits(35, 1))["equal"]
+    assert not sides.as_json(seen, Hits(36, 1))["equal"]
+
+
 def test_no_round_asks_what_an_earlier_one_stored() -> None:
     for workload in (no_hits(8), repeated(8, 2)):
         seeds = {tuple(workload.arguments(number)) for number in range(-1, 5)}

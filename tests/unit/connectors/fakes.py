@@ -200,11 +200,12 @@ class FakeQueue:
     def wake(self) -> None:
         pass
 
-    def cancel(self, ticket: Ticket) -> None:
+    def cancel(self, ticket: Ticket) -> Held | None:
         held, ticket.held = ticket.held, None
         ticket.state = TicketState.CANCELLED
         if held is not None:
             self.release(held)
+        return held
 
     def release(self, held: Held) -> None:
         for lease_id in held.lease_ids:

@@ -164,6 +164,20 @@ def test_an_answer_no_longer_than_the_local_hit_gives_its_lease_back(world: Worl
     assert not world.queue.out
 
 
+@pytest.mark.parametrize("local", [2, 3, 4])
+def test_what_was_leased_for_nothing_is_told_so_that_both_sides_counts_agree(
+    world: World, local: int
+) -> None:
+    """vLLM computes the beginning for another request before this one's turn comes."""
+    request = world.request()
+    world.match(request, BLOCK_TOKENS)
+    world.queue.answer(world.queue.tickets[0], 4)
+    world.match(request, local * BLOCK_TOKENS)
+    if local < 4:
+        world.alloc(request, (4 - local) * BLOCK_TOKENS, [1, 2, 3, 4])
+    assert world.side.stats.data["unneeded_blocks"] == local - 1
+
+
 @pytest.mark.parametrize("answer", ["nothing", "failure"])
 def test_nothing_held_is_a_miss_and_is_not_asked_again(world: World, answer: str) -> None:
     request = world.request()
