@@ -1,12 +1,15 @@
-"""`kvstore bench local`, `clients`, `index`, `evictions`, `gpu`, `transfers`, `prefetch`, `vllm`
-and `serve`.
+"""`kvstore bench`: measurements of this machine and of the store on it.
+
+What a benchmark needs is loaded when it runs.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from kvstore.cli.demo import require_vllm
 from kvstore.cli.main import COMMANDS, Subparsers
@@ -15,14 +18,47 @@ from kvstore.cli.main import COMMANDS, Subparsers
 def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
     parser = subparsers.add_parser("bench", help=COMMANDS["bench"].summary)
     which = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
-    local = which.add_parser("local", help="put, get and lookup against memcpy and O_DIRECT")
-    local.add_argument(
+    for name, benchmark in BENCHMARKS.items():
+        own = which.add_parser(name, help=benchmark.summary)
+        benchmark.add_options(own)
+        if benchmark.draws:
+            own.add_argument(
+                "--plots", type=Path, metavar="DIR", help="draw the figures there, as PNG"
+            )
+        own.add_argument("--json", action="store_true", help="print one object")
+        own.add_argument("--quick", action="store_true", help="a try-out, not a measurement")
+        if benchmark.writes:
+            own.add_argument(
+                "--dir",
+                type=Path,
+                metavar="DIR",
+                help="where the data may lie while it runs; default: this user's cache",
+            )
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    return BENCHMARKS[args.benchmark].run(args)
+
+
+class Benchmark(NamedTuple):
+    """`draws`: it has plots. `writes`: it needs a folder for data."""
+
+    summary: str
+    add_options: Callable[[argparse.ArgumentParser], object]
+    run: Callable[[argparse.Namespace], int]
+    draws: bool = False
+    writes: bool = False
+
+
+def _local_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "--endpoint",
         metavar="WHERE",
         help="measure this server, leaving out NVMe; default: start one for the measurement",
     )
-    local.add_argument("--dram-only", action="store_true", help="leave out NVMe")
-    local.add_argument(
+    parser.add_argument("--dram-only", action="store_true", help="leave out NVMe")
+    parser.add_argument(
         "--peers",
         nargs="?",
         type=Path,
@@ -31,172 +67,208 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
         help="measure other stores beside ours, those that `make bench-peers` has set up;"
         " default: in .venv-peers",
     )
-    local.add_argument("--rounds", type=int, metavar="N", help="default: 7")
-    clients = which.add_parser("clients", help="many clients at once, and rude ones")
-    clients.add_argument(
+    parser.add_argument("--rounds", type=int, metavar="N", help="default: 7")
+
+
+def _local(args: argparse.Namespace) -> int:
+    from kvstore_benchmarks.local.main import Options, run
+
+    options = Options(
+        endpoint=args.endpoint,
+        folder=args.dir,
+        nvme=not args.dram_only,
+        peers=args.peers,
+        rounds=args.rounds,
+        quick=args.quick,
+    )
+    return run(options, as_object=args.json, plots=args.plots)
+
+
+def _clients_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "--clients",
         type=_counts,
         default=(1, 4, 16, 64),
         metavar="N,N",
         help="how many, one measurement each; default: 1,4,16,64",
     )
-    clients.add_argument(
+    parser.add_argument(
         "--seconds", type=float, default=5.0, metavar="S", help="each measurement; default: 5"
     )
-    index = which.add_parser("index", help="what a block costs where there are millions")
-    index.add_argument(
+
+
+def _clients(args: argparse.Namespace) -> int:
+    from kvstore_benchmarks.clients.main import QUICK, Options, run
+
+    options = Options(counts=args.clients, seconds=args.seconds, folder=args.dir)
+    if args.quick:
+        options = replace(QUICK, folder=args.dir)
+    return run(options, as_object=args.json, plots=args.plots)
+
+
+def _index_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "--blocks",
         type=_counts,
         default=(10_000, 100_000, 1_000_000),
         metavar="N,N",
         help="how many, one measurement each, up to 10000000; default: 10000,100000,1000000",
     )
-    evictions = which.add_parser("evictions", help="room for a block where DRAM is full")
-    evictions.add_argument(
+
+
+def _index(args: argparse.Namespace) -> int:
+    from kvstore_benchmarks.scale.main import QUICK, run
+
+    return run(args.dir, QUICK if args.quick else args.blocks, as_object=args.json)
+
+
+def _evictions_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "--policy",
         type=_names,
         default=("worth", "lru"),
         metavar="NAME,NAME",
         help="policies (docs/policies.md); default: worth,lru",
     )
-    evictions.add_argument(
+    parser.add_argument(
         "--blocks", type=int, default=1_000_000, metavar="N", help="in DRAM; default: 1000000"
     )
-    transfers = which.add_parser("transfers", help="loads by NVMe's queue, under load")
-    transfers.add_argument(
+
+
+def _evictions(args: argparse.Namespace) -> int:
+    from kvstore_benchmarks.policies.evictions import QUICK, Options, run
+
+    options = Options(args.policy, args.blocks)
+    if args.quick:
+        options = replace(QUICK, policies=args.policy)
+    return run(options, as_object=args.json)
+
+
+def _transfers_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "--drive",
         choices=("both", "modelled", "real"),
         default="both",
         help="one that is calculated, in virtual time, or the one that is there; default: both",
     )
-    transfers.add_argument(
+    parser.add_argument(
         "--loads",
         type=_parts,
         metavar="X,X",
         help="demand, as parts of what a drive reads; default: 0.3,0.6,0.8,0.9,0.95,1.05",
     )
-    prefetch = which.add_parser("prefetch", help="what prefetches do for agents' sessions")
-    prefetch.add_argument(
+
+
+def _transfers(args: argparse.Namespace) -> int:
+    from kvstore_benchmarks.transfers.main import QUICK, Options, run
+
+    options = QUICK if args.quick else Options()
+    options = replace(options, folder=args.dir, drive=args.drive)
+    if args.loads:
+        options = replace(options, loads=args.loads, real_loads=args.loads)
+    return run(options, as_object=args.json, plots=args.plots)
+
+
+def _prefetch_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "trace", type=Path, metavar="TRACE", help="sessions, in a format of docs/simulator.md"
     )
-    prefetch.add_argument(
+    parser.add_argument(
         "--dram-gib", type=float, default=32.0, metavar="N", help="memory for blocks; default: 32"
     )
-    prefetch.add_argument(
+    parser.add_argument(
         "--session-rate", type=float, default=0.02, metavar="R",
         help="sessions that begin a second; default: 0.02",
     )  # fmt: skip
-    prefetch.add_argument(
+    parser.add_argument(
         "--requests", type=int, default=1500, metavar="N", help="the first so many; default: 1500"
     )
-    gpu = which.add_parser("gpu", help="copies to and from a GPU against plain pinned ones")
-    gpu.add_argument(
+
+
+def _prefetch(args: argparse.Namespace) -> int:
+    from kvstore_benchmarks.prefetch.main import Options, run
+
+    requests = 100 if args.quick else args.requests
+    options = Options(args.trace, args.dram_gib, args.session_rate, requests)
+    return run(options, as_object=args.json)
+
+
+def _gpu_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "--gigabytes",
         type=float,
         default=16.0,
         metavar="N",
         help="random bytes to move and compare; default: 16",
     )
-    vllm = which.add_parser("vllm", help="time to first token with and without the store")
-    vllm.add_argument("--rounds", type=int, default=7, metavar="N", help="default: 7")
-    vllm.add_argument("--tokens", type=int, default=8192, metavar="N", help="a prompt; 8192")
-    serve = which.add_parser("serve", help="an OpenAI server under load, with and without it")
-    serve.add_argument("--rounds", type=int, default=5, metavar="N", help="default: 5")
-    serve.add_argument(
+
+
+def _gpu(args: argparse.Namespace) -> int:
+    from kvstore_benchmarks.gpu.main import run
+    from kvstore_benchmarks.gpu.measure import QUICK, Options
+
+    options = QUICK if args.quick else Options(moved=int(args.gigabytes * 1e9))
+    return run(options, as_object=args.json)
+
+
+def _vllm_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="default: 7")
+    parser.add_argument("--tokens", type=int, default=8192, metavar="N", help="a prompt; 8192")
+
+
+def _vllm(args: argparse.Namespace) -> int:
+    from kvstore_benchmarks.end_to_end.bench import run
+
+    return run(args.dir, args.rounds, args.tokens, quick=args.quick, as_object=args.json)
+
+
+def _serve_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="default: 5")
+    parser.add_argument(
         "--trace",
         type=Path,
         metavar="FILE",
         help="replay requests of this trace, in Mooncake's format",
     )
-    for benchmark in (local, clients, transfers):
-        benchmark.add_argument(
-            "--plots", type=Path, metavar="DIR", help="draw the figures there, as PNG"
-        )
-    for benchmark in (local, clients, index, evictions, transfers, prefetch, gpu, vllm, serve):
-        benchmark.add_argument("--json", action="store_true", help="print one object")
-        benchmark.add_argument("--quick", action="store_true", help="a try-out, not a measurement")
-    for benchmark in (local, clients, index, transfers, vllm, serve):
-        benchmark.add_argument(
-            "--dir",
-            type=Path,
-            metavar="DIR",
-            help="where the data may lie while it runs; default: this user's cache",
-        )
-    return parser
 
 
-def run(args: argparse.Namespace) -> int:
-    if args.benchmark == "local":
-        from kvstore_benchmarks.local.main import Options
-        from kvstore_benchmarks.local.main import run as run_local
+def _serve(args: argparse.Namespace) -> int:
+    from kvstore_benchmarks.serving.bench import Options, run
 
-        options = Options(
-            endpoint=args.endpoint,
-            folder=args.dir,
-            nvme=not args.dram_only,
-            peers=args.peers,
-            rounds=args.rounds,
-            quick=args.quick,
-        )
-        return run_local(options, as_object=args.json, plots=args.plots)
-    if args.benchmark == "clients":
-        from kvstore_benchmarks.clients.main import QUICK
-        from kvstore_benchmarks.clients.main import Options as Crowds
-        from kvstore_benchmarks.clients.main import run as run_clients
+    require_vllm()
+    options = Options(1 if args.quick else args.rounds, args.dir, args.trace, args.quick)
+    return run(options, as_object=args.json)
 
-        crowds = Crowds(counts=args.clients, seconds=args.seconds, folder=args.dir)
-        if args.quick:
-            crowds = replace(QUICK, folder=args.dir)
-        return run_clients(crowds, as_object=args.json, plots=args.plots)
-    if args.benchmark == "index":
-        from kvstore_benchmarks.scale.main import QUICK as FEW
-        from kvstore_benchmarks.scale.main import run as run_index
 
-        return run_index(args.dir, FEW if args.quick else args.blocks, as_object=args.json)
-    if args.benchmark == "evictions":
-        from kvstore_benchmarks.policies.evictions import QUICK as SOME
-        from kvstore_benchmarks.policies.evictions import Options as Room
-        from kvstore_benchmarks.policies.evictions import run as run_evictions
-
-        room = Room(args.policy, args.blocks)
-        if args.quick:
-            room = replace(SOME, policies=args.policy)
-        return run_evictions(room, as_object=args.json)
-    if args.benchmark == "transfers":
-        from kvstore_benchmarks.transfers.main import QUICK as TRY_OUT
-        from kvstore_benchmarks.transfers.main import Options as Orders
-        from kvstore_benchmarks.transfers.main import run as run_transfers
-
-        orders = TRY_OUT if args.quick else Orders()
-        orders = replace(orders, folder=args.dir, drive=args.drive)
-        if args.loads:
-            orders = replace(orders, loads=args.loads, real_loads=args.loads)
-        return run_transfers(orders, as_object=args.json, plots=args.plots)
-    if args.benchmark == "prefetch":
-        from kvstore_benchmarks.prefetch.main import Options as Agents
-        from kvstore_benchmarks.prefetch.main import run as run_prefetch
-
-        requests = 100 if args.quick else args.requests
-        agents = Agents(args.trace, args.dram_gib, args.session_rate, requests)
-        return run_prefetch(agents, as_object=args.json)
-    if args.benchmark == "gpu":
-        from kvstore_benchmarks.gpu.main import run as run_gpu
-        from kvstore_benchmarks.gpu.measure import QUICK as SMALL
-        from kvstore_benchmarks.gpu.measure import Options as Copies
-
-        copies = SMALL if args.quick else Copies(moved=int(args.gigabytes * 1e9))
-        return run_gpu(copies, as_object=args.json)
-    if args.benchmark == "serve":
-        from kvstore_benchmarks.serving.bench import Options as Serving
-        from kvstore_benchmarks.serving.bench import run as run_serving
-
-        require_vllm()
-        rounds = 1 if args.quick else args.rounds
-        serving = Serving(rounds, args.dir, args.trace, args.quick)
-        return run_serving(serving, as_object=args.json)
-    from kvstore_benchmarks.end_to_end.bench import run as run_vllm
-
-    return run_vllm(args.dir, args.rounds, args.tokens, quick=args.quick, as_object=args.json)
+BENCHMARKS = {
+    "local": Benchmark(
+        "put, get and lookup against memcpy and O_DIRECT",
+        _local_options, _local, draws=True, writes=True,
+    ),
+    "clients": Benchmark(
+        "many clients at once, and rude ones", _clients_options, _clients, draws=True, writes=True
+    ),
+    "index": Benchmark(
+        "what a block costs where there are millions", _index_options, _index, writes=True
+    ),
+    "evictions": Benchmark(
+        "room for a block where DRAM is full", _evictions_options, _evictions
+    ),
+    "transfers": Benchmark(
+        "loads by NVMe's queue, under load",
+        _transfers_options, _transfers, draws=True, writes=True,
+    ),
+    "prefetch": Benchmark(
+        "what prefetches do for agents' sessions", _prefetch_options, _prefetch
+    ),
+    "gpu": Benchmark("copies to and from a GPU against plain pinned ones", _gpu_options, _gpu),
+    "vllm": Benchmark(
+        "time to first token with and without the store", _vllm_options, _vllm, writes=True
+    ),
+    "serve": Benchmark(
+        "an OpenAI server under load, with and without it", _serve_options, _serve, writes=True
+    ),
+}  # fmt: skip
 
 
 def _parts(text: str) -> tuple[float, ...]:

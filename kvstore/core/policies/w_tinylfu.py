@@ -67,7 +67,9 @@ class WTinyLFU(EvictionPolicy):
             return chain(window, probation, safe)
         window.discard(newcomer)
         self._move(newcomer, probation, PROBATION)
-        return chain(self._parts[resident.mark], window, probation, safe)
+        if resident.mark == SAFE:
+            return chain(safe, window, probation)
+        return chain(probation, window, safe)
 
     def __len__(self) -> int:
         return sum(map(len, self._parts))

@@ -133,7 +133,7 @@ async def test_no_label_carries_what_a_client_sent(tmp_path: Path) -> None:
         labels = set(re.findall(r'[{,](\w+)="', text))
         assert labels <= {
             "version", "tier", "op", "errno", "method", "le", "reason", "where",
-            "direction", "result", "src", "dst", "class",
+            "direction", "result", "src", "dst", "class", "codec",
         }  # fmt: skip
 
 

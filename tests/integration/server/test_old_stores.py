@@ -34,7 +34,9 @@ def version_of(store: Path) -> int:
 
 def unpack(store: Path, target: Path) -> Path:
     with tarfile.open(store) as archive:
-        archive.extractall(target / "data", filter="data")
+        if hasattr(tarfile, "data_filter"):  # Early releases of Python 3.11 have none.
+            archive.extraction_filter = tarfile.data_filter
+        archive.extractall(target / "data")
     return target / "data"
 
 

