@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kvstore.cli.demo import require_vllm
+from kvstore.cli.ending import ending_what_was_started
 from kvstore.cli.main import COMMANDS, Subparsers
 
 
@@ -38,7 +39,8 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
-    return BENCHMARKS[args.benchmark].run(args)
+    with ending_what_was_started():
+        return BENCHMARKS[args.benchmark].run(args)
 
 
 class Benchmark(NamedTuple):

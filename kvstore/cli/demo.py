@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 from pathlib import Path
 
+from kvstore.cli.ending import ending_what_was_started
 from kvstore.cli.main import COMMANDS, Subparsers
 from kvstore.errors import ConfigError
 
@@ -34,14 +35,15 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     require_vllm()
-    if args.pd:
-        from kvstore_benchmarks.serving.pd import Options
-        from kvstore_benchmarks.serving.pd import run as run_pd
+    with ending_what_was_started():
+        if args.pd:
+            from kvstore_benchmarks.serving.pd import Options
+            from kvstore_benchmarks.serving.pd import run as run_pd
 
-        return run_pd(Options(args.router, args.dir), as_object=args.json)
-    from kvstore_benchmarks.end_to_end.demo import run as run_demo
+            return run_pd(Options(args.router, args.dir), as_object=args.json)
+        from kvstore_benchmarks.end_to_end.demo import run as run_demo
 
-    return run_demo(args.dir, as_object=args.json)
+        return run_demo(args.dir, as_object=args.json)
 
 
 def require_vllm() -> None:
