@@ -82,7 +82,7 @@ class StoreConfig:
     """A tenant."""
     max_blocks: int = 10_000_000
     """A tier."""
-    eviction: str = "worth"
+    eviction: str = "lru"
     prefetch_share: float = 0.25
     """Of a tenant's DRAM, for what has not been used yet."""
     shares: Mapping[str, float] = field(default_factory=dict)

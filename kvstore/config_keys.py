@@ -158,7 +158,7 @@ class Policy(Section, frozen=True):
             description="Which block leaves a full tier first: the name of a policy of "
             "[policies.md](policies.md), or of one that is installed beside."
         ),
-    ] = "worth"
+    ] = "lru"
     prefetch_share: Annotated[
         float,
         Meta(

@@ -54,9 +54,9 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
     add("--reuse-s", type=_positive, metavar="S", help="until they are asked for again, mean")
     add(
         "--policy",
-        default="worth",
+        default="lru",
         metavar="NAME",
-        help="for a trace (docs/policies.md); default: worth, as the server's",
+        help="for a trace (docs/policies.md); default: lru, as the server's",
     )
     add("--session-rate", type=_positive, default=0.02, metavar="R",
         help="arrivals of sessions that carry no common time; default: 0.02")  # fmt: skip
