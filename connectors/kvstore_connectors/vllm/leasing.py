@@ -232,8 +232,9 @@ class Leasing:
             self._stats.add(acquire_timeouts=1)
             sent_s = ticket.sent_s
             self.end(tracked)
-            if sent_s and now_s - sent_s > self._patience_s:
-                # The server has seen the question and promised an answer by now.
+            if sent_s and now_s - sent_s > self._patience_s - ANSWER_GRACE_S / 2:
+                # The server has seen the question, a moment after it was asked, and promised
+                # an answer by now.
                 self._link.suspect()
 
     def _more_is_coming(self, tracked: Tracked, seen: int, pause_s: float) -> bool:
