@@ -47,7 +47,7 @@ endif
 
 # Two lanes for two cores. Modules that share a pair of engines stay in one; tests of
 # engines that need two cores themselves run beside nothing.
-E2E_SHARED := $(patsubst %,tests/e2e/test_%.py,one_server hooks storms serving_pd)
+E2E_SHARED := $(patsubst %,tests/e2e/test_%.py,one_server hooks storms serving_pd lora)
 E2E_RANKS := tests/e2e/test_variants.py
 
 test-engines:
@@ -57,10 +57,10 @@ test-shared-engines:
 	$(BIN)/python -m pytest -m "e2e and not soak" $(E2E_SHARED)
 
 test-units:
-	$(BIN)/python -m pytest -m "not e2e and not soak" tests/unit
+	$(BIN)/python -m pytest -m "not e2e and not soak" tests/unit tests/integration/client
 
 test-wholes:
-	$(BIN)/python -m pytest -m "not e2e and not soak" tests/integration tests/simulation
+	$(BIN)/python -m pytest -m "not e2e and not soak" tests/integration/server tests/simulation
 
 soak: $(READY)-dev
 	$(BIN)/python -m pytest -m soak --timeout 7200 $(ARGS)

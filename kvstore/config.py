@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import msgspec
 
@@ -51,6 +51,9 @@ MIN_EXTENT_BYTES = 64 << 10
 MAX_EXTENT_BYTES = 1 << 30
 LEAST_VRAM_BYTES = 2 * MIB
 """A GPU deals in no smaller pieces."""
+LEAST_AUTOMATIC_EXTENTS = 8
+"""On a disk with less room a server that was told nothing does without; some of them the tier
+needs for itself."""
 MAX_SOCKET_PATH_BYTES = 107
 """What sockaddr_un holds, less the ending zero."""
 
@@ -71,6 +74,8 @@ class StoreConfig:
     vram_capacity_bytes: int = 0
     """Of each GPU."""
     vram_reserve_bytes: int = 0
+    vram_gpudirect: bool = False
+    """Read from the NVMe tier straight into that, where it is possible."""
     lease_ms: int = 30_000
     reservation_ms: int = 30_000
     max_sessions: int = 256
@@ -82,7 +87,7 @@ class StoreConfig:
     """A tenant."""
     max_blocks: int = 10_000_000
     """A tier."""
-    eviction: str = "lru"
+    eviction: str = "worth"
     prefetch_share: float = 0.25
     """Of a tenant's DRAM, for what has not been used yet."""
     shares: Mapping[str, float] = field(default_factory=dict)
@@ -224,10 +229,12 @@ def _read_file(file: Path) -> dict[str, Any]:
         raise ConfigError(f"file {file} is not valid TOML: {error}") from error
     values = {}
     for section, table in document.items():
-        if section not in SECTIONS or not isinstance(table, dict):
+        if section not in SECTIONS:
             raise ConfigError(
                 f"unknown section [{section}] in file {file}{nearest(section, SECTIONS)}"
             )
+        if not isinstance(table, dict):
+            raise ConfigError(f"{section} in file {file} is to be a section, [{section}]")
         for key, raw in table.items():
             name = f"{section}.{key}"
             if name not in KEYS:
@@ -242,7 +249,21 @@ def _convert(key: Key, raw: Any, source: str, strict: bool) -> Any:
     try:
         return msgspec.convert(raw, key.type, strict=strict)
     except msgspec.ValidationError as error:
-        raise ConfigError(f"{key.name} ({source}): {error}") from error
+        raise ConfigError(f"{key.name} ({source}): {_in_words(key, error, raw)}") from error
+
+
+_TYPES = {"int": "a whole number", "float": "a number", "str": "text", "object": "a table"}
+
+
+def _in_words(key: Key, error: msgspec.ValidationError, raw: Any) -> str:
+    """What was expected, for people who do not read Python's types."""
+    if "matching regex" in str(error):
+        return f"expected permissions as 0600 or 0660, the owner's included, not {raw!r}"
+    if "Invalid enum value" in str(error):
+        return f"expected {', '.join(get_args(get_args(key.type)[0]))}, not {raw!r}"
+    in_words = re.sub(r"`(\w+)`", lambda name: _TYPES.get(name[1], name[1]), str(error))
+    expected, wrong_type, _ = in_words.replace("Expected", "expected").partition(", got ")
+    return f"{expected}, not {raw!r}" if wrong_type else expected
 
 
 def _split_pairs(key: Key, text: str, source: str) -> dict[str, str]:
@@ -252,6 +273,8 @@ def _split_pairs(key: Key, text: str, source: str) -> dict[str, str]:
         if not equals:
             what = "UID=TENANT" if key.name == "tenants.uids" else "TENANT=SHARE"
             raise ConfigError(f"{key.name} ({source}): expected {what}, not {item!r}")
+        if left.strip() in pairs:
+            raise ConfigError(f"{key.name} ({source}): {left.strip()!r} is there twice")
         pairs[left.strip()] = right.strip()
     return pairs
 
@@ -261,6 +284,9 @@ _TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 def _check(config: Config) -> None:
     """Refuse what no machine could run."""
+    for name, path in (("server.socket", config.server.socket), ("nvme.path", config.nvme.path)):
+        if "\0" in path or any(len(part) > 255 for part in os.fsencode(path).split(b"/")):
+            raise config.refuse(name, f"{path!r} cannot be a path")
     path = config.server.socket + ATTACH_SUFFIX
     if len(os.fsencode(path)) > MAX_SOCKET_PATH_BYTES:
         raise config.refuse(
@@ -310,6 +336,8 @@ def _check(config: Config) -> None:
             "policy.eviction",
             f"no policy {name!r} ({', '.join(known)}){nearest(name, known)}",
         )
+    if len(set(config.gpus)) < len(config.gpus):
+        raise config.refuse("vram.gpus", f"a GPU is there twice in {config.vram.gpus!r}")
     for tenant in config.tenants.shares:
         if not _TENANT.fullmatch(tenant):
             raise config.refuse("tenants.shares", f"{tenant!r} is not a tenant's name")
@@ -345,8 +373,6 @@ def store_config(config: Config, machine: Machine | None = None) -> StoreConfig:
     nvme = _capacity(
         config.nvme.capacity, lambda: machine.free_disk_bytes(Path(config.nvme.path)) // 4
     )
-    if config.server.device and not nvme:
-        raise config.refuse("server.device", "without an NVMe tier there is nothing to model")
     if config.dram.extent == "auto":
         extent = _auto_extent(dram, at_most=64 * MIB)
     else:
@@ -360,6 +386,10 @@ def store_config(config: Config, machine: Machine | None = None) -> StoreConfig:
     # A slot on disk is a block and its header, so the largest block needs the
     # next power of two there.
     nvme_extent = max(_auto_extent(nvme, at_most=128 * MIB), 2 * extent)
+    if config.nvme.capacity == "auto" and nvme < LEAST_AUTOMATIC_EXTENTS * nvme_extent:
+        nvme = 0
+    if config.server.device and not nvme:
+        raise config.refuse("server.device", "without an NVMe tier there is nothing to model")
     if 0 < nvme < nvme_extent:
         raise config.refuse(
             "nvme.capacity",
@@ -369,6 +399,8 @@ def store_config(config: Config, machine: Machine | None = None) -> StoreConfig:
     vram = parse_size(config.vram.capacity)
     if config.gpus and vram < max(extent, LEAST_VRAM_BYTES):
         raise config.refuse("vram.capacity", f"{format_size(vram)} is too little to be of use")
+    if config.vram.gpudirect and not nvme:
+        raise config.refuse("vram.gpudirect", "nvme.capacity is 0: there is nothing to read from")
     return StoreConfig(
         dram_capacity_bytes=dram // extent * extent,
         nvme_capacity_bytes=nvme,
@@ -379,6 +411,7 @@ def store_config(config: Config, machine: Machine | None = None) -> StoreConfig:
         ),
         vram_capacity_bytes=vram,
         vram_reserve_bytes=parse_size(config.vram.reserve),
+        vram_gpudirect=config.vram.gpudirect,
         lease_ms=config.server.lease_ms,
         reservation_ms=config.server.reservation_ms,
         max_sessions=config.server.max_sessions,
@@ -446,7 +479,7 @@ def effective(config: Config, sizes: StoreConfig) -> list[Setting]:
         value = getattr(getattr(config, section), name)
         if (meta_of(key.type).extra or {}).get("secret"):
             value = "(set)" if value else "(not set)"
-        elif value == "auto":
+        elif value == "auto" and key.name in automatic:
             value = f"{format_size(automatic[key.name])} (auto)"
         settings.append(Setting(key.name, value, config.sources[key.name]))
     return settings

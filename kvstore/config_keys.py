@@ -49,7 +49,7 @@ class Server(Section, frozen=True):
     socket_mode: Annotated[
         str,
         Meta(
-            pattern="^0?[0-7]{3}$",
+            pattern="^0?[67][0-7]{2}$",
             description="Permissions of both sockets, octal. With anything wider than 0600 a "
             "caller on the Unix socket is known only by the session it attached with.",
         ),
@@ -137,8 +137,9 @@ class Nvme(Section, frozen=True):
     capacity: Annotated[
         str | int,
         Meta(
-            description="Disk for blocks. `auto`: a quarter of the free space there. `0`: no such "
-            "tier."
+            description="Disk for blocks and for what keeping them takes, a tenth of it and below "
+            "10 GiB more. `auto`: a quarter of the free space there, or no such tier where that is "
+            "little. `0`: no such tier."
         ),
     ] = "auto"
     endurance: Annotated[
@@ -158,7 +159,7 @@ class Policy(Section, frozen=True):
             description="Which block leaves a full tier first: the name of a policy of "
             "[policies.md](policies.md), or of one that is installed beside."
         ),
-    ] = "lru"
+    ] = "worth"
     prefetch_share: Annotated[
         float,
         Meta(
@@ -214,6 +215,14 @@ class Vram(Section, frozen=True):
             "the store gives back what it has."
         ),
     ] = "2GiB"
+    gpudirect: Annotated[
+        bool,
+        Meta(
+            description="Read blocks from disk straight into the memory of these GPUs where that "
+            "is possible (GPUDirect Storage): see "
+            "[operations.md](operations.md#straight-from-a-drive)."
+        ),
+    ] = False
 
 
 class Key(NamedTuple):

@@ -19,6 +19,7 @@
     |   |-- NoSession           attach again
     |   |-- Draining
     |   `-- Unavailable         no server, or it did not answer in time
+    |       `-- Untrusted       another user's, where this user's own was looked for
     |-- InternalError           a fault of the server
     |-- ConfigError             the configuration cannot be used
     |-- DataError               the data directory cannot be used
@@ -126,6 +127,10 @@ class Unavailable(Refused):
     code = "UNAVAILABLE"
 
 
+class Untrusted(Unavailable):
+    pass
+
+
 class InternalError(KVStoreError):
     code = "INTERNAL"
 
@@ -180,6 +185,10 @@ class DeviceFull(DeviceError):
 
 class DeviceLost(DeviceError):
     pass
+
+
+class DeviceStuck(DeviceError):
+    """Copies could not be waited for: they may be under way for ever."""
 
 
 class TierError(KVStoreError):

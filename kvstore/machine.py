@@ -42,7 +42,8 @@ class Machine:
 
 
 def _existing(path: Path) -> Path:
-    while not path.exists():
+    """The nearest of a path and those above it that can be looked at."""
+    while not os.path.exists(path):  # Path.exists raises where it may not look.
         path = path.parent
     return path
 

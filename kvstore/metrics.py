@@ -78,6 +78,12 @@ class Metrics:
             "Blocks coded, with loss, on their way to a tier, or given back within the bounds.",
             ["codec", "src", "dst"], registry=registry,
         )  # fmt: skip
+        self._straight_refused = Counter(
+            "kvstore_gpudirect_fallbacks_total",
+            "Straight reads into a GPU's memory that could not begin (unusable), blocks that came "
+            "by way of the host's memory instead (failed), and GPUs given up for it (off).",
+            ["gpu", "reason"], registry=registry,
+        )  # fmt: skip
         # A series that is there from the start can be alerted on: its first
         # increase is one.
         for tier in Tier:
@@ -132,6 +138,9 @@ class Metrics:
     def coded(self, codec: str, src: str, dst: str) -> None:
         self._coded.labels(codec, src, dst).inc()
 
+    def straight_refused(self, gpu: str, reason: str) -> None:
+        self._straight_refused.labels(gpu, reason).inc()
+
     # The server's own events
 
     def call_done(self, method: str, seconds: float) -> None:
@@ -165,6 +174,10 @@ class Metrics:
 
     def watch_vram(self, stats: Callable[[], Sequence[VramStats]]) -> None:
         """Read at every scrape."""
+        for each in stats():
+            if each.reads_straight or each.not_straight_because:
+                for reason in ("unusable", "failed", "off"):
+                    self._straight_refused.labels(each.gpu, reason)
         self.registry.register(VramCollector(stats))
 
     def watch_wear(self, wear: Callable[[], Mapping[str, int]], clock: Clock) -> None:
@@ -185,10 +198,15 @@ class VramCollector(Collector):
             "held_bytes": "What the store has of a GPU's memory now.",
             "used_bytes": "What lies there.",
             "blocks": "Blocks of which there is a copy there.",
-            "healthy": "0 once the GPU has failed.",
+            "short": "1 while others have less of the GPU's memory left than is reserved.",
+            "healthy": "0 where the GPU cannot be used, or has failed.",
+            "reads_straight": "1 while drives are read straight into it.",
         }
         counts = {
+            "hits": "Blocks that were asked for, by whomever, while they were there.",
             "copied_bytes": "Bytes of blocks copied there.",
+            "landed_bytes": "Bytes of blocks that who handed them over wrote there.",
+            "landed_hits": "Of the hits, those of such blocks.",
             "evictions": "Copies that went for others.",
             "extents_given_back": "Extents given back to the GPU.",
         }
@@ -203,6 +221,24 @@ class VramCollector(Collector):
             for each in stats:
                 counter.add_metric([each.gpu], getattr(each, name))
             yield counter
+        refused = CounterMetricFamily(
+            "kvstore_vram_landings_refused",
+            "Places not granted to blocks that were handed over, by why.",
+            labels=["gpu", "reason"],
+        )
+        for each in stats:
+            refused.add_metric([each.gpu, "room"], each.no_room_to_land)
+            refused.add_metric([each.gpu, "share"], each.no_share_to_land)
+        yield refused
+        reads = CounterMetricFamily(
+            "kvstore_gpudirect_reads",
+            "Blocks read into a GPU's memory alone: straight, or by way of the host's memory.",
+            labels=["gpu", "way"],
+        )
+        for each in stats:
+            reads.add_metric([each.gpu, "straight"], each.straight_blocks)
+            reads.add_metric([each.gpu, "bounce"], each.bounced_blocks)
+        yield reads
 
 
 class StoreCollector(Collector):

@@ -110,6 +110,8 @@ def find_model(name: str, parts: Parts, parameters_billions: float | None = None
         path /= "config.json"
     if path.suffix == ".json" and path.exists():
         return _from_config(path, parameters_billions)
+    if parameters_billions is not None:
+        raise BadRequest(f"parameters are said of a config.json's model, and {name!r} is none")
     model: Model = find("model", name, parts.model)
     return model
 
@@ -151,7 +153,9 @@ def _own_parts() -> Parts:
 def _read(path: Path) -> Parts:
     try:
         return msgspec.convert(tomllib.loads(path.read_text()), Parts)
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise BadRequest(f"{path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise BadRequest(f"{path}: {error}") from error
     except msgspec.ValidationError as error:
         raise BadRequest(f"{path}: {error}") from error
@@ -160,7 +164,9 @@ def _read(path: Path) -> Parts:
 def _from_config(path: Path, parameters_billions: float | None) -> Model:
     try:
         config = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise BadRequest(f"{path}: {error.strerror}") from error
+    except ValueError as error:
         raise BadRequest(f"{path}: {error}") from error
     if not isinstance(config, dict):
         raise BadRequest(f"{path}: not a model's config.json")

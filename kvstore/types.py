@@ -24,6 +24,12 @@ ALIGNMENT = 4096
 """Slots start and end on this boundary, in memory and on disk: O_DIRECT moves
 them without a bounce buffer."""
 
+GPU_ONLY = 1 << 63
+"""An address that is this or more names a block that is in a GPU's memory and not in DRAM:
+without this bit, where it is among those that are there."""
+MAX_READER_BYTES = 64
+"""Of the name under which blocks are read on a GPU."""
+
 MAX_TEXT_BYTES = 512
 
 MAX_PRIORITY = 100
@@ -64,10 +70,12 @@ def align_up(nbytes: int, alignment: int = ALIGNMENT) -> int:
 
 
 class Tier(enum.IntEnum):
-    """Where a replica of a block lives, fastest first. Values are the wire's."""
+    """Where a replica of a block lives. Values are the wire's. `VRAM`: what was read straight
+    from NVMe into a GPU's memory."""
 
     DRAM = 1
     NVME = 2
+    VRAM = 3
 
     @property
     def label(self) -> str:
@@ -199,7 +207,7 @@ class LayoutSpec:
     codec: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("model", "dtype", "revision", "kv_layout", "backend"):
+        for name in ("model", "dtype", "revision", "kv_layout", "backend", "codec"):
             if len(getattr(self, name).encode()) > MAX_TEXT_BYTES:
                 raise BadRequest(f"layout field {name!r} is longer than {MAX_TEXT_BYTES} bytes")
         if not self.model or not self.dtype:
@@ -261,6 +269,14 @@ class ChainPresence(NamedTuple):
     in_dram: int
 
 
+class Landing(NamedTuple):
+    """Places in a GPU's memory for blocks that are handed over to who reads there, as
+    `extent * extent_bytes + offset`; 0: none."""
+
+    gpu: str
+    addresses: Sequence[int]
+
+
 class TierStats(NamedTuple):
     """Levels and counters of one tier; bytes and blocks, counted since start."""
 
@@ -276,21 +292,44 @@ class TierStats(NamedTuple):
     """It does not answer, and is left alone until it does."""
     stalls: int
     """Times it stopped answering."""
+    off_because: str = ""
+    """Why it is not healthy, for people."""
 
 
 class VramStats(NamedTuple):
     """What the store has of one GPU's memory; counters since start."""
 
     gpu: str
-    capacity_bytes: int
+    capacity_bytes: int = 0
     """The most that it may have."""
-    held_bytes: int
-    used_bytes: int
-    blocks: int
-    copied_bytes: int
-    evictions: int
-    extents_given_back: int
-    healthy: bool
+    held_bytes: int = 0
+    used_bytes: int = 0
+    blocks: int = 0
+    hits: int = 0
+    """Blocks that were asked for, by whomever, while they were there."""
+    copied_bytes: int = 0
+    landed_bytes: int = 0
+    """Of blocks that who handed them over wrote there."""
+    landed_hits: int = 0
+    """Of the hits, those of such blocks."""
+    no_room_to_land: int = 0
+    """Places for such blocks that were not granted for want of memory."""
+    no_share_to_land: int = 0
+    """Those not granted because what is to land has all that it may have."""
+    evictions: int = 0
+    extents_given_back: int = 0
+    short: bool = False
+    """Others have less of the GPU's memory left than is reserved for them."""
+    healthy: bool = False
+    off_because: str = ""
+    """Why it is not, for people."""
+    reads_straight: bool = False
+    """Drives are read straight into it."""
+    not_straight_because: str = ""
+    """Why not, for people, where that is asked for."""
+    straight_blocks: int = 0
+    bounced_blocks: int = 0
+    """Those that came by way of the host's memory, as reading them straight had failed."""
 
 
 class StoreStats(NamedTuple):
@@ -307,6 +346,8 @@ class StoreStats(NamedTuple):
     committed_blocks: int
     corrupt_blocks: int
     tenant_blocks: int
+    vram: tuple[VramStats, ...] = ()
+    """Of each GPU that the server was told to use."""
 
 
 class LinkStats(NamedTuple):

@@ -13,7 +13,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from kvstore.tiers import codec
+from kvstore.device import codec
 from kvstore.types import CODECS, coded_bytes
 from kvstore_benchmarks.figures import gbps, machine, median, timed
 

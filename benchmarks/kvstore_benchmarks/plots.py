@@ -44,7 +44,7 @@ KIND_TITLES = {"hit": "all held", "partial": "partly held", "miss": "nothing hel
 
 
 class NoPlots(KVStoreError):
-    """matplotlib is not installed."""
+    """matplotlib is not installed, or there is no such folder."""
 
 
 def figure_into(folder: Path) -> type[Figure]:
@@ -53,7 +53,10 @@ def figure_into(folder: Path) -> type[Figure]:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise NoPlots("plots need matplotlib: pip install 'tiered-kvstore[bench]'") from error
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise NoPlots(f"{folder}: {error.strerror}") from error
     return Figure
 
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from kvstore.cli.demo import require_vllm
 from kvstore.cli.ending import ending_what_was_started
 from kvstore.cli.main import COMMANDS, Subparsers
+from kvstore.config import default_data_path
 
 
 def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
@@ -116,12 +117,23 @@ def _index_options(parser: argparse.ArgumentParser) -> None:
         metavar="N,N",
         help="how many, one measurement each, up to 10000000; default: 10000,100000,1000000",
     )
+    parser.add_argument(
+        "--policy", metavar="NAME", help="docs/policies.md; default: what a server has by default"
+    )
+    parser.add_argument(
+        "--dram-blocks",
+        type=int,
+        default=8192,
+        metavar="N",
+        help="in DRAM, which are acquired, up to 1000000; default: 8192",
+    )
 
 
 def _index(args: argparse.Namespace) -> int:
     from kvstore_benchmarks.scale.main import QUICK, run
 
-    return run(args.dir, QUICK if args.quick else args.blocks, as_object=args.json)
+    sizes = QUICK if args.quick else args.blocks
+    return run(args.dir, sizes, args.policy, args.dram_blocks, as_object=args.json)
 
 
 def _evictions_options(parser: argparse.ArgumentParser) -> None:
@@ -144,6 +156,51 @@ def _evictions(args: argparse.Namespace) -> int:
     if args.quick:
         options = replace(QUICK, policies=args.policy)
     return run(options, as_object=args.json)
+
+
+def _priorities_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "trace",
+        nargs="?",
+        type=Path,
+        metavar="TRACE",
+        help="requests of high priority, in a format of docs/simulator.md; those of low priority"
+        " are copies of it; default: both are made up",
+    )
+    parser.add_argument(
+        "--policy",
+        type=_names,
+        default=("worth", "priority-lru", "lru"),
+        metavar="NAME,NAME",
+        help="policies (docs/policies.md); default: worth,priority-lru,lru",
+    )
+    parser.add_argument(
+        "--capacity-blocks",
+        type=_counts,
+        default=(1500,),
+        metavar="N,N",
+        help="sizes of the tier; default: 1500",
+    )
+    parser.add_argument(
+        "--loads",
+        type=_counts,
+        default=(1, 3, 10),
+        metavar="N,N",
+        help="of low priority, as parts of the requests of high priority; default: 1,3,10",
+    )
+    parser.add_argument(
+        "--requests", type=_count, default=1200, metavar="N",
+        help="of high priority, made up or a trace's first ones; default: 1200",
+    )  # fmt: skip
+
+
+def _priorities(args: argparse.Namespace) -> int:
+    from kvstore_benchmarks.policies.priorities import QUICK, Options, run
+
+    options = Options(args.policy, args.capacity_blocks, args.loads, args.requests, args.trace)
+    if args.quick:
+        options = replace(QUICK, policies=args.policy, loads=args.loads, trace=args.trace)
+    return run(options, as_object=args.json, plots=args.plots)
 
 
 def _transfers_options(parser: argparse.ArgumentParser) -> None:
@@ -210,7 +267,9 @@ def _gpu(args: argparse.Namespace) -> int:
     from kvstore_benchmarks.gpu.measure import QUICK, Options
 
     options = QUICK if args.quick else Options(moved=int(args.gigabytes * 1e9))
-    return run(options, as_object=args.json)
+    directory = args.dir or default_data_path().parent
+    directory.mkdir(parents=True, exist_ok=True)
+    return run(options._replace(directory=directory), as_object=args.json)
 
 
 def _vllm_options(parser: argparse.ArgumentParser) -> None:
@@ -256,6 +315,10 @@ BENCHMARKS = {
     "evictions": Benchmark(
         "room for a block where DRAM is full", _evictions_options, _evictions
     ),
+    "priorities": Benchmark(
+        "hits of what matters, while more is asked for that does not",
+        _priorities_options, _priorities, draws=True,
+    ),
     "transfers": Benchmark(
         "loads by NVMe's queue, under load",
         _transfers_options, _transfers, draws=True, writes=True,
@@ -263,7 +326,9 @@ BENCHMARKS = {
     "prefetch": Benchmark(
         "what prefetches do for agents' sessions", _prefetch_options, _prefetch
     ),
-    "gpu": Benchmark("copies to and from a GPU against plain pinned ones", _gpu_options, _gpu),
+    "gpu": Benchmark(
+        "copies to and from a GPU against plain pinned ones", _gpu_options, _gpu, writes=True
+    ),
     "vllm": Benchmark(
         "time to first token with and without the store", _vllm_options, _vllm, writes=True
     ),
@@ -285,7 +350,11 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def _counts(text: str) -> tuple[int, ...]:
-    counts = tuple(int(word) for word in text.split(","))
-    if min(counts) < 1:
+    return tuple(_count(word) for word in text.split(","))
+
+
+def _count(text: str) -> int:
+    count = int(text)
+    if count < 1:
         raise ValueError
-    return counts
+    return count

@@ -6,8 +6,8 @@ import argparse
 import json
 
 from kvstore.cli.main import COMMANDS, Subparsers
-from kvstore.cli.serve import add_config_arguments, config_from
-from kvstore.config import Setting, effective, store_config
+from kvstore.cli.serve import add_config_arguments, config_from, sizes_from
+from kvstore.config import Setting, effective
 
 
 def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
@@ -19,7 +19,7 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     config = config_from(args)
-    settings = effective(config, store_config(config))
+    settings = effective(config, sizes_from(config))
     if args.json:
         document = {s.key: {"value": s.value, "source": s.source} for s in settings}
         print(json.dumps(document, indent=2))

@@ -16,9 +16,13 @@ import grpc
 
 from kvstore.config import load_config
 from kvstore.errors import WIRE_ERRORS, KVStoreError, Unavailable
+from kvstore.local.ownership import check_directory
 from kvstore.wire.v1.kvstore_pb2_grpc import KVStoreStub
 
 CALL_TIMEOUT_S = 10.0
+
+# A server is on this host, where no proxy that the environment names finds it.
+_OPTIONS = [("grpc.enable_http_proxy", 0)]
 
 
 def add_endpoint_argument(parser: argparse.ArgumentParser) -> None:
@@ -31,8 +35,14 @@ def add_endpoint_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def endpoint_of(args: argparse.Namespace) -> str:
-    """Raises `ConfigError`."""
-    return args.endpoint or load_config(args.config).server.socket
+    """Raises `ConfigError`, and `Unavailable` where nobody named one and no directory that is
+    this user's own can have it."""
+    if args.endpoint:
+        return str(args.endpoint)
+    config = load_config(args.config)
+    if config.defaulted("server.socket"):
+        check_directory(config.socket_path.parent, private=True)
+    return config.server.socket
 
 
 def socket_of(endpoint: str) -> Path | None:
@@ -46,7 +56,7 @@ def calling(endpoint: str) -> Iterator[KVStoreStub]:
     """A stub for `endpoint`. Errors of calls made with it come out typed."""
     path = socket_of(endpoint)
     target = endpoint if path is None else f"unix:{path}"
-    with grpc.insecure_channel(target) as channel:
+    with grpc.insecure_channel(target, options=_OPTIONS) as channel:
         try:
             yield KVStoreStub(channel)  # type: ignore[no-untyped-call]
         except grpc.RpcError as error:
@@ -60,4 +70,8 @@ def _typed(error: grpc.RpcError, endpoint: str) -> KVStoreError:
         return WIRE_ERRORS[code](error.details() or code)
     if error.code() is grpc.StatusCode.UNAVAILABLE:
         return Unavailable(f"no server answers at {endpoint}")
+    if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return Unavailable(f"{endpoint} did not answer in time: the server is busy, or hangs")
+    if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+        return Unavailable(f"{endpoint} does not know this call: a server of another version")
     return Unavailable(f"{endpoint}: {error.code().name.lower()}: {error.details()}")

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple, NoReturn, Protocol
 
+from kvstore import __version__
 from kvstore.errors import ConfigError, KVStoreError, Unavailable
 
 
@@ -100,6 +101,7 @@ def _exit_code(error: KVStoreError) -> int:
 def _usage(argv: Sequence[str], name: str | None) -> NoReturn:
     """Answer a command line without a known command, and exit."""
     parser = Parser(prog="kvstore", description="A tiered store for the KV cache of LLMs.")
+    parser.add_argument("--version", action="version", version=__version__)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command, (_, summary) in COMMANDS.items():
         subparsers.add_parser(command, help=summary)

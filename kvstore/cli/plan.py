@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 STATED = ("requests_per_s", "prompt_tokens", "shared_tokens", "output_tokens", "reuse_s")
 """What stands in for a trace."""
+OF_TRACES = ("policy", "session_rate", "block_tokens")
 
 
 def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
@@ -52,14 +53,18 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
     add("--shared-tokens", type=_number, metavar="N", help="of them asked for before, mean")
     add("--output-tokens", type=_number, metavar="N", help="mean")
     add("--reuse-s", type=_positive, metavar="S", help="until they are asked for again, mean")
+    trace = parser.add_argument_group("a trace")
+    add = trace.add_argument
     add(
         "--policy",
-        default="lru",
         metavar="NAME",
-        help="for a trace (docs/policies.md); default: lru, as the server's",
+        help="it is replayed with (docs/policies.md); default: worth, as the server's",
     )
-    add("--session-rate", type=_positive, default=0.02, metavar="R",
+    add("--session-rate", type=_positive, metavar="R",
         help="arrivals of sessions that carry no common time; default: 0.02")  # fmt: skip
+    add("--block-tokens", type=_counted(1 << 20), metavar="N",
+        help="replay in blocks of so many tokens, a multiple of the trace's own; default: larger"
+        " ones where prompts are long")  # fmt: skip
     sizes = parser.add_argument_group("sizes, in place of the knees")
     sizes.add_argument("--dram", type=_size, metavar="SIZE", help="such as 512GB")
     sizes.add_argument("--nvme", type=_size, metavar="SIZE", help="such as 8TB; 0 for none")
@@ -82,7 +87,12 @@ def run(args: argparse.Namespace) -> int:
     from kvstore.plan.report import Wishes, as_json, make
     from kvstore.plan.sizes import GB, Prices, Sizing
 
+    if args.plots is not None:
+        from kvstore_benchmarks.plots import figure_into
+
+        figure_into(args.plots)  # A trace's replays should not end in an error.
     engine = _engine(args)
+    engine.check_fits()
     demand, block_tokens = _demand(args, engine.prefill)
     prices = Prices(args.gpu_hour, args.dram_gb, args.nvme_gb, args.years)
     sizing = Sizing(engine, demand, prices, args.utilisation)
@@ -133,21 +143,25 @@ def _demand(args: argparse.Namespace, prefill: Prefill) -> tuple[Demand, int]:
         wrong = [name for name in STATED[1:] if getattr(args, name) is not None]
         if wrong:
             raise BadRequest(f"a trace tells {_flags(wrong)} itself")
-        policy = policy_called(args.policy)
+        policy = policy_called(args.policy or "worth")
         with progress("reading"):
-            trace = read_traces(args.traces, session_rate=args.session_rate, seed=1)
+            trace = read_traces(args.traces, session_rate=args.session_rate or 0.02, seed=1)
         with progress("replaying") as tell:
             demand = from_trace(
                 trace,
                 prefill,
                 requests_per_s=args.requests_per_s,
                 policy=policy,
+                block_tokens=args.block_tokens,
                 progress=tell,
             )
         return demand, trace.block_tokens
     missing = [name for name in STATED if getattr(args, name) is None]
     if missing:
         raise BadRequest(f"name a trace, or say {_flags(missing)}")
+    wrong = [name for name in OF_TRACES if getattr(args, name) is not None]
+    if wrong:
+        raise BadRequest(f"{_flags(wrong)} goes with a trace")
     stated = {name: getattr(args, name) for name in STATED}
     return from_numbers(prefill, **stated), 16
 
@@ -164,7 +178,10 @@ def _show(sections: Sequence[Section]) -> None:
         table.add_column()
         table.add_column(style="dim", overflow="fold")
         for figure in section.figures:
-            table.add_row(figure.name, _text(figure.value), figure.unit, figure.formula)
+            if isinstance(figure.value, str):
+                table.add_row(figure.name, "", "", figure.value)
+            else:
+                table.add_row(figure.name, _text(figure.value), figure.unit, figure.formula)
         console.print(table)
         if section.steps:
             console.print(_curve(section))
@@ -197,9 +214,7 @@ def _curve(section: Section) -> Any:
     return table
 
 
-def _text(value: float | str) -> str:
-    if isinstance(value, str):
-        return value
+def _text(value: float) -> str:
     if value and not 1e-3 <= abs(value) < 1e7:
         return f"{value:.2e}"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
@@ -227,10 +242,16 @@ _number = _checked(0, False, 1e12, "a number of 0 or more")
 _share = _checked(0, True, 1, "a share above 0 and up to 1")
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or not 0 < int(text) <= 4096:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to 4096")
-    return int(text)
+def _counted(most: int) -> Callable[[str], int]:
+    def check(text: str) -> int:
+        if not text.isdecimal() or not 0 < int(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to {most}")
+        return int(text)
+
+    return check
+
+
+_count = _counted(4096)
 
 
 def _size(text: str) -> int:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvstore.cli import simulate_stack
 from kvstore.cli.main import COMMANDS, Subparsers
-from kvstore.errors import BadRequest
+from kvstore.errors import BadRequest, KVStoreError
 
 if TYPE_CHECKING:
     from kvstore.sim.trace import Trace
@@ -118,6 +118,10 @@ def run(args: argparse.Namespace) -> int:
             raise BadRequest(f"{flag} goes {'without' if args.tiers else 'with'} --tiers")
     if args.expected is not None and args.no_hints:
         raise BadRequest("--expected goes without --no-hints")
+    if args.plots is not None:
+        from kvstore_benchmarks.plots import figure_into
+
+        figure_into(args.plots)  # An hour's replays should not end in an error.
     with progress("reading"):
         trace = read_traces(args.traces, session_rate=args.session_rate, seed=args.seed)
         if args.block_tokens is not None:
@@ -219,7 +223,7 @@ def _policies(text: str) -> list[str]:
     try:
         for name in names:
             policy_called(name)
-    except BadRequest as error:
+    except KVStoreError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
     return list(dict.fromkeys(names))
 

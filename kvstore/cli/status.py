@@ -78,8 +78,13 @@ def _status(
                 "healthy": tier.healthy,
                 "stalled": tier.stalled,
                 "stalls": tier.stalls,
+                "off_because": tier.off_because,
             }
             for tier in stats.tiers
+        ],
+        "vram": [
+            {field.name: getattr(gpu, field.name) for field in pb.VramStats.DESCRIPTOR.fields}
+            for gpu in stats.vram
         ],
     }
 
@@ -131,12 +136,56 @@ def _show(status: dict[str, Any]) -> None:
             _health(tier),
         )
     console.print(tiers)
+    if status["vram"]:
+        console.print(_gpus(status["vram"]))
+    for name, each in (
+        *((tier["tier"], tier) for tier in status["tiers"]),
+        *((gpu["gpu"], gpu) for gpu in status["vram"]),
+    ):
+        if each["off_because"]:
+            console.print(f"{name} is off: {each['off_because']}", markup=False, soft_wrap=True)
+    for gpu in status["vram"]:
+        if gpu["healthy"] and gpu["not_straight_because"]:
+            console.print(
+                f"nothing is read straight into {gpu['gpu']}: {gpu['not_straight_because']}",
+                markup=False, soft_wrap=True,
+            )  # fmt: skip
+
+
+def _gpus(gpus: list[dict[str, Any]]) -> Table:
+    table = Table()
+    names = ("gpu", "used", "held", "capacity", "blocks", "hits", "handed over", "straight")
+    for name in (*names, "health"):
+        table.add_column(name, justify="left" if name in ("gpu", "health") else "right")
+    for gpu in gpus:
+        table.add_row(
+            gpu["gpu"],
+            _human(gpu["used_bytes"]),
+            _human(gpu["held_bytes"]),
+            _human(gpu["capacity_bytes"]),
+            str(gpu["blocks"]),
+            str(gpu["hits"]),
+            _human(gpu["landed_bytes"]),
+            _straight(gpu),
+            _health(gpu),
+        )
+    return table
+
+
+def _straight(gpu: dict[str, Any]) -> str:
+    """Blocks read straight from a drive, where they are or were."""
+    read = f"{gpu['straight_blocks']} of {gpu['straight_blocks'] + gpu['bounced_blocks']}"
+    if gpu["reads_straight"]:
+        return read
+    return f"{read}, off" if gpu["not_straight_because"] else "no"
 
 
 def _health(tier: dict[str, Any]) -> str:
     if not tier["healthy"]:
         return "[bold red]off[/]"
-    return "[bold red]does not answer[/]" if tier["stalled"] else "ok"
+    if tier.get("short"):
+        return "gives way: the GPU's memory is short"
+    return "[bold red]does not answer[/]" if tier.get("stalled") else "ok"
 
 
 def _human(nbytes: float) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -20,11 +20,13 @@ from kvstore.errors import (
     ReservationExpired,
 )
 from kvstore.types import (
+    GPU_ONLY,
     NO_HINTS,
     ChainPresence,
     ChainQuery,
     CommitAnswer,
     Hints,
+    Landing,
     LayoutSpec,
     LeaseGrant,
     Segment,
@@ -101,11 +103,12 @@ def acquire(
     chains: Sequence[ChainQuery],
     wait_ms: int,
     hints: Hints = NO_HINTS,
+    reader: bytes = b"",
 ) -> Flow[tuple[list[LeaseGrant], Link]]:
     """Leases, and the link they were granted under."""
 
     def request() -> Message:
-        return _acquire_message(budget, chains, wait_ms, hints)
+        return _acquire_message(budget, chains, wait_ms, hints, reader)
 
     undo = partial(_undo_leases, core)
     response, link = yield from call(core, budget, "Acquire", request, undo)
@@ -132,9 +135,15 @@ def end_acquire(link: Link, begun: Any) -> Flow[list[LeaseGrant] | None]:
 
 
 def _acquire_message(
-    budget: Budget, chains: Sequence[ChainQuery], wait_ms: int, hints: Hints = NO_HINTS
+    budget: Budget,
+    chains: Sequence[ChainQuery],
+    wait_ms: int,
+    hints: Hints = NO_HINTS,
+    reader: bytes = b"",
 ) -> Message:
-    message = pb.AcquireRequest(chains=wire.chain_messages(chains), wait_ms=_clamp(wait_ms, budget))
+    message = pb.AcquireRequest(
+        chains=wire.chain_messages(chains), wait_ms=_clamp(wait_ms, budget), reader=reader
+    )
     if hints.priority != NO_HINTS.priority:
         message.priority = hints.priority
     if hints.tokens_per_s is not None:
@@ -192,8 +201,10 @@ def release_soon(core: Core, link: Link, lease_ids: Sequence[int]) -> Flow[None]
 
 def report_damage_soon(core: Core, link: Link, addresses: Sequence[int]) -> Flow[None]:
     """Say that blocks arrived damaged, so that the server looks at them. Nobody waits for
-    that: those it does not hear of are reported by whoever reads them next."""
-    current = addresses[: link.info.max_blocks]
+    that: those it does not hear of are reported by whoever reads them next. What is in a GPU's
+    memory alone was read by nobody here."""
+    in_dram = [address for address in addresses if address < GPU_ONLY]
+    current = in_dram[: link.info.max_blocks]
     if current and link.alive():
         request = pb.ReportDamageRequest(addresses=pack_numbers(current))
         yield Drop((yield Begin(link.call("ReportDamage", request, core.timeout_s))))
@@ -246,19 +257,38 @@ def ask(
     return wire.commit_answer(cast(pb.CommitResponse, response), link.tag), link
 
 
+def land(
+    core: Core, layout_id: bytes, slots: Sequence[int], not_on: Collection[str]
+) -> Flow[list[Landing]]:
+    """Places on GPUs for slots of the link there is."""
+    core.check_open()
+    link = core.link
+    if link is None or not link.alive() or not all(map(link.owns, slots)):
+        raise ReservationExpired("the slots' session with the server has ended")
+    numbers = pack_numbers([link.bare(slot) for slot in slots])
+    request = pb.LandRequest(layout_id=layout_id, slots=numbers, not_on=not_on)
+    try:
+        response = yield link.call("Land", request, Budget(core.timeout_s).left())
+    except NoSession as error:
+        link.retire()
+        raise ReservationExpired("the slots' session with the server has ended") from error
+    return wire.landings(cast(pb.LandResponse, response))
+
+
 def commit(
     core: Core,
     budget: Budget,
     layout_id: bytes,
     segments: Sequence[Segment],
     ahead: int,
+    landed: Sequence[Landing] = (),
 ) -> Flow[CommitAnswer]:
     """Publish, and reserve up to `ahead` slots."""
     core.check_open()
     link = core.link
     if link is None or not link.alive():
         raise ReservationExpired("the slots' session with the server has ended")
-    begun = yield from begin_commit(core, link, budget, layout_id, segments, ahead)
+    begun = yield from begin_commit(core, link, budget, layout_id, segments, ahead, landed)
     return (yield from end_commit(link, begun))
 
 
@@ -269,12 +299,16 @@ def begin_commit(
     layout_id: bytes,
     segments: Sequence[Segment],
     ahead: int,
+    landed: Sequence[Landing] = (),
 ) -> Flow[Any]:
     """What `end_commit` wants; with `Drop` the slots reserved ahead are given back."""
     if not all(link.owns(slot) for segment in segments for slot in segment.slots if slot):
         raise ReservationExpired("the slots' session with the server has ended")
     request = pb.CommitRequest(
-        layout_id=layout_id, segments=wire.segment_messages(segments, link.tag), reserve=ahead
+        layout_id=layout_id,
+        segments=wire.segment_messages(segments, link.tag),
+        reserve=ahead,
+        landed=wire.landing_messages(landed),
     )
     undo = partial(_undo_slots, core, link)
     return (yield Begin(link.call("Commit", request, budget.left(), undo=undo)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from kvstore.client import wire
@@ -20,7 +21,9 @@ from kvstore.errors import (
     Unavailable,
 )
 from kvstore.local.arena import Arena
-from kvstore.local.attach import Attachment, attach_path
+from kvstore.local.attach import attach_path
+from kvstore.local.attachment import Attachment
+from kvstore.local.ownership import check_directory
 from kvstore.wire.v1 import kvstore_pb2 as pb
 
 if TYPE_CHECKING:
@@ -97,10 +100,15 @@ def _new_link(core: Core, budget: Budget) -> Flow[Link]:
     stream: SessionStream | None = None
     lines: Lines | None = None
     try:
+        if attachment is None:
+            session, stream = yield OpenSession(budget.left())
+            # A server that has started meanwhile had its attach socket before it answered.
+            attachment = yield from _attach(core, budget)
         if attachment is not None:
             session, lines = attachment.session, Lines(attachment)
-        else:
-            session, stream = yield OpenSession(budget.left())
+            if stream is not None:
+                stream.cancel()
+                stream = None
         # Whoever just handed out a session is there, even where gRPC still holds
         # its last failure to connect against it.
         response = yield Call(
@@ -139,12 +147,15 @@ def _attach(core: Core, budget: Budget) -> Flow[Attachment | None]:
     """The attach connection, None where the server is to be used over gRPC alone."""
     if core.socket_path is None:
         return None
-    path = attach_path(core.socket_path)
+    path, own = attach_path(core.socket_path), core.own
     timeout_s = budget.left()
 
     def attach() -> Attachment | None:
+        if own:
+            # For the gRPC socket too: where only this user can write, nobody else's is.
+            check_directory(Path(path).parent, private=True)
         try:
-            return Attachment.connect(path, timeout_s)
+            return Attachment.connect(path, timeout_s, own=own)
         except Unavailable as error:
             # No attach socket, as opposed to one that does not answer: the gRPC
             # socket may have been passed into a container, or forwarded, alone.
@@ -216,11 +227,11 @@ def slot(core: Core, address: int, nbytes: int, epoch: bytes | None) -> Flow[mem
     return view
 
 
-def vram(core: Core, gpu: str, layout_ids: Sequence[bytes]) -> Flow[VramGrant]:
+def vram(core: Core, gpu: str, layout_ids: Sequence[bytes], reader: bytes) -> Flow[VramGrant]:
     """What the store has of a GPU's memory, as long as the link lasts."""
     budget = Budget(core.timeout_s)
     link = yield from current_link(core, budget)
-    grant: VramGrant = yield Work(lambda: link.vram(gpu, layout_ids, budget.left()))
+    grant: VramGrant = yield Work(lambda: link.vram(gpu, layout_ids, budget.left(), reader))
     return grant
 
 

@@ -20,7 +20,7 @@ from kvstore.client.pieces import blocks_a_piece, target_view
 from kvstore.client.steps import Drop, Flow, ReadStream, Work
 from kvstore.errors import BadRequest, InternalError, LeaseExpired, NoSession
 from kvstore.local import copy
-from kvstore.types import NO_REUSE, ChainQuery, LeaseGrant, Reuse, check_key
+from kvstore.types import GPU_ONLY, NO_REUSE, ChainQuery, LeaseGrant, Reuse, check_key
 from kvstore.wire.v1 import kvstore_pb2 as pb
 
 if TYPE_CHECKING:
@@ -119,6 +119,9 @@ class _Get:
         self, link: Link, grant: LeaseGrant, targets: Sequence[memoryview | None]
     ) -> Flow[list[Got]]:
         """The blocks of one grant."""
+        if any(address >= GPU_ONLY for address in grant.addresses):
+            # Nobody reads on a GPU here.
+            return [None] * len(targets)
         if link.arena is None:
             return (yield from self._read_remote(link, grant, targets))
         got: list[Got]
@@ -219,17 +222,19 @@ class _Get:
 
 
 def read_lease(core: Core, lease: LeaseBase, index: int) -> Flow[bytes | None]:
-    """A copy of one block of a lease; None when it arrived damaged."""
+    """A copy of one block of a lease; None when it arrived damaged, or is in a GPU's memory
+    alone."""
     nbytes = lease.block_bytes(index)
     lease._check_current()
     link = lease._link
-    checksum = lease.checksums[index]
+    address, checksum = lease.addresses[index], lease.checksums[index]
+    if address >= GPU_ONLY:
+        return None
     if link.arena is None:
         got = yield from read_remote(
             core, Budget(core.timeout_s), link, lease.lease_id, index, nbytes, checksum, None
         )
     else:
-        address = lease.addresses[index]
 
         def copy_out() -> Got:
             link.hold()
@@ -246,7 +251,7 @@ def read_lease(core: Core, lease: LeaseBase, index: int) -> Flow[bytes | None]:
 
         got = yield Work(copy_out)
     if got is None:
-        yield from calls.report_damage_soon(core, link, [lease.addresses[index]])
+        yield from calls.report_damage_soon(core, link, [address])
         return None
     return bytes(got)
 

@@ -30,7 +30,9 @@ class LeaseBase:
     `held`: positions pinned from the chain's start. Blocks are numbered layout by
     layout: block `i` is position `i % held` of layout `i // held`. The blocks stay
     as they are until `expires_ns` (CLOCK_MONOTONIC of the server's host), the
-    release, or the loss of the session, whichever comes first.
+    release, or the loss of the session, whichever comes first; those in a GPU's memory
+    alone (`addresses` of `GPU_ONLY` or more, for a `reader`) for no longer than that
+    GPU's engine leaves it to the store.
     """
 
     def __init__(

@@ -22,7 +22,8 @@ from google.protobuf.message import DecodeError
 from kvstore.client.rpc import METHODS
 from kvstore.client.wire import MAX_MESSAGE_BYTES
 from kvstore.errors import InternalError, KVStoreError, NoSession, TooLarge, Unavailable
-from kvstore.local.attach import Attachment, ErrorReply, decode_reply, error_of
+from kvstore.local.attach import ErrorReply, decode_reply, error_of
+from kvstore.local.attachment import Attachment
 from kvstore.wire import frames
 
 if TYPE_CHECKING:

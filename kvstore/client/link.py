@@ -23,7 +23,7 @@ from kvstore.client.wire import ServerInfo
 from kvstore.clock import Clock, MonotonicClock
 from kvstore.errors import BadRequest, Unavailable
 from kvstore.local.arena import Arena
-from kvstore.local.attach import Attachment
+from kvstore.local.attachment import Attachment
 from kvstore.types import LayoutSpec
 
 if TYPE_CHECKING:
@@ -95,12 +95,14 @@ class Link:
         """The step that makes a call of this session."""
         return Call(method, request, self.session, timeout_s, undo=undo, lines=self._lines)
 
-    def vram(self, gpu: str, layout_ids: Sequence[bytes], timeout_s: float) -> VramGrant:
+    def vram(
+        self, gpu: str, layout_ids: Sequence[bytes], timeout_s: float, reader: bytes
+    ) -> VramGrant:
         """See `Client.vram`."""
         attachment = self._attachment
         if attachment is None:
             raise BadRequest("memory of a GPU needs a server on this host")
-        descriptor, extent_bytes = attachment.fetch_vram(gpu, layout_ids, timeout_s)
+        descriptor, extent_bytes = attachment.fetch_vram(gpu, layout_ids, timeout_s, reader)
 
         def fetch(extent: int) -> tuple[int, int]:
             return attachment.fetch_extent(extent, timeout_s, gpu)
@@ -239,6 +241,7 @@ class Core:
     """What a client is, whichever way it is driven.
 
     `socket_path`: the gRPC Unix socket, None for a server reached over TCP.
+    `own`: only this user's own server, or root's, may be there (`Endpoint`).
     `layouts`: every layout registered, to be registered again with a server
     that has forgotten them.
     """
@@ -249,6 +252,7 @@ class Core:
     counters: Counters
     backoff: Backoff
     layouts: dict[bytes, LayoutSpec]
+    own: bool = False
     link: Link | None = None
     links_made: int = 0
     closed: bool = False
@@ -268,4 +272,5 @@ def new_core(endpoint: Endpoint, timeout_s: float) -> Core:
         counters=Counters(),
         backoff=Backoff(),
         layouts={},
+        own=endpoint.own,
     )

@@ -75,6 +75,11 @@ class Presence:
             check_key(keys[-1])
         return reader.prefix(map(self._namers.__getitem__, layout_ids), keys)
 
+    def way(self, layout_ids: Sequence[bytes]) -> tuple[DirectoryReader, list[Namer]]:
+        """What a lookup ends at: the table there is now, which may be superseded at any time,
+        and how blocks of these layouts are named in it."""
+        return self._reader, [self._namers[layout_id] for layout_id in layout_ids]
+
     def _refetch(self, now_ns: int) -> bool:
         """Map the successor. False when that is under way elsewhere or did not work."""
         if now_ns < self._not_before_ns or not self._lock.acquire(blocking=False):

@@ -31,15 +31,18 @@ CHANNEL_OPTIONS: list[tuple[str, int]] = [
 
 
 class Endpoint(NamedTuple):
-    """`target`: for gRPC. `socket_path`: of a Unix socket, else None."""
+    """`target`: for gRPC. `socket_path`: of a Unix socket, else None. `own`: nobody named
+    it, so that it may only be this user's own server, or root's."""
 
     target: str
     socket_path: str | None
+    own: bool = False
 
 
 def parse_endpoint(text: str | None) -> Endpoint:
     """ "unix:///path", a plain absolute path, "host:port", or None for the default
     socket. Raises `BadRequest` for anything else."""
+    own = text is None
     if text is None:
         from kvstore.config import default_socket_path
 
@@ -50,7 +53,7 @@ def parse_endpoint(text: str | None) -> Endpoint:
         if not os.path.isabs(text):
             raise BadRequest(f"a unix endpoint needs an absolute path, not {text!r}")
     if os.path.isabs(text):
-        return Endpoint(f"unix:{text}", text)
+        return Endpoint(f"unix:{text}", text, own)
     host, colon, port = text.rpartition(":")
     if not (colon and host and port.isdecimal() and 0 < int(port) < 65536):
         raise BadRequest(f'an endpoint is "unix:///path", a path, or "host:port", not {text!r}')

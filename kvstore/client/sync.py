@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from kvstore.client import calls, connecting, gets, puts
@@ -26,6 +26,7 @@ from kvstore.client.steps import (
     WriteStream,
 )
 from kvstore.client.transport import SyncTransport
+from kvstore.client.watch import Watch
 from kvstore.client.wire import ServerInfo
 from kvstore.errors import BadRequest, KVStoreError, LeaseExpired, Unavailable
 from kvstore.types import (
@@ -35,6 +36,7 @@ from kvstore.types import (
     ChainQuery,
     CommitAnswer,
     Hints,
+    Landing,
     LayoutSpec,
     LeaseGrant,
     PutOutcome,
@@ -55,9 +57,9 @@ class Client:
     """A connection to a KV-cache store.
 
     `endpoint`: "unix:///path/kvstore.sock" or the path alone for a server on this
-    host, "host:port" for another, None for this user's own server. On the
-    server's host bytes are copied through shared memory, elsewhere they go over
-    gRPC; the methods are the same.
+    host, "host:port" for another, None for this user's own server: then another
+    user's raises `Untrusted`, an `Unavailable`. On the server's host bytes are copied
+    through shared memory, elsewhere they go over gRPC; the methods are the same.
 
     Every method raises `Unavailable` rather than wait longer than `timeout_s` for
     a server that is gone or hangs; `put_many` and `get_many` allow it for each
@@ -198,6 +200,11 @@ class Client:
         None where only the server could tell."""
         return calls.lookup_at_hand(self._core, layout_ids, keys)
 
+    def watch(self, layout_ids: Sequence[bytes]) -> Callable[[bytes], bool | None]:
+        """`peek` for single blocks by key, as cheap as it can be; see `Watch.holds`. What is
+        returned holds as long as the client does, whatever becomes of the server."""
+        return Watch(self._core, layout_ids).holds
+
     def lookup_many(self, chains: Sequence[ChainQuery]) -> list[ChainPresence]:
         return self._run(calls.lookup(self._core, chains))
 
@@ -208,30 +215,39 @@ class Client:
         *,
         wait_ms: int = 1000,
         reuse: Reuse = NO_REUSE,
+        reader: bytes = b"",
     ) -> Lease:
         """Pin the longest held prefix of a chain in DRAM; see `Lease`.
 
-        `wait_ms`: how long blocks may take to come up from slower tiers.
+        `wait_ms`: how long blocks may take to come up from slower tiers. `reader`: who reads
+        them, named as in `vram`; blocks may then be in that GPU's memory alone, which pins
+        nothing: their addresses are `GPU_ONLY` or more.
         """
         chosen = as_layouts(layouts)
 
         def flow() -> Flow[Lease]:
             chains = [chain_of(chosen, keys, reuse)]
             grants, link = yield from calls.acquire(
-                self._core, Budget(self._core.timeout_s), chains, wait_ms
+                self._core, Budget(self._core.timeout_s), chains, wait_ms, reader=reader
             )
             return Lease(self, link, grants[0], chosen)
 
         return self._run(flow())
 
     def acquire_many(
-        self, chains: Sequence[ChainQuery], wait_ms: int, hints: Hints = NO_HINTS
+        self,
+        chains: Sequence[ChainQuery],
+        wait_ms: int,
+        hints: Hints = NO_HINTS,
+        *,
+        reader: bytes = b"",
     ) -> list[LeaseGrant]:
-        """Low level: a grant for each chain, to be released by id."""
+        """Low level: a grant for each chain, to be released by id. `reader`: see `acquire`."""
 
         def flow() -> Flow[list[LeaseGrant]]:
             budget = Budget(self._core.timeout_s)
-            return (yield from calls.acquire(self._core, budget, chains, wait_ms, hints))[0]
+            grants, _ = yield from calls.acquire(self._core, budget, chains, wait_ms, hints, reader)
+            return grants
 
         return self._run(flow())
 
@@ -259,17 +275,34 @@ class Client:
 
         return self._run(flow())
 
+    def land(
+        self, layout: Layout, slots: Sequence[int], *, not_on: Collection[str] = ()
+    ) -> list[Landing]:
+        """Low level, local only: places for these open slots in the memory of each GPU where
+        another session reads such blocks (`vram`), but for those in `not_on`. A place may be
+        written until its slot is committed or given back.
+
+        Raises `ReservationExpired`.
+        """
+        return self._run(calls.land(self._core, layout.id, slots, not_on))
+
     def commit(
-        self, layout: Layout, segments: Sequence[Segment], *, ahead: int = 0
+        self,
+        layout: Layout,
+        segments: Sequence[Segment],
+        *,
+        ahead: int = 0,
+        landed: Sequence[Landing] = (),
     ) -> CommitAnswer:
         """Low level: publish written blocks; their slots are closed. Reserves up to
-        `ahead` slots for what comes next in the same call.
+        `ahead` slots for what comes next in the same call. `landed`: places of these slots
+        that have been written too (`land`).
 
         Raises `ReservationExpired` when a slot is not open any more and its block is
         not there; nothing is published then.
         """
         budget = Budget(self._core.timeout_s)
-        return self._run(calls.commit(self._core, budget, layout.id, segments, ahead))
+        return self._run(calls.commit(self._core, budget, layout.id, segments, ahead, landed))
 
     def abort(self, slots: Sequence[int]) -> None:
         """Give slots back. They may not be written any more."""
@@ -281,20 +314,22 @@ class Client:
         The first use of an extent maps it, which asks the server. Raises
         `LeaseExpired` when the session was lost since the last call. An address
         that another process was granted needs that process's `epoch` beside it:
-        where that is not the epoch of the server there is now, `LeaseExpired`.
+        where that is not the epoch of the server there is now, `LeaseExpired`. One of
+        `GPU_ONLY` or more is in no memory of this host: `BadRequest`.
         """
         view = connecting.slot_at_hand(self._core, address, nbytes, epoch)
         if view is not None:
             return view
         return self._run(connecting.slot(self._core, address, nbytes, epoch))
 
-    def vram(self, gpu: str, layout_ids: Sequence[bytes]) -> VramGrant:
+    def vram(self, gpu: str, layout_ids: Sequence[bytes], *, reader: bytes = b"") -> VramGrant:
         """Low level, local only: what the store keeps in that GPU's memory
         (`kvstore.device.mirrors`) of the blocks of these layouts, which this process reads.
+        `reader`: acquires that name the same may be granted what is there only.
 
         Raises `BadRequest` where the server has no memory there, `UnknownLayout`.
         """
-        return self._run(connecting.vram(self._core, gpu, layout_ids))
+        return self._run(connecting.vram(self._core, gpu, layout_ids, reader))
 
     def write_slots(
         self,
@@ -461,12 +496,14 @@ class Lease(LeaseBase):
         """Block `index` in place, read-only; local only.
 
         The bytes are the block's only until the lease ends: check `expired` after
-        using them, and do not keep the view. Raises `LeaseExpired`.
+        using them, and do not keep the view. Raises `LeaseExpired`, and `BadRequest` for a
+        block that is in a GPU's memory alone.
         """
         return self._view(index)
 
     def read(self, index: int) -> bytes | None:
-        """A checked copy of block `index`; None (and counted) if it is damaged.
+        """A checked copy of block `index`; None (and counted) if it is damaged, and of one that
+        is in a GPU's memory alone.
 
         Raises `LeaseExpired`.
         """

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
@@ -11,7 +12,7 @@ import grpc
 
 from kvstore.client.background import Background, Outcome
 from kvstore.client.failures import typed_error
-from kvstore.client.lines import Exchange, Lines
+from kvstore.client.lines import MOST_CALLS, Exchange, Lines
 from kvstore.client.rpc import CHANNEL_OPTIONS, Endpoint, Stubs, metadata
 from kvstore.client.steps import Call, OpenSession, ReadStream, WriteStream
 from kvstore.errors import BadRequest, KVStoreError, Unavailable
@@ -31,6 +32,7 @@ class SyncTransport:
         self._channel = grpc.insecure_channel(endpoint.target, options=CHANNEL_OPTIONS)
         self._stubs = Stubs(self._channel)
         self._background = Background()
+        self._turns = threading.Semaphore(MOST_CALLS)
 
     def call(self, step: Call) -> Any:
         if step.lines is None:
@@ -77,11 +79,12 @@ class SyncTransport:
 
     def read(self, step: ReadStream) -> None:
         try:
-            stream = self._stubs.read(
-                step.request, timeout=step.timeout_s, metadata=metadata(step.session)
-            )
-            for piece in stream:
-                step.sink(piece)
+            with self._turn("Read", step.timeout_s):
+                stream = self._stubs.read(
+                    step.request, timeout=step.timeout_s, metadata=metadata(step.session)
+                )
+                for piece in stream:
+                    step.sink(piece)
         except grpc.RpcError as error:
             raise _typed("Read", error) from error
         except ValueError as error:
@@ -89,13 +92,24 @@ class SyncTransport:
 
     def write(self, step: WriteStream) -> None:
         try:
-            self._stubs.write(
-                iter(step.pieces), timeout=step.timeout_s, metadata=metadata(step.session)
-            )
+            with self._turn("Write", step.timeout_s):
+                self._stubs.write(
+                    iter(step.pieces), timeout=step.timeout_s, metadata=metadata(step.session)
+                )
         except grpc.RpcError as error:
             raise _typed("Write", error) from error
         except ValueError as error:
             raise _closed(error) from error
+
+    @contextmanager
+    def _turn(self, method: str, timeout_s: float) -> Iterator[None]:
+        """To have one of a session's streams: of more the server refuses some."""
+        if not self._turns.acquire(timeout=timeout_s):
+            raise Unavailable(f"{method}: others' calls took too long")
+        try:
+            yield
+        finally:
+            self._turns.release()
 
     def open_session(self, step: OpenSession) -> tuple[bytes, _Stream]:
         try:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
 
@@ -101,11 +103,12 @@ class AsyncTransport:
 
     async def read(self, step: ReadStream) -> None:
         try:
-            stream = self._stubs.read(
-                step.request, timeout=step.timeout_s, metadata=metadata(step.session)
-            )
-            async for piece in stream:
-                step.sink(piece)
+            async with self._turn("Read", step.timeout_s):
+                stream = self._stubs.read(
+                    step.request, timeout=step.timeout_s, metadata=metadata(step.session)
+                )
+                async for piece in stream:
+                    step.sink(piece)
         except grpc.RpcError as error:
             raise _typed("Read", error) from error
         except (ValueError, grpc.aio.UsageError) as error:
@@ -113,13 +116,27 @@ class AsyncTransport:
 
     async def write(self, step: WriteStream) -> None:
         try:
-            await self._stubs.write(
-                iter(step.pieces), timeout=step.timeout_s, metadata=metadata(step.session)
-            )
+            async with self._turn("Write", step.timeout_s):
+                await self._stubs.write(
+                    iter(step.pieces), timeout=step.timeout_s, metadata=metadata(step.session)
+                )
         except grpc.RpcError as error:
             raise _typed("Write", error) from error
         except (ValueError, grpc.aio.UsageError) as error:
             raise _closed(error) from error
+
+    @asynccontextmanager
+    async def _turn(self, method: str, timeout_s: float) -> AsyncIterator[None]:
+        """To have one of a session's streams: of more the server refuses some."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._turns.acquire()
+        except TimeoutError:
+            raise Unavailable(f"{method}: others' calls took too long") from None
+        try:
+            yield
+        finally:
+            self._turns.release()
 
     async def open_session(self, step: OpenSession) -> tuple[bytes, _Stream]:
         try:

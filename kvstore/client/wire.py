@@ -18,6 +18,7 @@ from kvstore.types import (
     ChainQuery,
     CommitAnswer,
     CommitOutcome,
+    Landing,
     LayoutSpec,
     LeaseGrant,
     Refusal,
@@ -27,6 +28,7 @@ from kvstore.types import (
     StoreStats,
     Tier,
     TierStats,
+    VramStats,
 )
 from kvstore.wire.columns import pack_keys, pack_numbers, unpack_numbers
 from kvstore.wire.v1 import kvstore_pb2 as pb
@@ -124,6 +126,14 @@ def slot_grant(slots: pb.Slots, tag: int) -> SlotGrant:
     return SlotGrant(slots.first_slot + tag if addresses else 0, addresses, slots.expires_ns)
 
 
+def landings(response: pb.LandResponse) -> list[Landing]:
+    return [Landing(each.gpu, unpack_numbers(each.addresses)) for each in response.landings]
+
+
+def landing_messages(landings: Sequence[Landing]) -> list[pb.Landing]:
+    return [pb.Landing(gpu=each.gpu, addresses=pack_numbers(each.addresses)) for each in landings]
+
+
 def segment_messages(segments: Sequence[Segment], tag: int) -> list[pb.Segment]:
     """`tag` is taken from the slots' ids; see `Link`."""
     return [
@@ -174,6 +184,7 @@ def stats(response: pb.GetStatsResponse) -> StoreStats:
                 healthy=tier.healthy,
                 stalled=tier.stalled,
                 stalls=tier.stalls,
+                off_because=tier.off_because,
             )
             for tier in response.tiers
             if tier.tier in known
@@ -187,6 +198,9 @@ def stats(response: pb.GetStatsResponse) -> StoreStats:
         committed_blocks=response.committed_blocks,
         corrupt_blocks=response.corrupt_blocks,
         tenant_blocks=response.tenant_blocks,
+        vram=tuple(
+            VramStats(*(getattr(gpu, name) for name in VramStats._fields)) for gpu in response.vram
+        ),
     )
 
 

@@ -13,7 +13,8 @@ from kvstore.types import Tier
 
 if TYPE_CHECKING:
     from kvstore.core.catalog import Layout, Replica
-    from kvstore.core.mirrors import Mirror, Mirrors
+    from kvstore.core.places.mirrors import Mirrors
+    from kvstore.core.places.shares import Mirror
     from kvstore.core.tickets import Ticket
 
 
@@ -67,20 +68,23 @@ class Publish:
 
 
 @dataclass(frozen=True, slots=True)
-class Mirrored:
-    """A GPU's memory has a copy of a block: its workers may be told."""
-
+class _OfMirror:
     on: Mirrors
     mirror: Mirror
 
 
-@dataclass(frozen=True, slots=True)
-class Unmirrored:
+class Mirrored(_OfMirror):
+    """A GPU's memory has a copy of a block: its workers may be told, under the address that it
+    is `listed_as`."""
+
+    __slots__ = ()
+
+
+class Unmirrored(_OfMirror):
     """It has it no more. Before anything else is done with the memory, or with the slot it is
     a copy of, its workers are to be told."""
 
-    on: Mirrors
-    mirror: Mirror
+    __slots__ = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,52 +4,54 @@ Everything that the store decides is decided here, on one thread, without a cloc
 or a byte: the caller brings the time (nanoseconds, monotonic) and carries out the
 actions (`core.actions`). The server and the simulator run this same code.
 
-    clients' calls    -> register_layout lookup acquire renew release reserve commit
+    clients' calls    -> register_layout lookup acquire renew release reserve land commit
                          abort prefetch hint clear flush
     clients' lives    -> open_session close_session
     the tiers         -> transfer_done transfer_failed forgotten extent_failed tier_failed
                          not_worth_moving worn
     damage in memory  -> suspects examined
-    time              -> tick, doubt, give_up
+    time              -> tick, give_up, and `take_actions` when `looks_ns` says
     time to spare     -> chores.go_on, for as long as there are any
 
 A call that may have to wait returns a ticket. A ticket whose `answer` is set is
 settled; any other gets an `Answer` action later, at the latest when the caller's
 patience ends and the shell calls `give_up`.
 
-The planner itself keeps sessions and passes events on: `core.leases`,
-`core.reservations`, `core.flushes` and `core.clears` know what clients hold and wait for,
-`core.residency` knows which tier a block is in and how it moves. What takes longer
-the more blocks there are (a clear, a flush, the end of a tier) is a chore, done in parts
+The planner itself keeps sessions and passes events on: what clients hold and wait for is known
+in `core.calls`, which tier a block is in and how it moves in `core.places`, what will be wanted
+soon in `core.foresight`, what waits for a link in `core.transfers` and `core.links`. What takes
+longer the more blocks there are (a clear, a flush, the end of a tier) is a chore, done in parts
 (`core.chores`).
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import count
 
-from kvstore.core import recovery
 from kvstore.core.actions import Action, Copy, Move, Publish, RememberLayout
+from kvstore.core.calls.acquires import Acquires
+from kvstore.core.calls.clears import Clears
+from kvstore.core.calls.flushes import Flushes
+from kvstore.core.calls.leases import Leases
+from kvstore.core.calls.reservations import Reservations
+from kvstore.core.calls.suspects import Suspects
 from kvstore.core.catalog import Block, Catalog, Replica, is_ready
 from kvstore.core.chores import Chores
-from kvstore.core.clears import Clears
-from kvstore.core.endurance import Endurance
-from kvstore.core.flushes import Flushes
-from kvstore.core.holdings import Holdings
-from kvstore.core.leases import Leases
+from kvstore.core.foresight.prefetches import Prefetches
 from kvstore.core.lifecycle import State
 from kvstore.core.limits import Counters, Limits
+from kvstore.core.places import recovery
+from kvstore.core.places.endurance import Endurance
+from kvstore.core.places.holdings import Holdings
+from kvstore.core.places.recovery import StoredBlocks
+from kvstore.core.places.residency import Residency
+from kvstore.core.places.write_back import DEPTH
 from kvstore.core.policies import POLICIES
-from kvstore.core.prefetches import Prefetches
-from kvstore.core.recovery import StoredBlocks
-from kvstore.core.reservations import Reservations
-from kvstore.core.residency import Residency
 from kvstore.core.sessions import Lease, Session
 from kvstore.core.space import Space, SpaceClass
-from kvstore.core.suspects import Suspects
 from kvstore.core.tickets import (
     AcquireTicket,
     ClearTicket,
@@ -60,7 +62,6 @@ from kvstore.core.tickets import (
 )
 from kvstore.core.transfers import TransferClass
 from kvstore.core.uses import session_of
-from kvstore.core.write_back import DEPTH
 from kvstore.errors import BadRequest, NoSession, TooMany
 from kvstore.types import (
     NO_HINTS,
@@ -68,7 +69,9 @@ from kvstore.types import (
     ChainQuery,
     CommitAnswer,
     Hints,
+    Landing,
     LayoutSpec,
+    Refusal,
     Segment,
     SessionState,
     Tier,
@@ -107,6 +110,7 @@ class Planner:
         ids = count(first_id)
         self.chores = Chores()
         self.leases = Leases(self.residency, self.chores, limits, self.counters, ids)
+        self.acquires = Acquires(self.residency, self.leases, self.chores, limits, self.counters)
         self.reservations = Reservations(self.residency, self.chores, limits, self.counters, ids)
         self.prefetches = Prefetches(self.residency, self.chores)
         self.clears = Clears(self.residency, self.chores)
@@ -120,18 +124,23 @@ class Planner:
         self.flushes.go_on()
         wanted: dict[SpaceClass, int] = {}
         self.reservations.add_wanted(wanted)
-        self.leases.add_wanted(wanted)
+        self.acquires.add_wanted(wanted)
         if self.residency.write_back.go_on(wanted):
             self._retry(now_ns)
         holdings = self.holdings
         for batch in self.residency.transfers.start(now_ns):
             holdings.actions.append(Move([t.copy for t in batch.transfers if t.copy is not None]))
+        self.acquires.doubts.go_on(now_ns)
         if holdings.changed:
             changed, holdings.changed = holdings.changed, set()
             holdings.actions.append(Publish([(key, *self.presence(key)) for key in changed]))
         actions = holdings.actions.copy()
         holdings.actions.clear()
         return actions
+
+    def looks_ns(self) -> int | None:
+        """When `take_actions` is to be called even if nothing happens until then."""
+        return self.acquires.doubts.looks_ns()
 
     # Sessions
 
@@ -155,6 +164,7 @@ class Planner:
             return
         session.closed = True
         del self._sessions[session.id]
+        self.acquires.end_session(session)
         self.leases.end_session(session)
         self.prefetches.end_session(session)
         self.reservations.end_session(session)
@@ -214,10 +224,12 @@ class Planner:
         now_ns: int,
         deadline_ns: int | None = None,
         hints: Hints = NO_HINTS,
+        reader: bytes = b"",
     ) -> AcquireTicket:
-        ticket = self.leases.acquire(
-            session, chains, wait=wait, now_ns=now_ns, deadline_ns=deadline_ns, hints=hints
-        )
+        ticket = self.acquires.acquire(
+            session, chains, wait=wait, now_ns=now_ns, deadline_ns=deadline_ns, hints=hints,
+            reader=reader,
+        )  # fmt: skip
         self.prefetches.asked(session.tenant, chains, now_ns)
         return ticket
 
@@ -241,6 +253,17 @@ class Planner:
     ) -> ReserveTicket:
         return self.reservations.reserve(session, layout_id, count, wait=wait, now_ns=now_ns)
 
+    def land(
+        self,
+        session: Session,
+        layout_id: bytes,
+        slot_ids: Sequence[int],
+        *,
+        not_on: Collection[str],
+        now_ns: int,
+    ) -> list[Landing]:
+        return self.reservations.land(session, layout_id, slot_ids, not_on, now_ns)
+
     def slot(self, session: Session, slot_id: int) -> Replica:
         return self.reservations.slot(session, slot_id)
 
@@ -252,8 +275,9 @@ class Planner:
         *,
         reserve: int,
         now_ns: int,
+        landed: Sequence[Landing] = (),
     ) -> CommitAnswer:
-        answer = self.reservations.commit(session, layout_id, segments, reserve, now_ns)
+        answer = self.reservations.commit(session, layout_id, segments, reserve, now_ns, landed)
         self.prefetches.stored(session.tenant, layout_id, segments, now_ns)
         return answer
 
@@ -308,12 +332,12 @@ class Planner:
         self._target_settled(copy, now_ns, written=False)
 
     def _target_settled(self, copy: Copy, now_ns: int, *, written: bool) -> None:
-        self.leases.target_settled(copy.target, now_ns)
+        self.acquires.target_settled(copy.target, now_ns)
         self.flushes.target_settled(copy.target, written=written)
         self._retry(now_ns)
 
     def _retry(self, now_ns: int) -> None:
-        self.leases.retry(now_ns)
+        self.acquires.retry(now_ns)
         self.reservations.retry(now_ns)
 
     def forgotten(self, replica: Replica) -> None:
@@ -345,7 +369,7 @@ class Planner:
     def tier_failed(self, now_ns: int) -> None:
         """The NVMe tier is to be used no more."""
         self.chores.add(self.residency.switch_off_nvme())
-        self.leases.answer_all(now_ns)
+        self.acquires.answer_all(now_ns)
 
     # What was learned
 
@@ -355,7 +379,7 @@ class Planner:
         return {
             "read": costs[Tier.DRAM].state(),
             "write": costs[Tier.NVME].state(),
-            "prefill": self.leases.prefill.state(),
+            "prefill": self.acquires.offers.prefill.state(),
             "endurance": self.residency.endurance.state(),
         }
 
@@ -364,7 +388,7 @@ class Planner:
         costs = self.residency.transfers.costs
         costs[Tier.DRAM].restore(state.get("read", {}))
         costs[Tier.NVME].restore(state.get("write", {}))
-        self.leases.prefill.restore(state.get("prefill", {}))
+        self.acquires.offers.prefill.restore(state.get("prefill", {}))
         self.residency.endurance.restore(state.get("endurance", {}))
 
     # What is found at a start
@@ -375,7 +399,7 @@ class Planner:
         extents: Iterable[tuple[int, int]],
         blocks: Iterable[StoredBlocks],
     ) -> tuple[list[int], list[tuple[StoredBlocks, int]]]:
-        """See `core.recovery`. What was found is in the catalog, and is not published."""
+        """See `core.places.recovery`. What was found is in the catalog, and is not published."""
         return recovery.restore(self.holdings, layouts, extents, blocks)
 
     # Time
@@ -383,7 +407,7 @@ class Planner:
     def tick(self, now_ns: int) -> None:
         """To be called several times a second: ends what has run out of time."""
         if self.residency.look_at_link(now_ns):
-            self.leases.answer_all(now_ns)
+            self.acquires.answer_all(now_ns, Refusal.STALLED)
         self.prefetches.tick(now_ns)
         self.leases.expire(now_ns)
         self.reservations.expire(now_ns)
@@ -396,7 +420,7 @@ class Planner:
         if ticket.answer is not None:
             return
         if isinstance(ticket, AcquireTicket):
-            self.leases.out_of_time(ticket, now_ns)
+            self.acquires.out_of_time(ticket, now_ns)
         elif isinstance(ticket, ReserveTicket):
             self.reservations.give_up(ticket, now_ns)
         elif isinstance(ticket, FlushTicket):
@@ -406,14 +430,10 @@ class Planner:
         else:
             self.clears.give_up(ticket)
 
-    def doubt(self, ticket: AcquireTicket, now_ns: int) -> None:
-        """A ticket's `doubt_ns` has come."""
-        self.leases.doubt(ticket, now_ns)
-
     def withdraw(self, ticket: Ticket, now_ns: int) -> None:
         """The caller is gone: as `give_up`, and what it is granted goes back."""
         if isinstance(ticket, AcquireTicket):
-            self.leases.withdraw(ticket, now_ns)
+            self.acquires.withdraw(ticket, now_ns)
             return
         self.give_up(ticket, now_ns)
         if isinstance(ticket, ReserveTicket):
@@ -431,6 +451,10 @@ class Planner:
             for replica in () if pool is None else pool.replicas():
                 if replica.pins != pins.pop(replica, 0):
                     raise AssertionError("a replica's pins are not what is held on it")
+        for mirrors in self.holdings.mirrors:
+            for mirror in mirrors.replicas():
+                if mirror.pins != pins.pop(mirror, 0):
+                    raise AssertionError("a mirror's pins are not what is held on it")
         if any(replica.state is not State.GONE for replica in pins):
             raise AssertionError("something holds a replica that is in no pool")
         written = {
@@ -443,6 +467,7 @@ class Planner:
 
     def _pinned(self) -> Iterator[Replica]:
         """Every replica in use, once a use."""
+        yield from self.acquires.pins()
         yield from self.leases.pins()
         for transfer in self.residency.transfers:
             if transfer.copy is not None:

@@ -105,15 +105,19 @@ class Space:
 
     def free_slots(self, space_class: SpaceClass) -> int:
         """Slots this class could get without anything being dropped."""
-        here = sum(len(extent.free) for extent in self._partial.get(space_class, {}).values())
-        return here + self._unopened_slots(space_class)
+        return self.open_slots(space_class) + self.unopened_slots(space_class)
+
+    def open_slots(self, space_class: SpaceClass) -> int:
+        """Free slots in the extents this class has."""
+        return sum(len(extent.free) for extent in self._partial.get(space_class, {}).values())
 
     def total_slots(self, space_class: SpaceClass) -> int:
         """Slots of this class, free and used, and those it could still open."""
         opened = self.extents_of(space_class) * self.slots_per_extent(space_class.slot_bytes)
-        return opened + self._unopened_slots(space_class)
+        return opened + self.unopened_slots(space_class)
 
-    def _unopened_slots(self, space_class: SpaceClass) -> int:
+    def unopened_slots(self, space_class: SpaceClass) -> int:
+        """Slots in extents that this class could still open."""
         slots = self.slots_per_extent(space_class.slot_bytes)
         if not slots:
             return 0
@@ -169,7 +173,7 @@ class Space:
     def open_extent(self, space_class: SpaceClass) -> int | None:
         """Give the class one more extent: its number, or None when none is spare or
         there are slots enough."""
-        if not self._unopened_slots(space_class):
+        if not self.unopened_slots(space_class):
             return None
         extent = self._add(self._next_number, space_class)
         extent.find_free()
@@ -221,7 +225,7 @@ class Space:
     def restore_extent(self, number: int, space_class: SpaceClass) -> None:
         """Take over an extent found at a start; `finish_restore` must follow. Raises
         ValueError beyond capacity."""
-        if not self._unopened_slots(space_class) or number in self._extents:
+        if not self.unopened_slots(space_class) or number in self._extents:
             raise ValueError(f"extent {number} does not fit")
         self._add(number, space_class)
 

@@ -9,13 +9,17 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from kvstore.core.catalog import Layout, Replica
-from kvstore.core.foreseen import Errand
+from kvstore.core.catalog import Block, Layout, Replica, is_ready
+from kvstore.core.places.foreseen import Errand
 from kvstore.core.policies import Use
 from kvstore.core.sessions import Session
 from kvstore.core.transfers import Wish
 from kvstore.types import LeaseGrant, Refusal, SlotGrant
+
+if TYPE_CHECKING:
+    from kvstore.core.places.mirrors import Mirrors
 
 
 @dataclass(eq=False, slots=True)
@@ -23,7 +27,8 @@ class ChainClaim:
     """One chain of an acquire and the prefix of it that is pinned so far.
 
     `columns[s][p]` is the replica of position p in layout s; all columns are equally
-    long. `from_dram` counts the leading positions that were in DRAM when asked for.
+    long. `from_dram` counts the leading positions that were in DRAM when asked for; what was
+    in a GPU's memory only ends them.
     `cramped`: the next position is held, but there was no room in DRAM to bring it up.
     `most`: positions it may have; `refusal`: why not all. `use`: what policies are told.
     """
@@ -48,8 +53,13 @@ class AcquireTicket:
     session: Session
     claims: list[ChainClaim]
     wish: Wish
-    missing: set[Replica] = field(default_factory=set)
-    """Replicas still being filled."""
+    missing: dict[Replica, int] = field(default_factory=dict)
+    """Replicas still being filled, and the work that each is."""
+    missing_ns: int = 0
+    """That of all of them."""
+    straight: dict[bytes, Mirrors] | None = None
+    """By layout id, the GPU's memory that who asks can be given blocks in that are not in
+    DRAM; None: no GPU's."""
     wait: bool = False
     at_work: bool = True
     """A chore sees to it: it pins more, or makes the answer."""
@@ -59,15 +69,38 @@ class AcquireTicket:
     """The caller is gone."""
     compute_ns: float = 0.0
     """What a position costs who asks, where it computes what it is not given."""
-    doubt_ns: int | None = None
-    """When to look how it gets on, and to decide again."""
     promised_ns: int = 0
     """By when all should be there."""
     doubts: int = 0
     """Times that it was not, and more was waited for."""
+    believed_ns: int = 0
+    """Until then it is, after the latest of them."""
     through_ns: int = 0
-    """All is there once so much work has gone through the link since the start."""
+    """All is there once so much work has gone through the link since the start, and what
+    goes before it of what came later than"""
+    before_ns: int = 0
+    """when so much had come that would (`Inflow.before`)."""
+    why: Refusal | None = None
+    """Why nothing more is waited for."""
     answer: list[LeaseGrant] | None = None
+
+    def onto(self, layout: Layout) -> Mirrors | None:
+        """The GPU's memory that blocks of a layout may be read into for who asks."""
+        return None if self.straight is None else self.straight.get(layout.layout_id)
+
+    def replica_of(self, block: Block) -> Replica | None:
+        """What who asks can be given of a block, or will be: in DRAM wherever it is there, for
+        that nobody takes away from who has a lease; in its GPU's memory what is there, and what
+        comes there sooner."""
+        if self.straight is None:
+            return block.dram
+        onto = self.straight.get(block.layout.layout_id)
+        if onto is None or block.nvme is None or is_ready(block.dram):
+            return block.dram
+        mirror = onto.of.get(block.nvme)
+        if mirror is None or (block.dram is not None and not is_ready(mirror)):
+            return block.dram
+        return mirror
 
 
 @dataclass(eq=False, slots=True)

@@ -7,29 +7,29 @@ drive slows down what is read from it. What goes next is decided in three steps:
    has something to do is owed a minimum share of what the link moves, so that none
    starves; what it does not use it does not save up.
 2. *Tenant.* Of those with something in that class, the one that was served least for
-   its weight (start-time fair queueing: Goyal, Vin and Cheng, SIGCOMM 1996). Who was idle
-   has no claim on the past: others have borrowed its share, and owe nothing.
+   its weight (`core.links.lanes`).
 3. *Urgency.* What has to start first to be in time, priorities counting as time.
 
 Blocks that go one after the other anyway go in a batch: one thread, one report. A batch is
-small, so demand waits for no more than that; what is not demand leaves half the places
+small, so demand waits for no more than that; what is not demand leaves one place
 free. Amounts are *work*: the nanoseconds that the link would nominally take, so that many
-small blocks, few large ones, reads and writes can be compared (`core.learned`).
+small blocks, few large ones, reads and writes can be compared (`core.links.learned`).
 """
 
 from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from dataclasses import dataclass, field
-from heapq import heapify, heappop, heappush
-from math import exp
+from dataclasses import dataclass
+from math import inf
 from typing import NamedTuple
 
 from kvstore.core.actions import Copy
-from kvstore.core.breaker import Breaker, BreakerState
-from kvstore.core.learned import WINDOW, LinkCost, Prediction
-from kvstore.core.pulse import Pulse
+from kvstore.core.links.breaker import Breaker, BreakerState
+from kvstore.core.links.inflow import Inflow
+from kvstore.core.links.lanes import Lanes
+from kvstore.core.links.learned import WINDOW, LinkCost, Prediction
+from kvstore.core.links.pulse import Pulse
 from kvstore.types import Refusal, Tier
 
 BATCH_BYTES = 2 << 20
@@ -44,10 +44,6 @@ PATIENCE_NS = 1_000_000_000
 """For who does not say by when."""
 MOST_OWED = 2
 """So many batches a class can be owed at most."""
-INFLOW_NS = 5_000_000_000
-"""How much of what is more important comes is seen over about so long."""
-MOST_TENANTS = 1024
-"""Whose inflow is known."""
 MOST_INFLOW = 0.9
 """Of the link's time, as far as is believed."""
 BROKEN = 2.5
@@ -98,6 +94,14 @@ class Wish(NamedTuple):
         return min(self, other, key=lambda wish: wish.due_ns)
 
 
+class Drag(NamedTuple):
+    """What a batch takes, nanoseconds, to be compared with what it took before: at worst, as
+    slow as what runs shows the link to be, and at best, as slow as what has ended does."""
+
+    worst: float
+    best: float
+
+
 @dataclass(eq=False, slots=True)
 class Transfer:
     """One block's way into tier `into`. `target` names it: one transfer a target.
@@ -139,39 +143,6 @@ class Batch:
         return self.transfers[0].transfer_class
 
 
-@dataclass(eq=False, slots=True)
-class _Lane:
-    """One tenant's transfers of one class, by urgency."""
-
-    heap: list[tuple[int, int, int, Transfer]] = field(default_factory=list)
-    served: float = 0.0
-    """Work for its weight, counted from where it joined the others."""
-    queued: int = 0
-    work: dict[int, int] = field(default_factory=dict)
-    """What is queued, by priority."""
-
-
-class _Inflow:
-    """Work that comes, lately."""
-
-    __slots__ = ("_at_ns", "_sum")
-
-    def __init__(self) -> None:
-        self._sum = 0.0
-        self._at_ns = 0
-
-    def note(self, work_ns: int, now_ns: int) -> None:
-        self._sum = self._at(now_ns) + work_ns
-        self._at_ns = max(self._at_ns, now_ns)
-
-    def rate(self, now_ns: int) -> float:
-        """Nanoseconds of work a nanosecond."""
-        return self._at(now_ns) / INFLOW_NS
-
-    def _at(self, now_ns: int) -> float:
-        return self._sum * exp(min(0, self._at_ns - now_ns) / INFLOW_NS)
-
-
 class Link:
     """One link's queue. Not thread-safe."""
 
@@ -186,23 +157,18 @@ class Link:
         `weight`: a tenant's share, for what it is to those of others."""
         self.costs = costs
         self.breaker = Breaker()
+        self.inflow = Inflow(lambda: {transfer.tenant for transfer in self._transfers.values()})
+        """Demand that comes."""
         self.done_ns = 0
         """Work that has gone through since the start."""
         self._depth = depth
         self._pulse = Pulse()
-        self._background = max(1, depth // 2)
-        self._weight = weight
+        self._background = max(1, depth - 1)
         self._minimum = minimum
         self._transfers: dict[Hashable, Transfer] = {}
         self._running: list[Batch] = []
-        self._lanes: dict[TransferClass, dict[str, _Lane]] = {c: {} for c in TransferClass}
-        self._queued = dict.fromkeys(TransferClass, 0)
-        self._queued_bytes = dict.fromkeys(TransferClass, 0)
-        self._clock = dict.fromkeys(TransferClass, 0.0)
+        self._lanes = {c: Lanes(weight) for c in TransferClass}
         self._owed = dict.fromkeys(TransferClass, 0.0)
-        self._sequence = 0
-        # Demand that comes, by tenant and priority.
-        self._inflow: dict[str, dict[int, _Inflow]] = {}
         # Since when the link has had more to do than it could, and what went through.
         self._busy_since_ns: int | None = None
         self._passed: dict[Tier, int] = {}
@@ -218,7 +184,7 @@ class Link:
     def depth(self, transfer_class: TransferClass) -> int:
         """Transfers of a class that are queued or running."""
         running = sum(b.going for b in self._running if b.transfer_class is transfer_class)
-        return self._queued[transfer_class] + running
+        return self._lanes[transfer_class].queued + running
 
     def oldest_ns(self) -> int | None:
         """When the oldest of what runs began."""
@@ -230,7 +196,7 @@ class Link:
         """Why no transfer of a class can be taken in now, if so."""
         if self.breaker.state is BreakerState.OPEN:
             return Refusal.STALLED
-        return Refusal.FULL if self._queued[transfer_class] >= MOST_QUEUED else None
+        return Refusal.FULL if self._lanes[transfer_class].queued >= MOST_QUEUED else None
 
     def push(self, transfer: Transfer) -> None:
         """Queue a transfer whose target has none. To be asked for with `refusal` before."""
@@ -239,16 +205,11 @@ class Link:
         self._transfers[transfer.target] = transfer
         if transfer.transfer_class is TransferClass.DEMAND:
             self._note_inflow(transfer)
-        self._enqueue(transfer)
+        self._lanes[transfer.transfer_class].add(transfer)
 
     def _note_inflow(self, transfer: Transfer) -> None:
-        known = self._inflow.get(transfer.tenant)
-        if known is None:
-            if len(self._inflow) >= MOST_TENANTS:
-                del self._inflow[next(iter(self._inflow))]
-            known = self._inflow[transfer.tenant] = {}
         wish = transfer.wish
-        known.setdefault(wish.priority, _Inflow()).note(transfer.work_ns, wish.asked_ns)
+        self.inflow.note(transfer.tenant, wish.priority, transfer.work_ns, wish.asked_ns)
 
     def hurry(self, target: Hashable, wish: Wish) -> None:
         """Another wants it too: until it starts it is as urgent as the most urgent of them
@@ -259,8 +220,11 @@ class Link:
         joined = known.wish.joined(wish)
         if joined is not known.wish:
             self._dequeue(known)
+            was_demand = known.transfer_class is TransferClass.DEMAND
             known.wish = joined
-            self._enqueue(known)
+            if not was_demand and known.transfer_class is TransferClass.DEMAND:
+                self._note_inflow(known)
+            self._lanes[known.transfer_class].add(known)
 
     def cancel(self, target: Hashable) -> Transfer | None:
         """Take a transfer out that has not started; None when it has, or is not there."""
@@ -273,12 +237,7 @@ class Link:
 
     def queued(self, transfer_class: TransferClass) -> list[Transfer]:
         """What has not started."""
-        return [
-            entry[3]
-            for lane in self._lanes[transfer_class].values()
-            for entry in lane.heap
-            if entry[2] == entry[3].version
-        ]
+        return self._lanes[transfer_class].transfers()
 
     def ready(
         self, into: Tier, tenant: str, priority: int, now_ns: int, work_ns: int
@@ -291,20 +250,57 @@ class Link:
     def through(self, into: Tier, ahead_ns: int, work_ns: int, now_ns: int) -> Prediction:
         """How long until `ahead_ns` have gone through, the last `work_ns` of it into a tier,
         as slowly as the link is now."""
-        last_ns = min(work_ns, self._batch_work())
+        said, slowness = self.said(into, ahead_ns, work_ns), self.slowness(now_ns)
+        return Prediction(slowness * said.ns, slowness * said.error_ns)
+
+    def said(self, into: Tier, ahead_ns: int, work_ns: int) -> Prediction:
+        """As `through`, as slowly as the link mostly is."""
         cost = self.costs[into]
+        if ahead_ns <= sum(batch.work_ns for batch in self._running):
+            # Nothing of it has still to begin.
+            return cost.passing(ahead_ns)
+        last_ns = min(work_ns, self._batch_work())
         wait, last = cost.passing(max(0, ahead_ns - last_ns)), cost.turnaround(last_ns)
-        slowness = self.slowness(now_ns)
-        return Prediction(
-            slowness * (wait.ns + last.ns), slowness * (wait.error_ns + last.error_ns)
+        return Prediction(wait.ns + last.ns, wait.error_ns + last.error_ns)
+
+    def drag(self, now_ns: int) -> Drag:
+        """How slow it is at this moment."""
+        work_ns, cost = self._batch_work(), self.costs[Tier.DRAM]
+        passing, turnaround = cost.passing(work_ns), cost.turnaround(work_ns)
+        said_ns = passing.ns + turnaround.ns
+        error_ns = passing.error_ns + turnaround.error_ns
+        return Drag(
+            self.slowness(now_ns) * (said_ns + error_ns),
+            self.steady * max(said_ns / 2, said_ns - error_ns),
         )
+
+    @property
+    def pace(self) -> float:
+        """Nanoseconds that a nanosecond of work mostly takes to go through."""
+        return self.costs[Tier.DRAM].passing(1_000_000).ns / 1e6
 
     def slowness(self, now_ns: int) -> float:
         """By what factor it takes longer at this moment than was learned; 1.0: it does not."""
-        if not self._running:
-            return 1.0
+        return self._pulse.slowness(self._running_ns(), now_ns) if self._running else 1.0
+
+    def slow_ns(self, times: float) -> float:
+        """When `slowness` will be as much or more, if nothing ends until then."""
+        return self._pulse.slow_ns(times, self._running_ns()) if self._running else inf
+
+    @property
+    def steady(self) -> float:
+        """By what factor what has ended lately was slower than was learned."""
+        return self._pulse.steady if self._running else 1.0
+
+    @property
+    def due_ns(self) -> float:
+        """When all that runs should have ended, as slowly as what ended lately."""
+        return self._pulse.due_ns(self._running_ns()) if self._running else inf
+
+    def _running_ns(self) -> float:
+        """What there was to do for what runs when the latest of it began."""
         passing = sum(self._passing_ns(batch) for batch in self._running)
-        return self._pulse.slowness(passing + max(b.said_ns for b in self._running), now_ns)
+        return passing + max(batch.said_ns for batch in self._running)
 
     def _passing_ns(self, batch: Batch) -> float:
         return self.costs[batch.transfers[0].into].passing(batch.work_ns).ns
@@ -312,37 +308,32 @@ class Link:
     def ahead(self, tenant: str, priority: int, now_ns: int, work_ns: int) -> int:
         """Work that will have gone through once demand of so much, asked for now, has: with
         what is more important and is still to come, where that goes on as it came lately."""
-        lanes = self._lanes[TransferClass.DEMAND]
-        own = lanes.get(tenant)
-        mine = sum(w for p, w in own.work.items() if p >= priority) if own is not None else 0
-        # Others get their shares meanwhile, and no more than they ask for.
-        others = [(name, lane) for name, lane in lanes.items() if name != tenant and lane.queued]
-        fair = (mine + work_ns) / self._weight(tenant)
-        theirs = sum(
-            min(sum(lane.work.values()), fair * self._weight(name)) for name, lane in others
-        )
-        owed = sum(share for c, share in self._minimum.items() if self._queued[c])
-        running = sum(batch.work_ns for batch in self._running)
-        ahead_ns = (running + mine + theirs + work_ns) / (1 - owed)
-        return int(ahead_ns + self._to_come(tenant, priority, now_ns, ahead_ns))
+        ahead_ns = self.queued_ahead(tenant, priority, work_ns)
+        return int(ahead_ns + self.to_come(tenant, priority, now_ns, ahead_ns))
 
-    def _to_come(self, tenant: str, priority: int, now_ns: int, ahead_ns: float) -> float:
-        """Work of a tenant that is more important and comes in time to go first, while
-        `ahead_ns` go through."""
-        above = {
-            p: inflow.rate(now_ns)
-            for p, inflow in self._inflow.get(tenant, {}).items()
-            if p > priority
-        }
+    def queued_ahead(self, tenant: str, priority: int, work_ns: int) -> float:
+        """As `ahead`, of what is here."""
+        queued_ns = self._lanes[TransferClass.DEMAND].ahead(tenant, priority, work_ns)
+        owed = sum(share for c, share in self._minimum.items() if self._lanes[c].queued)
+        running_ns = sum(batch.work_ns for batch in self._running)
+        return (running_ns + queued_ns + work_ns) / (1 - owed)
+
+    def to_come(
+        self, tenant: str, priority: int, now_ns: int, ahead_ns: float, waited_ns: int = 0
+    ) -> float:
+        """Work of a tenant that is more important and comes in time to go before what has
+        waited for `waited_ns`, while `ahead_ns` go through."""
+        above = self.inflow.above(tenant, priority, now_ns)
         if not above:
             return 0.0
-        passing_ns = self.costs[Tier.DRAM].passing(1_000_000).ns / 1e6
-        free = 1 - min(MOST_INFLOW, passing_ns * sum(above.values()))
-        wait_ns = passing_ns * ahead_ns / free
-        return sum(rate * min(wait_ns, (p - priority) * POINT_NS) for p, rate in above.items())
+        free = 1 - min(MOST_INFLOW, self.pace * sum(rate for _, rate in above))
+        wait_ns = self.pace * ahead_ns / free
+        return sum(
+            rate * max(0.0, min(wait_ns, points * POINT_NS - waited_ns)) for points, rate in above
+        )
 
     def queued_bytes(self, transfer_class: TransferClass) -> int:
-        return self._queued_bytes[transfer_class]
+        return self._lanes[transfer_class].queued_bytes
 
     # Running
 
@@ -361,7 +352,7 @@ class Link:
                 self._pulse.begin(now_ns)
             for batch in self._running:
                 batch.beside = max(batch.beside, len(self._running))
-        if any(self._queued.values()):
+        if any(lanes.queued for lanes in self._lanes.values()):
             if self._busy_since_ns is None:
                 self._busy_since_ns = now_ns
         else:
@@ -371,7 +362,7 @@ class Link:
         return begun
 
     def _free_places(self, transfer_class: TransferClass) -> int:
-        """Half of the places are demand's alone."""
+        """One of the places is demand's alone."""
         free = self._places() - len(self._running)
         if transfer_class is TransferClass.DEMAND:
             return free
@@ -425,64 +416,20 @@ class Link:
 
     # Order
 
-    def _enqueue(self, transfer: Transfer) -> None:
-        lanes = self._lanes[transfer.transfer_class]
-        lane = lanes.get(transfer.tenant)
-        if lane is None:
-            lane = lanes[transfer.tenant] = _Lane()
-        if not lane.queued:
-            lane.served = max(lane.served, self._clock[transfer.transfer_class])
-        due_ns = transfer.wish.due_ns - transfer.work_ns
-        self._sequence += 1
-        transfer.version += 1
-        heappush(lane.heap, (due_ns, self._sequence, transfer.version, transfer))
-        lane.queued += 1
-        priority = transfer.wish.priority
-        lane.work[priority] = lane.work.get(priority, 0) + transfer.work_ns
-        self._queued[transfer.transfer_class] += 1
-        self._queued_bytes[transfer.transfer_class] += transfer.nbytes
-
     def _dequeue(self, transfer: Transfer) -> None:
-        """Take it out; its entry in the heap is void from here on."""
-        transfer.version += 1
-        lane = self._lanes[transfer.transfer_class][transfer.tenant]
-        self._left(lane, transfer)
-        if not lane.queued:
-            lane.heap.clear()
-        elif len(lane.heap) > 2 * lane.queued + 16:
-            lane.heap = [entry for entry in lane.heap if entry[2] == entry[3].version]
-            heapify(lane.heap)
-        if not self._queued[transfer.transfer_class]:
+        lanes = self._lanes[transfer.transfer_class]
+        lanes.remove(transfer)
+        if not lanes.queued:
             self._owed[transfer.transfer_class] = 0.0
-
-    def _left(self, lane: _Lane, transfer: Transfer) -> None:
-        lane.queued -= 1
-        left = lane.work[transfer.wish.priority] - transfer.work_ns
-        if left:
-            lane.work[transfer.wish.priority] = left
-        else:
-            del lane.work[transfer.wish.priority]
-        self._queued[transfer.transfer_class] -= 1
-        self._queued_bytes[transfer.transfer_class] -= transfer.nbytes
 
     def _next(self, now_ns: int) -> Batch | None:
         transfer_class = self._next_class()
         if transfer_class is None:
             return None
-        lanes = self._lanes[transfer_class]
-        tenant, lane = min(
-            ((name, lane) for name, lane in lanes.items() if lane.queued),
-            key=lambda pair: pair[1].served,
+        transfers = self._lanes[transfer_class].take(
+            self._free_places(transfer_class), BATCH_BLOCKS, BATCH_BYTES
         )
-        transfers = self._take(lane, -(-lane.queued // self._free_places(transfer_class)))
         work_ns = sum(transfer.work_ns for transfer in transfers)
-        self._clock[transfer_class] = lane.served
-        lane.served += work_ns / self._weight(tenant)
-        if not lane.queued:
-            lane.heap.clear()
-            # What it was served counts for as long as others are behind.
-            if len(lanes) == 1:
-                del lanes[tenant]
         self._account(transfer_class, work_ns)
         said = self.costs[transfers[0].into].turnaround(work_ns)
         batch = Batch(transfers, work_ns, now_ns, said.ns, len(transfers))
@@ -490,24 +437,8 @@ class Link:
             transfer.batch = batch
         return batch
 
-    def _take(self, lane: _Lane, most: int) -> list[Transfer]:
-        """The most urgent, and what fits into a batch with it: no more than its part of
-        what waits, so that every place gets some."""
-        taken: list[Transfer] = []
-        nbytes = 0
-        while lane.queued and len(taken) < min(most, BATCH_BLOCKS):
-            _, _, version, transfer = lane.heap[0]
-            if version == transfer.version:
-                nbytes += transfer.nbytes
-                if taken and (nbytes > BATCH_BYTES or transfer.into is not taken[0].into):
-                    break
-                self._left(lane, transfer)
-                taken.append(transfer)
-            heappop(lane.heap)
-        return taken
-
     def _next_class(self) -> TransferClass | None:
-        waiting = [c for c in TransferClass if self._queued[c] and self._free_places(c) > 0]
+        waiting = [c for c in TransferClass if self._lanes[c].queued and self._free_places(c) > 0]
         if not waiting:
             return None
         owed = max(waiting, key=self._owed.__getitem__)
@@ -520,12 +451,12 @@ class Link:
         """What each class with something to do is owed, and what is paid."""
         most = MOST_OWED * self._batch_work()
         for each, share in self._minimum.items():
-            if self._queued[each] or each is served:
+            if self._lanes[each].queued or each is served:
                 self._owed[each] = min(most, self._owed[each] + share * work_ns)
             else:
                 self._owed[each] = 0.0
         if served in self._minimum:
             left = self._owed[served] - work_ns
-            ahead_of_others = any(self._queued[c] for c in TransferClass if c < served)
+            ahead_of_others = any(self._lanes[c].queued for c in TransferClass if c < served)
             # Where nobody waits that is more urgent, more than is owed is nobody's loss.
             self._owed[served] = left if ahead_of_others else max(min(0.0, left + work_ns), left)

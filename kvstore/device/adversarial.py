@@ -14,9 +14,11 @@ import threading
 from collections.abc import Callable, Sequence
 from enum import Enum
 
+import numpy as np
 import xxhash
 
-from kvstore.device.base import Blocks, Copies, Event, Memory, Piece, Stream
+from kvstore.device import codec
+from kvstore.device.base import Blocks, Coding, Copies, Event, Memory, Piece, Stream
 from kvstore.device.host import Bytes, as_bytes
 from kvstore.device.vram import Vram
 
@@ -81,8 +83,14 @@ class AdversarialDevice:
         self._computing: list[_Task] = []
         self.most_held_back = 0
 
-    def blocks(self, memory: Memory, pieces: Sequence[Piece], num_blocks: int) -> Blocks:
-        return _Blocks(memory, pieces)
+    def blocks(
+        self,
+        memory: Memory,
+        pieces: Sequence[Piece],
+        num_blocks: int,
+        coding: Coding | None = None,
+    ) -> Blocks:
+        return _Blocks(memory, pieces, coding)
 
     def stream(self) -> Stream:
         return _Stream(self)
@@ -139,11 +147,15 @@ class AdversarialDevice:
 
 
 class _Blocks:
-    def __init__(self, memory: Memory, pieces: Sequence[Piece]) -> None:
+    within = True
+
+    def __init__(self, memory: Memory, pieces: Sequence[Piece], coding: Coding | None) -> None:
         self._owner = memory.owner
         self._bytes = as_bytes(memory)
         self._pieces = pieces
-        self.block_bytes = sum(piece.nbytes for piece in pieces)
+        self.coding = coding
+        raw_bytes = sum(piece.nbytes for piece in pieces)
+        self.block_bytes = raw_bytes if coding is None else coding.nbytes(raw_bytes)
 
     def pieces_of(self, block_id: int) -> list[Bytes]:
         starts = [(each.offset + block_id * each.stride, each.nbytes) for each in self._pieces]
@@ -168,13 +180,23 @@ class _Stream:
     def load_within(
         self, blocks: Blocks, block_ids: Sequence[int], addresses: Sequence[int]
     ) -> Copies:
-        parts = [as_bytes(Memory(address, blocks.block_bytes, None)).data for address in addresses]
-        copies = self._start(blocks, block_ids, parts, save=False)
-        copies.slots = []
-        return copies
+        return self._within(blocks, block_ids, addresses, save=False)
+
+    def save_within(
+        self, blocks: Blocks, block_ids: Sequence[int], addresses: Sequence[int]
+    ) -> Copies:
+        return self._within(blocks, block_ids, addresses, save=True)
 
     def close(self) -> None:
         pass
+
+    def _within(
+        self, blocks: Blocks, block_ids: Sequence[int], addresses: Sequence[int], *, save: bool
+    ) -> _Copies:
+        parts = [as_bytes(Memory(address, blocks.block_bytes, None)).data for address in addresses]
+        copies = self._start(blocks, block_ids, parts, save=save)
+        copies.slots = []
+        return copies
 
     def _start(
         self, blocks: Blocks, block_ids: Sequence[int], slots: Sequence[memoryview], *, save: bool
@@ -182,6 +204,10 @@ class _Stream:
         assert isinstance(blocks, _Blocks)
         tasks = []
         for block_id, slot in zip(block_ids, slots, strict=True):
+            if blocks.coding is not None:
+                run = _code(blocks.pieces_of(block_id), slot, blocks.coding, save)
+                tasks.append(_Task(run, self._after))
+                continue
             start = 0
             for piece in blocks.pieces_of(block_id):
                 part = slot[start : start + piece.nbytes]
@@ -197,6 +223,25 @@ def _copy(piece: Bytes, part: memoryview, save: bool) -> Callable[[], None]:
             part[:] = piece.data
         else:
             piece[:] = part
+
+    return run
+
+
+def _code(
+    pieces: Sequence[Bytes], slot: memoryview, coding: Coding, save: bool
+) -> Callable[[], None]:
+    """All of a block: a scale is of elements of one piece or of two."""
+
+    def run() -> None:
+        raw = np.concatenate(pieces)
+        if save:
+            codec.encode(*coding, raw.data, slot)
+            return
+        codec.decode(*coding, slot, raw.data)
+        start = 0
+        for piece in pieces:
+            piece[:] = raw[start : start + len(piece)]
+            start += len(piece)
 
     return run
 

@@ -2,7 +2,8 @@
 
 A KV cache is one allocation, cut into blocks of a few *pieces* each. Copies move whole
 blocks between it and *slots*: host memory in which the pieces of a block lie one after the
-other. They are started on *streams* and run behind the caller's back.
+other, or, coded, what became of them. They are started on *streams* and run behind the
+caller's back.
 
 Order. A copy begins after the events that its stream was told to wait for before the copy
 was started. Nothing else orders anything: neither two streams, nor two copies of one
@@ -14,8 +15,8 @@ it to somebody else. So whoever starts copies finishes them, whatever else happe
 does it.
 
 Errors. Streams and their copies may raise `DeviceError`, and so may `Device.blocks`. After
-`DeviceLost` every copy does. What a
-failed copy had to write is undefined.
+`DeviceLost` or `DeviceStuck` every copy of the stream does. What a failed copy had to write is
+undefined.
 
 Threads. A stream, with its copies, is used by one thread at a time; devices by any.
 """
@@ -27,6 +28,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from kvstore.device.vram import Vram
+from kvstore.types import coded_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +49,29 @@ class Memory(NamedTuple):
     owner: object
 
 
+class Coding(NamedTuple):
+    """What blocks are in slots (`codec`): coded elements of `dtype`."""
+
+    codec: str
+    dtype: str
+
+    def nbytes(self, raw_bytes: int) -> int:
+        """Of a block in a slot."""
+        return coded_bytes(self.codec, self.dtype, raw_bytes)
+
+
 class Blocks(Protocol):
-    """A KV cache as blocks of `block_bytes`. Keeps the memory alive. Belongs to the device
-    that made it."""
+    """A KV cache as blocks. Keeps the memory alive. Belongs to the device that made it."""
 
     @property
-    def block_bytes(self) -> int: ...
+    def block_bytes(self) -> int:
+        """Of a block in a slot."""
+        ...
+
+    @property
+    def within(self) -> bool:
+        """Whether `Stream.load_within` and `save_within` can copy them."""
+        ...
 
 
 class Event(Protocol):
@@ -64,10 +83,10 @@ class Copies(Protocol):
 
     def finish(self) -> list[int]:
         """Wait for all of them; the XXH3-64 of each slot, taken after its copy (of what
-        `Stream.load_within` copied, nothing).
+        `Stream.load_within` and `save_within` copied, nothing).
 
-        Once this has returned or raised, none of them is under way nor ever will be. To be
-        called once.
+        Once this has returned or raised, none of them is under way nor ever will be, unless it
+        raised `DeviceStuck`; the same is true of what starts them. To be called once.
         """
         ...
 
@@ -89,7 +108,15 @@ class Stream(Protocol):
         self, blocks: Blocks, block_ids: Sequence[int], addresses: Sequence[int]
     ) -> Copies:
         """As `load`, from memory of the device's own (`Vram.open`), where the pieces of a
-        block lie as in a slot. Somebody else may write what it reads."""
+        block lie as in a slot. Somebody else may write what it reads. Only of blocks that can be
+        copied so (`Blocks.within`)."""
+        ...
+
+    def save_within(
+        self, blocks: Blocks, block_ids: Sequence[int], addresses: Sequence[int]
+    ) -> Copies:
+        """As `save`, into memory of the device's own or of another that it reaches
+        (`Vram.open_to_write`), where the pieces of a block come to lie as in a slot."""
         ...
 
     def close(self) -> None:
@@ -103,8 +130,16 @@ class Device(Protocol):
         """Its memory that is shared among processes; None where it shares none."""
         ...
 
-    def blocks(self, memory: Memory, pieces: Sequence[Piece], num_blocks: int) -> Blocks:
-        """All pieces of all blocks must lie within `memory`."""
+    def blocks(
+        self,
+        memory: Memory,
+        pieces: Sequence[Piece],
+        num_blocks: int,
+        coding: Coding | None = None,
+    ) -> Blocks:
+        """All pieces of all blocks must lie within `memory`. With `coding`, of which a block's
+        bytes must be whole groups, blocks are coded on their way to slots, and brought back on
+        their way from them: wherever it is done, to the very same bytes."""
         ...
 
     def stream(self) -> Stream: ...

@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from kvstore.device import kernels
-from kvstore.device.gpu import Addresses, GpuDevice, Tuning
+from kvstore.device import checksum_kernel, coding_kernels, kernels
+from kvstore.device.gpu import GpuDevice, Tuning
+from kvstore.device.gpu_driver import Addresses
 from kvstore.errors import DeviceError, DeviceFull, DeviceLost, DriverTooOld, NoDevice
 
 logger = logging.getLogger("kvstore.device")
@@ -32,7 +33,11 @@ _LOST = frozenset({46, 214, 220, 226, 700, 702, 708, 709, 714, 715, 716, 717, 71
 
 _BATCHED_SINCE = 12080
 _BATCHED_WITHOUT_INDEX_SINCE = 13000
+_NOT_READY = 600
 _PORTABLE = 1  # Pinned for every context.
+
+_here = threading.local()
+"""`ordinal`: of the GPU that a thread speaks to. Some speak to several in turn."""
 
 
 def open_gpu(
@@ -55,7 +60,7 @@ def open_gpu(
 
 
 class CudaDriver:
-    """`gpu.Driver` on a real GPU. Shares the process's primary context with the engine."""
+    """`gpu_driver.Driver` on a real GPU. Shares the process's primary context with the engine."""
 
     def __init__(
         self, ordinal: int, engine_stream: Callable[[], int], *, compiles: bool = True
@@ -73,7 +78,6 @@ class CudaDriver:
         self.bindings = driver
         self.ordinal = ordinal
         self._engine_stream = engine_stream
-        self._entered = threading.local()
         self._lost: DeviceLost | None = None
         self._errors = (self._runtime.CUDARuntimeError, cupy.cuda.driver.CUDADriverError)
         self._relaxed = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
@@ -88,8 +92,10 @@ class CudaDriver:
             raise NoDevice(f"there is no GPU {ordinal}: this process sees {count}")
         with self.calls():
             self._batch = self._find_batch()
-            self._kernel: Any = self._compile() if compiles else None
-        self.has_kernel = self._kernel is not None
+        self._kernels: dict[str, Any] = {}
+        self.has_kernel = compiles and self._compile(kernels.SOURCE, kernels.COPY_KERNEL)
+        self._can_code: bool | None = None
+        self._can_checksum: bool | None = None
 
     # -- streams and events -------------------------------------------------------
 
@@ -118,6 +124,18 @@ class CudaDriver:
         with self.calls():
             self._runtime.eventSynchronize(event.ptr)
 
+    def drain(self, stream: Any) -> None:
+        with self.calls():
+            self._runtime.streamSynchronize(stream.ptr)
+
+    def is_over(self, stream: Any) -> bool:
+        with self.calls():
+            # CuPy hands this status on as it is.
+            status = int(self._runtime.streamQuery(stream.ptr))
+        if status not in (0, _NOT_READY):
+            raise self.translated(status, f"cudaStreamQuery failed ({status})")
+        return not status
+
     # -- copies -------------------------------------------------------------------
 
     def copy(self, to: Addresses, from_: Addresses, sizes: Addresses, stream: Any) -> None:
@@ -133,7 +151,36 @@ class CudaDriver:
         with self.calls(), stream:
             grid = min(count, kernels.MOST_BLOCKS)
             arguments = (np.uint64(table), np.uint32(count))
-            self._kernel((grid,), (kernels.THREADS,), arguments)
+            self._kernels[kernels.COPY_KERNEL]((grid,), (kernels.THREADS,), arguments)
+
+    def can_code(self) -> bool:
+        if self._can_code is None:
+            names = (coding_kernels.ENCODE_KERNEL, coding_kernels.DECODE_KERNEL)
+            self._can_code = self._compile(coding_kernels.SOURCE, *names)
+        return self._can_code
+
+    def run_coding(self, kernel: str, kind: int, table: int, count: int, stream: Any) -> None:
+        with self.calls(), stream:
+            arguments = (np.uint64(table), np.uint32(count), np.uint32(kind))
+            grid = coding_kernels.grid_of(count)
+            self._kernels[kernel](grid, (coding_kernels.THREADS,), arguments)
+
+    def can_checksum(self) -> bool:
+        if self._can_checksum is None:
+            names = (checksum_kernel.SUMS_KERNEL, checksum_kernel.CHAIN_KERNEL)
+            self._can_checksum = self._compile(checksum_kernel.SOURCE, *names)
+        return self._can_checksum
+
+    def run_checksum(self, from_: int, nbytes: int, sums: int, to: int, stream: Any) -> None:
+        first, second = (
+            self._kernels[name]
+            for name in (checksum_kernel.SUMS_KERNEL, checksum_kernel.CHAIN_KERNEL)
+        )
+        data, count, rows, result = (np.uint64(each) for each in (from_, nbytes, sums, to))
+        grid = (checksum_kernel.grid_of(nbytes),)
+        with self.calls(), stream:
+            first(grid, (checksum_kernel.THREADS,), (data, count, rows))
+            second((1,), (checksum_kernel.LANES,), (rows, count, result))
 
     # -- memory -------------------------------------------------------------------
 
@@ -163,6 +210,10 @@ class CudaDriver:
 
     # -- what all calls have in common --------------------------------------------
 
+    def enter(self) -> None:
+        with self.calls():
+            pass
+
     @contextlib.contextmanager
     def calls(self, refused: Container[int] = _FULL) -> Iterator[None]:
         """On this GPU; what fails becomes one of the project's errors."""
@@ -182,9 +233,9 @@ class CudaDriver:
         """Have this thread speak to this GPU, and not end the capture of a graph that the
         engine may be at in another: calls that allocate or ask would. The mode before, None
         where it could not be changed."""
-        if not getattr(self._entered, "here", False):
+        if getattr(_here, "ordinal", None) != self.ordinal:
             self._runtime.setDevice(self.ordinal)
-            self._entered.here = True
+            _here.ordinal = self.ordinal
         _, before = self.bindings.cuThreadExchangeStreamCaptureMode(self._relaxed)
         return before
 
@@ -202,15 +253,16 @@ class CudaDriver:
             return self._lost
         return DeviceError(text)
 
-    def _compile(self) -> Any:
-        """None where the compiler that CuPy looks for is not there."""
-        kernel = self._cupy.RawKernel(kernels.SOURCE, kernels.COPY_KERNEL, options=("-std=c++17",))
-        try:
-            kernel.compile()
-        except (self._cupy.cuda.compiler.CompileException, RuntimeError, OSError) as error:
-            logger.warning("Small pieces are copied one by one: no kernel (%s).", error)
-            return None
-        return kernel
+    def _compile(self, source: str, *names: str) -> bool:
+        """False where the compiler that CuPy looks for is not there."""
+        with self.calls():
+            try:
+                module = self._cupy.RawModule(code=source, options=("-std=c++17",))
+                self._kernels |= {name: module.get_function(name) for name in names}
+            except (self._cupy.cuda.compiler.CompileException, RuntimeError, OSError) as error:
+                logger.warning("The GPU has to do without %s (%s).", names[0], error)
+                return False
+        return True
 
     def _find_batch(self) -> Callable[[Addresses, Addresses, Addresses, int], None] | None:
         """cuMemcpyBatchAsync, called with arrays as they are: through its wrapper, which

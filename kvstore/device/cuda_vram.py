@@ -13,10 +13,12 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-
 from kvstore.device.cuda import CudaDriver
-from kvstore.errors import DeviceError, DriverTooOld
+from kvstore.device.cufile import CuFileStraight
+from kvstore.device.gpu_staging import address_of
+from kvstore.device.vram import Straight
+from kvstore.device.waits import wait_for, waited_for
+from kvstore.errors import DeviceError, DeviceStuck, DriverTooOld
 
 
 def open_cuda_vram(ordinal: int) -> CudaVram:
@@ -40,8 +42,7 @@ class CudaVram:
             ):
                 if not self._did(cuda.cuDeviceGetAttribute(needed, self._device)):
                     raise DriverTooOld("this GPU's memory cannot be shared by descriptors")
-            uuid = bytes(self._did(cuda.cuDeviceGetUuid(self._device)).bytes)
-            self.name = f"GPU-{uuid.hex()}"
+            self.name = self._name_of(self._device)
             self._kind = cuda.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
             self._properties = cuda.CUmemAllocationProp()
             self._properties.type = cuda.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
@@ -61,51 +62,104 @@ class CudaVram:
         with self._driver.calls():
             handle = self._did(self._cuda.cuMemCreate(nbytes, self._properties, 0))
             try:
-                descriptor = self._did(
-                    self._cuda.cuMemExportToShareableHandle(handle, self._kind, 0)
-                )
+                mapped = self._map(handle, nbytes, writable=True)
                 try:
-                    return _Made(self, self._map(handle, nbytes, writable=True), descriptor)
+                    self._clear(mapped.address, nbytes)
+                    descriptor = self._did(
+                        self._cuda.cuMemExportToShareableHandle(handle, self._kind, 0)
+                    )
                 except DeviceError:
-                    os.close(int(descriptor))
+                    mapped.close()
                     raise
+                return _Made(self, mapped, descriptor)
             finally:
                 # The mapping and the descriptor keep the memory.
                 self._cuda.cuMemRelease(handle)
 
     def open(self, descriptor: int, nbytes: int) -> _Mapped:
+        return self._open(descriptor, nbytes, writable=False)
+
+    def open_to_write(self, descriptor: int, nbytes: int, gpu: str) -> _Mapped:
+        if gpu != self.name:
+            self._check_reach(gpu)
+        return self._open(descriptor, nbytes, writable=True)
+
+    def _open(self, descriptor: int, nbytes: int, *, writable: bool) -> _Mapped:
         with self._driver.calls():
             handle = self._did(self._cuda.cuMemImportFromShareableHandle(descriptor, self._kind))
             try:
-                return self._map(handle, nbytes, writable=False)
+                return self._map(handle, nbytes, writable=writable)
             finally:
                 self._cuda.cuMemRelease(handle)
 
+    def _check_reach(self, gpu: str) -> None:
+        """Raises `DeviceError` where it is known that this GPU does not reach the other. Of one
+        that is hidden from this process (CUDA_VISIBLE_DEVICES) mapping its memory tells."""
+        cuda = self._cuda
+        with self._driver.calls():
+            for ordinal in range(self._did(cuda.cuDeviceGetCount())):
+                other = self._did(cuda.cuDeviceGet(ordinal))
+                reaches = self._name_of(other) != gpu or self._did(
+                    cuda.cuDeviceCanAccessPeer(self._device, other)
+                )
+                if not reaches:
+                    raise DeviceError(f"this GPU has no access to {gpu}'s memory")
+
+    def _name_of(self, device: Any) -> str:
+        return f"GPU-{bytes(self._did(self._cuda.cuDeviceGetUuid(device)).bytes).hex()}"
+
+    def straight(self, slots: int, slot_bytes: int) -> Straight:
+        return CuFileStraight(self._driver, slots, slot_bytes)
+
     def start(self, address: int, data: memoryview) -> None:
         """Copy from host memory, in the order of calls."""
-        array = np.frombuffer(data, np.uint8)
-        source = int(array.__array_interface__["data"][0])
-        if self._stream is None:
-            self._stream = self._driver.new_stream()
+        source = address_of(data)
+        self._have_stream()
         self._pinned.append(data)
         with self._driver.calls():
             self._did(
                 self._cuda.cuMemcpyHtoDAsync(address, source, data.nbytes, self._stream.ptr), 0
             )
 
+    def copy_now(self, address: int, data: memoryview) -> None:
+        """Copy from host memory, in a stream of this copy's own."""
+        driver = self._driver
+        stream = driver.new_stream()
+        with driver.calls(), waited_for(driver, stream):
+            self._did(
+                self._cuda.cuMemcpyHtoDAsync(address, address_of(data), data.nbytes, stream.ptr), 0
+            )
+
+    def _clear(self, address: int, nbytes: int) -> None:
+        """The driver may give out what was another's, with what that left there."""
+        self._have_stream()
+        self._did(self._cuda.cuMemsetD8Async(address, 0, nbytes, self._stream.ptr), 0)
+        self.finish()
+
+    def _have_stream(self) -> None:
+        if self._stream is None:
+            self._stream = self._driver.new_stream()
+
     def finish(self) -> None:
+        if self._stream is None:
+            return
         try:
-            if self._stream is not None:
-                self._driver.synchronize(self._driver.record(self._stream))
-        finally:
+            wait_for(self._driver, self._stream)
+        except DeviceStuck:
+            raise
+        except DeviceError:
             self._pinned.clear()
+            raise
+        self._pinned.clear()
 
     def close(self) -> None:
         self._stream = None
 
     def unmap(self, address: int, nbytes: int) -> None:
-        # A GPU that is lost maps nothing any more.
-        with contextlib.suppress(DeviceError), self._driver.calls():
+        with contextlib.ExitStack() as stack:
+            # A GPU that is lost is asked too: the memory is as much as ever.
+            with contextlib.suppress(DeviceError):
+                stack.enter_context(self._driver.calls())
             self._cuda.cuMemUnmap(address, nbytes)
             self._cuda.cuMemAddressFree(address, nbytes)
 
@@ -168,9 +222,16 @@ class _Made:
         self._vram = vram
         self._mapped: _Mapped | None = mapped
 
-    def write(self, offset: int, data: memoryview) -> None:
+    @property
+    def address(self) -> int:
         assert self._mapped is not None
-        self._vram.start(self._mapped.address + offset, data)
+        return self._mapped.address
+
+    def write(self, offset: int, data: memoryview) -> None:
+        self._vram.start(self.address + offset, data)
+
+    def write_now(self, offset: int, data: memoryview) -> None:
+        self._vram.copy_now(self.address + offset, data)
 
     def free(self) -> None:
         mapped, self._mapped = self._mapped, None

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import deque
 from collections.abc import Callable
 from types import TracebackType
 
 from kvstore.device.base import Copies
-from kvstore.errors import DeviceError
+from kvstore.errors import DeviceError, DeviceStuck
 
 MOST_UNDER_WAY = 2
 """So that the device copies while checksums are taken of what it copied before."""
@@ -22,7 +21,7 @@ Arrived = Callable[[list[int]], None]
 
 class Flight:
     """Used in a `with`: leaving it finishes what was started, also after an error, so that
-    blocks and slots can be handed on."""
+    blocks and slots can be handed on, unless it raises `DeviceStuck`."""
 
     def __init__(self) -> None:
         self._under_way: deque[tuple[Copies, Arrived]] = deque()
@@ -40,11 +39,22 @@ class Flight:
             if error is None:
                 self.land()
         finally:
-            while self._under_way:
-                copies, _ = self._under_way.popleft()
+            self._wait_out()
+
+    def _wait_out(self) -> None:
+        stuck: DeviceStuck | None = None
+        while self._under_way:
+            copies, _ = self._under_way.popleft()
+            try:
+                copies.finish()
+            except DeviceStuck as error:
+                stuck = error
+            except DeviceError:
                 # What was wrong first is being raised.
-                with contextlib.suppress(DeviceError):
-                    copies.finish()
+                continue
+        if stuck is not None:
+            # Nothing can be handed on, which matters more.
+            raise stuck
 
     def add(self, copies: Copies, arrived: Arrived) -> None:
         """`arrived` is called when they are finished, in the order in which they came."""

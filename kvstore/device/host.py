@@ -17,7 +17,8 @@ import numpy.typing as npt
 import xxhash
 from numpy.lib.stride_tricks import as_strided
 
-from kvstore.device.base import Blocks, Copies, Event, Memory, Piece, Stream
+from kvstore.device import codec
+from kvstore.device.base import Blocks, Coding, Copies, Event, Memory, Piece, Stream
 from kvstore.device.vram import Vram
 from kvstore.local import copy
 
@@ -31,8 +32,14 @@ class HostDevice:
         """`vram`: one that lies in host memory (`vram_stand_in`)."""
         self.vram = vram
 
-    def blocks(self, memory: Memory, pieces: Sequence[Piece], num_blocks: int) -> HostBlocks:
-        return HostBlocks(memory, pieces, num_blocks)
+    def blocks(
+        self,
+        memory: Memory,
+        pieces: Sequence[Piece],
+        num_blocks: int,
+        coding: Coding | None = None,
+    ) -> HostBlocks:
+        return HostBlocks(memory, pieces, num_blocks, coding)
 
     def stream(self) -> Stream:
         return _HostStream()
@@ -54,7 +61,11 @@ _PAST = _Past()
 class HostBlocks:
     """Blocks as arrays: one copy call for all pieces of one size at equal distances."""
 
-    def __init__(self, memory: Memory, pieces: Sequence[Piece], num_blocks: int) -> None:
+    within = True
+
+    def __init__(
+        self, memory: Memory, pieces: Sequence[Piece], num_blocks: int, coding: Coding | None
+    ) -> None:
         self._owner = memory.owner
         flat = as_bytes(memory)
         self._parts: list[tuple[int, int, Bytes]] = []
@@ -68,14 +79,13 @@ class HostBlocks:
             )
             self._parts.append((start, start + count * piece.nbytes, array))
             start += count * piece.nbytes
-        self.block_bytes = start
+        self._coding = coding
+        self._raw_bytes = start
+        self.block_bytes = start if coding is None else coding.nbytes(start)
 
     def save(self, block_id: int, slot: memoryview) -> int:
         """Copy a block out; the checksum of the slot."""
-        target = np.frombuffer(slot, np.uint8)
-        for start, end, array in self._parts:
-            source = array[block_id]
-            np.copyto(target[start:end].reshape(source.shape), source)
+        self.empty(block_id, np.frombuffer(slot, np.uint8))
         return xxhash.xxh3_64_intdigest(slot)
 
     def load(self, block_id: int, slot: memoryview) -> int:
@@ -83,8 +93,30 @@ class HostBlocks:
         self.fill(block_id, np.frombuffer(slot, np.uint8))
         return xxhash.xxh3_64_intdigest(slot)
 
+    def empty(self, block_id: int, target: Bytes) -> None:
+        """Copy a block out to where it lies as in a slot."""
+        if self._coding is None:
+            self._copy_out(block_id, target)
+            return
+        raw = np.empty(self._raw_bytes, np.uint8)
+        self._copy_out(block_id, raw)
+        codec.encode(*self._coding, raw.data, target.data)
+
     def fill(self, block_id: int, source: Bytes) -> None:
-        """Copy a block's bytes in."""
+        """Copy a block in from there."""
+        if self._coding is None:
+            self._copy_in(block_id, source)
+            return
+        raw = np.empty(self._raw_bytes, np.uint8)
+        codec.decode(*self._coding, source.data, raw.data)
+        self._copy_in(block_id, raw)
+
+    def _copy_out(self, block_id: int, target: Bytes) -> None:
+        for start, end, array in self._parts:
+            source = array[block_id]
+            np.copyto(target[start:end].reshape(source.shape), source)
+
+    def _copy_in(self, block_id: int, source: Bytes) -> None:
         for start, end, array in self._parts:
             target = array[block_id]
             np.copyto(target, source[start:end].reshape(target.shape))
@@ -106,9 +138,13 @@ class _HostStream:
         self, blocks: Blocks, block_ids: Sequence[int], addresses: Sequence[int]
     ) -> Copies:
         assert isinstance(blocks, HostBlocks)
-        for block_id, address in zip(block_ids, addresses, strict=True):
-            blocks.fill(block_id, as_bytes(Memory(address, blocks.block_bytes, None)))
-        return _Done([])
+        return self._copy_within(blocks.fill, blocks.block_bytes, block_ids, addresses)
+
+    def save_within(
+        self, blocks: Blocks, block_ids: Sequence[int], addresses: Sequence[int]
+    ) -> Copies:
+        assert isinstance(blocks, HostBlocks)
+        return self._copy_within(blocks.empty, blocks.block_bytes, block_ids, addresses)
 
     def close(self) -> None:
         pass
@@ -128,6 +164,17 @@ class _HostStream:
 
         copy.share(work, len(block_ids), block_bytes)
         return _Done(sums)
+
+    def _copy_within(
+        self,
+        copy_one: Callable[[int, Bytes], None],
+        block_bytes: int,
+        block_ids: Sequence[int],
+        addresses: Sequence[int],
+    ) -> Copies:
+        for block_id, address in zip(block_ids, addresses, strict=True):
+            copy_one(block_id, as_bytes(Memory(address, block_bytes, None)))
+        return _Done([])
 
 
 class _Done:

@@ -1,4 +1,4 @@
-"""The one kernel: many small copies within a GPU's memory, gathered or scattered.
+"""The kernel that copies: many small copies within a GPU's memory, gathered or scattered.
 
 A copy engine moves pieces of a few KiB at a fraction of its speed, because each costs it as
 much as 30 to 50 KiB do. So small pieces are brought together, or spread, by this kernel, and

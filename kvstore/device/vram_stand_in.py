@@ -3,10 +3,16 @@
 What the GPU is like stands in a file, which every process that uses it reads again at every
 call, so that a test can have somebody else take its memory, or have it fail, at any moment:
 
-    {"bytes": 268435456, "taken": 0, "lost": false, "refuses": []}
+    {"bytes": 268435456, "taken": 0, "lost": false, "refuses": [], "hangs": [], "spoils": []}
 
 `bytes`: what the GPU has. `taken`: of these, by others than the store. `refuses`: names of
-methods that find no memory.
+methods that find no memory; of `peer`, that it reaches no other GPU; of `straight`, `fill`,
+`deliver`, `write_now`, that they fail. `hangs`: of the last three, those that do not go on for as
+long as that stands there: in `fill` it is the drive that hangs, in the others the GPU, for which
+nobody waits for ever. `spoils`: "fill", that what is read straight arrives damaged.
+
+What is read straight comes from the file by `preadv`, so that disks which fail, wait or lie do so
+here too. Slots hold nothing for longer than is promised.
 """
 
 from __future__ import annotations
@@ -15,14 +21,30 @@ import json
 import mmap
 import os
 import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import inf
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 
-from kvstore.errors import DeviceError, DeviceFull, DeviceLost, NoDevice
+from kvstore.device import waits
+from kvstore.device.vram import Made, StraightFile
+from kvstore.errors import (
+    DeviceError,
+    DeviceFull,
+    DeviceLost,
+    DeviceStuck,
+    InternalError,
+    NoDevice,
+)
+from kvstore.types import align_up
 
 PREFIX = "stand-in:"
+_HANGING_S = 0.002
 
 
 class StandInVram:
@@ -49,20 +71,44 @@ class StandInVram:
         return _Made(self, nbytes)
 
     def open(self, descriptor: int, nbytes: int) -> _Opened:
+        return self._open(descriptor, nbytes, mmap.PROT_READ)
+
+    def open_to_write(self, descriptor: int, nbytes: int, gpu: str) -> _Opened:
+        if gpu != self.name and "peer" in self.ask("open").get("refuses", ()):
+            raise DeviceError(f"this GPU does not reach {gpu}")
+        return self._open(descriptor, nbytes, mmap.PROT_READ | mmap.PROT_WRITE)
+
+    def _open(self, descriptor: int, nbytes: int, access: int) -> _Opened:
         if "open" in self.ask("open").get("refuses", ()):
             raise DeviceFull("the GPU maps no more memory")
         try:
             if os.fstat(descriptor).st_size < nbytes:
                 raise DeviceError("what is to be opened is not as large as was said")
-            return _Opened(mmap.mmap(descriptor, nbytes, prot=mmap.PROT_READ))
+            return _Opened(mmap.mmap(descriptor, nbytes, prot=access))
         except (OSError, ValueError) as error:
             raise DeviceError(f"what is to be opened cannot be mapped: {error}") from error
 
     def finish(self) -> None:
         self.ask("finish")
 
+    def straight(self, slots: int, slot_bytes: int) -> _Straight:
+        self.ask_unless_refused("straight")
+        return _Straight(self, slots, slot_bytes)
+
     def close(self) -> None:
         pass
+
+    def ask_unless_refused(self, call: str) -> dict[str, Any]:
+        """`ask`, once the call does not hang any more. Raises `DeviceError` where it fails, and
+        `DeviceStuck` where it is the GPU that hangs, not a drive, and for long."""
+        until = inf if call == "fill" else time.monotonic() + waits.PATIENCE_S
+        while call in (says := self.ask(call)).get("hangs", ()):
+            if time.monotonic() >= until:
+                raise DeviceStuck(f"{call} has not ended")
+            time.sleep(_HANGING_S)
+        if call in says.get("refuses", ()):
+            raise DeviceError(f"the GPU refuses {call}")
+        return says
 
     def ask(self, _: str) -> dict[str, Any]:
         """What the GPU is like now. Raises `DeviceLost`."""
@@ -87,8 +133,16 @@ class _Made:
         os.ftruncate(self.descriptor, nbytes)
         self._memory = mmap.mmap(self.descriptor, nbytes)
 
+    @property
+    def address(self) -> int:
+        return _address_of(np.frombuffer(self._memory, np.uint8))
+
     def write(self, offset: int, data: memoryview) -> None:
         self._vram.ask("write")
+        self._memory[offset : offset + data.nbytes] = data
+
+    def write_now(self, offset: int, data: memoryview) -> None:
+        self._vram.ask_unless_refused("write_now")
         self._memory[offset : offset + data.nbytes] = data
 
     def free(self) -> None:
@@ -107,8 +161,53 @@ class _Opened:
 
     @property
     def address(self) -> int:
-        return int(self._bytes.__array_interface__["data"][0])
+        return _address_of(self._bytes)
 
     def close(self) -> None:
         self._bytes = None
         self._memory.close()
+
+
+class _Straight:
+    def __init__(self, vram: StandInVram, slots: int, slot_bytes: int) -> None:
+        self._vram = vram
+        self._slots = [memoryview(mmap.mmap(-1, align_up(slot_bytes))) for _ in range(slots)]
+        self._taken = [threading.Lock() for _ in range(slots)]
+
+    def fill(self, slot: int, file: StraightFile, offset: int, nbytes: int) -> int:
+        with self._take(slot) as memory:
+            memory[:] = b"\xa5" * len(memory)
+            says = self._vram.ask_unless_refused("fill")
+            done, pages = 0, align_up(nbytes)
+            if pages > len(memory):
+                raise InternalError(f"{nbytes} bytes for a slot of {len(memory)}")
+            while done < pages:
+                got = file.preadv([memory[done:pages]], offset + done)
+                if not got:
+                    raise DeviceError("the file ends before what is to be read")
+                done += got
+            if "fill" in says.get("spoils", ()):
+                memory[nbytes // 2] ^= 1
+            return xxhash.xxh3_64_intdigest(memory[:nbytes])
+
+    def deliver(self, slot: int, to: Made, offset: int, nbytes: int) -> None:
+        with self._take(slot) as memory:
+            self._vram.ask_unless_refused("deliver")
+            to.write_now(offset, memory[:nbytes])
+            memory[:] = b"\x5a" * len(memory)
+
+    def close(self) -> None:
+        self._slots.clear()
+
+    @contextmanager
+    def _take(self, slot: int) -> Iterator[memoryview]:
+        if not self._taken[slot].acquire(blocking=False):
+            raise InternalError("two threads use a slot at once")
+        try:
+            yield self._slots[slot]
+        finally:
+            self._taken[slot].release()
+
+
+def _address_of(memory: Any) -> int:
+    return int(memory.__array_interface__["data"][0])

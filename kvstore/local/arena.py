@@ -27,6 +27,7 @@ import weakref
 from collections.abc import Callable, Iterable
 
 from kvstore.errors import BadRequest, InternalError, Unavailable
+from kvstore.types import GPU_ONLY
 
 DEFAULT_MAX_EXTENTS = 4096
 """Extents mapped at once. Bounds address space and page tables, not memory: the
@@ -90,7 +91,7 @@ class Arena:
         """`nbytes` of memory at `address`, which must not pass its extent's end.
 
         The first view into an extent maps it, which asks the server. Raises
-        `BadRequest` for a range outside one extent, `Unavailable` when the arena
+        `BadRequest` for a range outside one extent or in no extent, `Unavailable` when the arena
         is closed or the machine refuses to map, and what `fetch` raises.
         """
         view = self.view_mapped(address, nbytes, writable=writable)
@@ -107,8 +108,8 @@ class Arena:
         views = []
         for address in addresses:
             offset = address & mask
-            if address < 0 or nbytes < 0 or offset > last:
-                raise BadRequest(f"{nbytes} bytes at offset {offset} pass the extent's end")
+            if not 0 <= address < GPU_ONLY or nbytes < 0 or offset > last:
+                raise _unusable(address, offset, nbytes)
             pair = mapped.get(address >> shift) or self._map(address >> shift)
             views.append(pair[writable][offset : offset + nbytes])
         return views
@@ -117,8 +118,8 @@ class Arena:
         """Like `view`, but None where the extent is not mapped yet. Never waits."""
         offset = address & self._mask
         end = offset + nbytes
-        if address < 0 or nbytes < 0 or end > self.extent_bytes:
-            raise BadRequest(f"{nbytes} bytes at offset {offset} pass the extent's end")
+        if not 0 <= address < GPU_ONLY or nbytes < 0 or end > self.extent_bytes:
+            raise _unusable(address, offset, nbytes)
         views = self._mapped.get(address >> self._shift)
         return None if views is None else views[writable][offset:end]
 
@@ -163,6 +164,12 @@ class Arena:
             views = (writable.toreadonly(), writable)
             self._mapped[extent] = views
             return views
+
+
+def _unusable(address: int, offset: int, nbytes: int) -> BadRequest:
+    if address >= GPU_ONLY:
+        return BadRequest("a block that is in a GPU's memory alone is not in the server's")
+    return BadRequest(f"{nbytes} bytes at offset {offset} pass the extent's end")
 
 
 def _map_file(descriptor: int, nbytes: int, expected_bytes: int) -> memoryview:

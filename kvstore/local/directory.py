@@ -330,16 +330,17 @@ class DirectoryReader:
             raise ValueError("not a directory of this version")
         self.header = DirectoryHeader(slots, epoch)
         # The mapping goes with the last reference to these.
-        self._beat, self._words = _beat_and_words(table)
+        self.beat, self._words = _beat_and_words(table)
+        """Its one word: nanoseconds, see the module's text."""
         self._shift = _shift(slots)
 
     def alive(self, now_ns: int) -> bool:
         """Whether the table is current: neither replaced nor left by its server."""
-        return now_ns - self._beat[0] < STALE_AFTER_NS
+        return now_ns - self.beat[0] < STALE_AFTER_NS
 
     def superseded(self) -> bool:
         """Whether there is a successor to map."""
-        return self._beat[0] == SUPERSEDED
+        return self.beat[0] == SUPERSEDED
 
     def find(self, stored_key: bytes) -> int:
         """What is said of a block: IN_DRAM, BEHIND_DRAM, both, or 0 when absent."""

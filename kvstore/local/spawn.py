@@ -5,6 +5,9 @@ answers; everybody else waits for the lock and then finds it running. The lock
 decides only who starts a server. That no two servers ever share data is the
 server's own business.
 
+What is there counts only if it is this user's or root's: the paths may be where others
+can write.
+
 The started server is detached: it outlives its starter, also one whose end takes all
 processes below it along, as vLLM's does. It writes to `<socket>.log`, and ends itself when
 nobody has used it for a while.
@@ -22,8 +25,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from kvstore.errors import BadRequest, KVStoreError, NoTenant, Unavailable
-from kvstore.local.attach import MAX_UNIX_PATH_BYTES, Attachment, attach_path
+from kvstore.errors import BadRequest, KVStoreError, NoTenant, Unavailable, Untrusted
+from kvstore.local.attach import attach_path
+from kvstore.local.attachment import MAX_UNIX_PATH_BYTES, Attachment
+from kvstore.local.ownership import make_directory, open_file
 
 LOCK_SUFFIX = ".lock"
 LOG_SUFFIX = ".log"
@@ -47,25 +52,28 @@ def ensure_server(
     idle_exit_s: float = DEFAULT_IDLE_EXIT_S,
     timeout_s: float = 60.0,
 ) -> bool:
-    """Return once a server answers at `socket_path`; True when this call started it.
+    """Return once this user's server, or root's, answers at `socket_path`; True when this
+    call started it.
 
     `args` are further arguments for `python -m kvstore_server`. A server that is
     there already is taken as it is, whatever its arguments; one that is there and
     does not answer is left alone.
 
     Raises `Unavailable` when no server answers within `timeout_s`, with the end
-    of its log when it gave up; `NoTenant` when one is there that refuses this user.
+    of its log when it gave up; `Untrusted` at once where the directory, a file or the
+    server there is another user's; `NoTenant` when one is there that refuses this user.
     """
     path = os.path.abspath(socket_path)
     if len(os.fsencode(attach_path(path))) > MAX_UNIX_PATH_BYTES:
         raise BadRequest(f"a socket path is at most {MAX_UNIX_PATH_BYTES} bytes: {path}")
     deadline = time.monotonic() + timeout_s
-    if _listening(path):
-        _await_attach(path, deadline, None)
-        return False
     try:
-        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-        lock = os.open(path + LOCK_SUFFIX, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        # Before anything else: whoever owns the directory decides what is found in it.
+        make_directory(Path(path).parent)
+        if _listening(path):
+            _await_attach(path, deadline, None)
+            return False
+        lock = open_file(path + LOCK_SUFFIX, os.O_RDWR | os.O_CREAT)
     except OSError as error:
         raise Unavailable(f"cannot start a server at {path}: {error}") from error
     try:
@@ -115,9 +123,8 @@ def _start(path: str, args: Sequence[str], idle_exit_s: float) -> int:
     """A descriptor of the process, to be closed, that can be read from when it has ended."""
     command = [sys.executable, "-m", "kvstore_server", "--socket", path]
     command += ["--idle-exit-s", f"{idle_exit_s:g}", *args]
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
     try:
-        log = os.open(path + LOG_SUFFIX, flags, 0o600)
+        log = open_file(path + LOG_SUFFIX, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         try:
             told = subprocess.run(
                 [sys.executable, "-I", "-S", "-c", _ORPHAN, *command],
@@ -141,8 +148,10 @@ def _await_attach(path: str, deadline: float, started: int | None) -> None:
         if left <= 0:
             raise Unavailable(f"the server at {path} did not answer in time")
         try:
-            Attachment.connect(attach_path(path), min(left, _ATTACH_TRY_S)).close()
+            Attachment.connect(attach_path(path), min(left, _ATTACH_TRY_S), own=True).close()
             return
+        except Untrusted:
+            raise
         except Unavailable:
             if started is not None and select.select([started], [], [], 0)[0]:
                 raise _ended(path) from None
@@ -159,8 +168,9 @@ def _ended(path: str) -> Unavailable:
 
 def _log_tail(path: str) -> str:
     try:
-        text = Path(path + LOG_SUFFIX).read_bytes()[-_LOG_TAIL_BYTES:]
-    except OSError as error:
+        with open(open_file(path + LOG_SUFFIX, os.O_RDONLY), "rb") as log:
+            text = log.read()[-_LOG_TAIL_BYTES:]
+    except (OSError, Untrusted) as error:
         return f"(its log cannot be read: {error})"
     lines = [line for line in text.decode(errors="replace").splitlines() if line.strip()]
     return " | ".join(lines[-3:]) or "(it wrote nothing)"

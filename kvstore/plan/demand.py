@@ -1,6 +1,6 @@
 """What is asked for, and how much of it a cache of some size would have held.
 
-From a trace, by replaying it at several sizes; or from four numbers, by the
+From a trace, by replaying it at several sizes (`plan.curve`); or from four numbers, by the
 characteristic time of an LRU cache (H. Che, Y. Tung, Z. Wang, "Hierarchical Web caching
 systems", IEEE JSAC 20(7), 2002): what was used within the last T seconds is held, where T
 is the time in which as much as fits is asked for. With prompts of p tokens at a rate r, s
@@ -14,33 +14,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import exp
-from typing import NamedTuple
 
 import numpy as np
 
 from kvstore.core.cost import Prefill
 from kvstore.errors import BadRequest
+from kvstore.plan.curve import Held, curve_of
 from kvstore.sim.replay import Progress
-from kvstore.sim.sweep import Point, cores, sweep
 from kvstore.sim.trace import Trace
-
-SHARES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
-"""Sizes replayed, of all blocks of the trace."""
-
-
-class Held(NamedTuple):
-    """What a cache of `tokens` tokens of KV holds of what is asked for."""
-
-    tokens: float
-    token_hits: float
-    """Share of prompt tokens."""
-    saved: float
-    """Share of prefill time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """`curve`: by size, from nothing on. Between two sizes it is taken as straight."""
+    """`curve`: by size, from nothing on, to where nothing more is gained. Between two sizes it
+    is taken as straight."""
 
     source: str
     requests_per_s: float
@@ -49,6 +36,10 @@ class Demand:
     prefill_ms: float
     """Mean, of a prompt without any hit."""
     curve: Sequence[Held]
+    hits_formula: str = ""
+    """How the hits of the largest size were found."""
+    notes: Sequence[str] = ()
+    """What is not exact about it."""
 
     def held(self, tokens: float) -> Held:
         sizes = [point.tokens for point in self.curve]
@@ -68,10 +59,12 @@ def from_trace(
     *,
     requests_per_s: float | None,
     policy: str,
+    block_tokens: int | None = None,
     progress: Progress | None = None,
 ) -> Demand:
     """`requests_per_s`: as if the trace went faster or slower; hits stay as they are.
-    Raises `BadRequest` for a trace without prompts or without time."""
+    `block_tokens`: see `curve_of`. Raises `BadRequest` for a trace without prompts or without
+    time, and `TraceError` for blocks that cannot be made of its own."""
     requests = [request for request in trace.requests if request.tokens]
     if not requests:
         raise BadRequest("the trace has no prompts")
@@ -80,22 +73,24 @@ def from_trace(
         if span_s <= 0:
             raise BadRequest("the trace takes no time; say how many requests come a second")
         requests_per_s = len(requests) / span_s
-    sizes = sorted({max(1, round(trace.blocks * share)) for share in SHARES})
-    rows = sweep(trace, [Point(policy, size) for size in sizes], cores(), progress, prefill)
-    curve = [Held(0.0, 0.0, 0.0)]
-    for row in rows:
-        # An order may take turns for the worse; a planner must not.
-        last = curve[-1]
-        hits = max(last.token_hits, row["token_hit_ratio"])
-        saved = max(last.saved, row["compute_saved_ratio"])
-        curve.append(Held(row["capacity_blocks"] * float(trace.block_tokens), hits, saved))
+    curve = curve_of(trace, prefill, policy, block_tokens=block_tokens, progress=progress)
+    notes = []
+    if curve.block_tokens != trace.block_tokens:
+        notes.append(
+            f"Replayed in blocks of {curve.block_tokens} tokens, not the trace's of"
+            f" {trace.block_tokens}: a size may have some thousandths more or fewer hits"
+            f" (docs/planner.md); --block-tokens {trace.block_tokens} takes them as they are."
+        )
     return Demand(
-        source=f"{len(requests)} requests of the trace, {span_s:.0f} s, {policy}",
+        source=f"{len(requests)} requests of the trace, {span_s:.0f} s,"
+        f" {policy} at {curve.replays} sizes",
         requests_per_s=requests_per_s,
         prompt_tokens=sum(r.tokens for r in requests) / len(requests),
         output_tokens=sum(r.output_tokens for r in requests) / len(requests),
         prefill_ms=sum(prefill.ms(r.tokens) for r in requests) / len(requests),
-        curve=curve,
+        curve=curve.points,
+        hits_formula="tokens up to a prompt's first new block / all",
+        notes=notes,
     )
 
 
@@ -114,7 +109,7 @@ def from_numbers(
         raise BadRequest("a prompt shares at most all of its tokens")
     whole_ms, shared_ms = prefill.ms(prompt_tokens), prefill.ms(shared_tokens)
     curve = [Held(0.0, 0.0, 0.0)]
-    for step in range(1, 41):
+    for step in range(1, 41) if shared_tokens else ():
         # To where 99.9 % of what is shared is held.
         part = step / 40 * 0.999
         window_s = -reuse_s * np.log1p(-part)
@@ -130,4 +125,5 @@ def from_numbers(
         output_tokens=output_tokens,
         prefill_ms=whole_ms,
         curve=curve,
+        hits_formula="99.9 % of shared / prompt",
     )

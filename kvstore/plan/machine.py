@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvstore.core.cost import Prefill
+from kvstore.errors import BadRequest
 from kvstore.parts import Gpu, Model, Ssd
 
 
@@ -46,8 +47,24 @@ class Engine:
     @property
     def kv_space_gb(self) -> float:
         """What is left for KV on all its GPUs; negative where the weights do not fit."""
-        usable = self.gpus * (self.gpu.memory_gb * self.memory_share - self.reserve_gb)
-        return usable - self.weights_gb
+        return self.gpus * self.usable_gb - self.weights_gb
+
+    @property
+    def usable_gb(self) -> float:
+        """Of each GPU, for weights and KV."""
+        return self.gpu.memory_gb * self.memory_share - self.reserve_gb
+
+    def check_fits(self) -> None:
+        """Raises `BadRequest` where the weights leave no room: there is no such engine."""
+        if self.kv_space_gb > 0:
+            return
+        hint = ""
+        if self.usable_gb > 0:
+            hint = f": say --gpus {int(self.weights_gb / self.usable_gb) + 1} or more, or"
+        raise BadRequest(
+            f"the weights of {self.model.name}, {self.weights_gb:.0f} GB, leave no room on"
+            f" {self.gpus} x {self.gpu.name}{hint} fewer --weight-bytes"
+        )
 
     @property
     def kv_tokens(self) -> float:

@@ -18,8 +18,10 @@ from kvstore.plan.sizes import (
     nvme_of,
     pays_up_to,
 )
+from kvstore.plan.wear import DAY_S, Wear, wear_of
 
-DAY_S = 86_400
+_NOTHING = "Next to nothing is asked for twice: a cache brings nothing."
+_STATED = "stated, or of the trace"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +57,8 @@ class Wishes:
 
 
 def make(sizing: Sizing, wishes: Wishes) -> list[Section]:
-    """All steps, in order."""
+    """All steps, in order. Raises `BadRequest` where the weights do not fit."""
+    sizing.engine.check_fits()
     dram_steps = sizing.dram_steps()
     dram_gb = wishes.dram_gb
     if dram_gb is None:
@@ -67,6 +70,7 @@ def make(sizing: Sizing, wishes: Wishes) -> list[Section]:
         if nvme_gb <= dram_gb:
             nvme_gb = 0.0
     chosen = sizing.point(dram_gb, nvme_gb)
+    wear = wear_of(sizing, chosen, wishes.write_amplification) if nvme_gb else None
     return [
         _kv(sizing.engine, wishes.block_tokens),
         _memory(sizing.engine, sizing.demand),
@@ -76,8 +80,8 @@ def make(sizing: Sizing, wishes: Wishes) -> list[Section]:
         _dram(sizing, dram_steps),
         _nvme(sizing, dram_gb, nvme_steps),
         _choice(sizing, chosen, wishes),
-        _endurance(sizing, chosen, wishes),
-        _cost(sizing, chosen),
+        _endurance(sizing, wear, wishes),
+        _cost(sizing, chosen, wear),
     ]
 
 
@@ -124,10 +128,10 @@ def _kv(engine: Engine, block_tokens: int) -> Section:
 def _memory(engine: Engine, demand: Demand) -> Section:
     context = demand.prompt_tokens + demand.output_tokens
     notes = []
-    if engine.kv_space_gb <= 0:
-        notes.append("The weights do not fit: more GPUs, or fewer bytes a weight.")
-    elif engine.kv_tokens < context:
-        notes.append("Not even one request of mean length fits beside the weights.")
+    if engine.kv_tokens < context:
+        notes.append(
+            "Not even one request of mean length fits beside the weights; what follows takes one."
+        )
     return Section(
         "memory",
         f"2. The memory of {engine.gpus} x {engine.gpu.name}",
@@ -221,17 +225,19 @@ def _demand(sizing: Sizing) -> Section:
         "5. The workload",
         [
             Figure("source", "from", demand.source, "", ""),
-            Figure("requests_per_s", "requests", demand.requests_per_s, "/s", ""),
-            Figure("prompt_tokens", "prompt, mean", demand.prompt_tokens, "tokens", ""),
-            Figure("output_tokens", "output, mean", demand.output_tokens, "tokens", ""),
+            Figure(
+                "requests_per_s", "requests", demand.requests_per_s, "/s",
+                "stated, or requests / time of the trace",
+            ),
+            Figure("prompt_tokens", "prompt, mean", demand.prompt_tokens, "tokens", _STATED),
+            Figure("output_tokens", "output, mean", demand.output_tokens, "tokens", _STATED),
             Figure(
                 "most_hits", "hits if all were kept", demand.curve[-1].token_hits, "of tokens",
-                "replay at the largest size"
-                if "trace" in demand.source
-                else "99.9 % of shared / prompt",
+                demand.hits_formula,
             ),
             Figure(
-                "most_gb", "all that is of use", sizing.most_gb, "GB", "its tokens x bytes a token"
+                "most_gb", "all that is of use", sizing.most_gb, "GB",
+                "tokens of the least size with these hits x bytes a token",
             ),
             Figure(
                 "gpus_prefill", "GPUs for prefill", sizing.gpus(demand.prefill_ms), "",
@@ -242,10 +248,13 @@ def _demand(sizing: Sizing) -> Section:
                 f"requests/s x output x step / batch x {engine.gpus} / {sizing.utilisation:g} busy",
             ),
         ],
+        notes=list(demand.notes),
     )  # fmt: skip
 
 
 def _dram(sizing: Sizing, steps: list[Step]) -> Section:
+    if not steps:
+        return Section("dram", "6. DRAM", [], notes=[_NOTHING])
     return Section(
         "dram",
         "6. DRAM, by size",
@@ -265,7 +274,8 @@ def _dram(sizing: Sizing, steps: list[Step]) -> Section:
 
 def _nvme(sizing: Sizing, dram_gb: float, steps: list[Step]) -> Section:
     if not steps:
-        return Section("nvme", "7. NVMe", [], notes=["DRAM holds all that is of use."])
+        why = "DRAM holds all that is of use." if sizing.most_gb else _NOTHING
+        return Section("nvme", "7. NVMe", [], notes=[why])
     notes = []
     if not sizing.nvme_helps(dram_gb, sizing.most_gb):
         notes.append("These drives load slower than the GPUs compute: NVMe brings nothing.")
@@ -293,6 +303,8 @@ def _nvme(sizing: Sizing, dram_gb: float, steps: list[Step]) -> Section:
 
 def _choice(sizing: Sizing, chosen: Point, wishes: Wishes) -> Section:
     none_ms, notes = sizing.demand.prefill_ms, []
+    if 0 < chosen.nvme_gb <= chosen.dram_gb:
+        notes.append("NVMe holds what DRAM holds, too: no larger than DRAM it brings nothing.")
     target = wishes.first_token_ms
     if target is not None:
         best = sizing.point(sizing.most_gb)
@@ -315,7 +327,9 @@ def _choice(sizing: Sizing, chosen: Point, wishes: Wishes) -> Section:
             Figure("dram_gb", "DRAM", chosen.dram_gb, "GB", _whence(wishes.dram_gb)),
             Figure("nvme_gb", "NVMe", chosen.nvme_gb, "GB", _whence(wishes.nvme_gb)),
             Figure("token_hits", "hits", chosen.token_hits, "of tokens", "both tiers"),
-            Figure("hits_dram", "hits in DRAM", chosen.hits_dram, "of tokens", ""),
+            Figure(
+                "hits_dram", "hits in DRAM", chosen.hits_dram, "of tokens", "those of DRAM alone"
+            ),
             Figure("saved", "prefill saved", chosen.saved, "", "time of the hits / time of all"),
             Figure(
                 "first_token_ms", "first token, mean", chosen.first_token_ms, "ms",
@@ -330,49 +344,57 @@ def _choice(sizing: Sizing, chosen: Point, wishes: Wishes) -> Section:
     )  # fmt: skip
 
 
-def _endurance(sizing: Sizing, chosen: Point, wishes: Wishes) -> Section:
-    engine, demand = sizing.engine, sizing.demand
-    if not chosen.nvme_gb:
+def _endurance(sizing: Sizing, wear: Wear | None, wishes: Wishes) -> Section:
+    if wear is None:
         return Section("endurance", "9. The drives' life", [], notes=["There is no NVMe tier."])
-    computed = demand.requests_per_s * demand.prompt_tokens * (1 - chosen.token_hits)
-    a_day = computed * engine.kv_bytes * DAY_S * wishes.write_amplification
-    drives = max(engine.ssds, -(-chosen.nvme_gb // engine.ssd.capacity_gb))
-    allowed = engine.ssd.drive_writes_a_day * engine.ssd.capacity_gb * GB * drives
-    years = engine.ssd.endurance_bytes * drives / (a_day * 365) if a_day else float("inf")
-    notes = []
-    if a_day > allowed:
+    engine, ssd, notes = sizing.engine, sizing.engine.ssd, []
+    if wear.drives > engine.ssds:
         notes.append(
-            f"More than the drives are warranted for: write {100 * allowed / a_day:.0f} % of new"
-            " blocks at most (a budget of bytes a day), or take drives for more writes."
+            f"This size takes {wear.drives} drives; loads are those of {engine.ssds} (--ssds)."
         )
-    write_gbps = a_day / DAY_S / GB
-    if write_gbps > 0.5 * drives * engine.ssd.write_gbps:
+    if wear.drive_writes_a_day > ssd.drive_writes_a_day:
+        part = 100 * ssd.drive_writes_a_day / wear.drive_writes_a_day
+        notes.append(
+            f"More than the drives are warranted for: write {part:.2g} % of new blocks at most"
+            " (nvme.endurance, a budget of bytes a day; what hits that leaves is seen with"
+            " `kvstore simulate --tiers`), or take drives for more writes."
+        )
+    if wear.bytes_a_day / DAY_S / GB > 0.5 * wear.drives * ssd.write_gbps:
         notes.append("Writing alone keeps the drives more than half busy.")
     return Section(
         "endurance",
-        f"9. The life of {drives:.0f} drives",
+        f"9. The life of {wear.drives} drive{'s' if wear.drives > 1 else ''}",
         [
             Figure(
-                "written_tb_a_day", "written", a_day / 1e12, "TB/day",
+                "written_tb_a_day", "written", wear.bytes_a_day / 1e12, "TB/day",
                 "requests/s x prompt x (1 - hits) x bytes a token"
                 f" x {wishes.write_amplification:g} written for one",
             ),
             Figure(
-                "drive_writes_a_day", "drive writes",
-                a_day / (drives * engine.ssd.capacity_gb * GB), "/day",
-                f"written / capacity; warranted: {engine.ssd.drive_writes_a_day:g}",
+                "drive_writes_a_day", "drive writes", wear.drive_writes_a_day, "/day",
+                f"written / ({wear.drives} x {ssd.capacity_gb:g} GB);"
+                f" warranted: {ssd.drive_writes_a_day:g}",
             ),
-            Figure("years", "life", years, "years", "endurance / written"),
+            Figure(
+                "years", "life", wear.years, "years",
+                f"{ssd.drive_writes_a_day:g} / drive writes x {ssd.warranty_years:g} years",
+            ),
         ],
         notes=notes,
     )  # fmt: skip
 
 
-def _cost(sizing: Sizing, chosen: Point) -> Section:
-    prices = sizing.prices
+def _cost(sizing: Sizing, chosen: Point, wear: Wear | None) -> Section:
+    prices, notes = sizing.prices, []
     dram = prices.an_hour(chosen.dram_gb, prices.dram_gb)
-    nvme = prices.an_hour(chosen.nvme_gb, prices.nvme_gb)
+    nvme = wear.hour if wear else 0.0
     gpus = chosen.gpus_saved * prices.gpu_hour
+    by_nvme = gpus - sizing.point(chosen.dram_gb).gpus_saved * prices.gpu_hour
+    if by_nvme < nvme:
+        notes.append(
+            f"NVMe saves {by_nvme:.2g} an hour of this and costs {nvme:.2g}: it pays where less is"
+            " written, or not at all (--nvme 0)."
+        )
     return Section(
         "cost",
         "10. What it costs and saves",
@@ -383,13 +405,15 @@ def _cost(sizing: Sizing, chosen: Point) -> Section:
             ),
             Figure(
                 "nvme_hour", "NVMe", nvme, "an hour",
-                f"{prices.nvme_gb:g} a GB over {prices.years:g} years",
+                f"{prices.nvme_gb:g} a GB over {prices.years:g} years, or the drives over their"
+                " life, if that is more",
             ),
             Figure(
                 "gpus_hour", "GPUs saved", gpus, "an hour", f"{prices.gpu_hour:g} a GPU and hour"
             ),
             Figure("net_hour", "net", gpus - dram - nvme, "an hour", "saved - cost"),
         ],
+        notes=notes,
     )  # fmt: skip
 
 

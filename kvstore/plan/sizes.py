@@ -18,7 +18,7 @@ from kvstore.plan.machine import Engine
 
 GB = 1e9
 HOURS_A_YEAR = 24 * 365
-STEPS = 10
+STEPS, GROWTH = 12, 1.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +124,9 @@ class Sizing:
         return self.demand.all_tokens * self.engine.kv_bytes / GB
 
     def dram_steps(self) -> list[Step]:
-        """DRAM alone, from nothing to all that is of use."""
+        """DRAM alone, from nothing to all that is of use; none where nothing is."""
+        if not self.most_gb:
+            return []
         points = [self.point(gb) for gb in _sizes(0.0, self.most_gb)]
         return self._steps(points, self.prices.dram_gb, dram_of)
 
@@ -173,5 +175,6 @@ def pays_up_to(steps: Sequence[Step], size: Size) -> float:
 def _sizes(least: float, most: float) -> list[float]:
     """From `least` to `most` in steps that grow: small sizes differ more."""
     return [
-        least + (most - least) * (2.0**step - 1) / (2.0**STEPS - 1) for step in range(STEPS + 1)
+        least + (most - least) * (GROWTH**step - 1) / (GROWTH**STEPS - 1)
+        for step in range(STEPS + 1)
     ]

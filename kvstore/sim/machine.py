@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 from kvstore.core.cost import REFERENCE, Prefill
 from kvstore.core.space import Space
+from kvstore.drive import Pace
 from kvstore.errors import BadRequest
-from kvstore.types import ALIGNMENT, align_up
+from kvstore.types import ALIGNMENT, Tier, align_up
 
 MOST_BLOCKS = 100_000_000
 """What `server.max_blocks` may be at most."""
@@ -72,6 +73,14 @@ def room_in(tiers: Tiers, machine: Machine, block_tokens: int) -> Room:
     if tiers.nvme_bytes:
         nvme = _space("nvme", tiers.nvme_bytes, nvme_slot_bytes(block_bytes))
     return Room(block_bytes, dram, nvme)
+
+
+def paces_of(machine: Machine) -> dict[Tier, Pace]:
+    """Of its drive, by the tier that is moved into."""
+    return {
+        Tier.DRAM: Pace(machine.read_latency_s * 1e9, 1e9 / machine.read_bytes_per_s),
+        Tier.NVME: Pace(machine.write_latency_s * 1e9, 1e9 / machine.write_bytes_per_s),
+    }
 
 
 def nvme_slot_bytes(block_bytes: int) -> int:

@@ -34,6 +34,10 @@ AZURE_BLOCK_TOKENS = 16
 FORMAT = "kvstore-trace"
 MOST_NUMBERS = 1 << 24
 """The hash ids of a session count from 0 or 1."""
+MOST_BLOCKS = 1 << 27
+"""A replay has some ten bytes for each."""
+MOST_NESTED = 64
+"""Sub-agents of sub-agents."""
 AZURE_HEADER = ["TIMESTAMP", "ContextTokens", "GeneratedTokens"]
 
 Count = Annotated[int, Meta(ge=0, le=1 << 40)]
@@ -94,9 +98,12 @@ class Session(msgspec.Struct):
 def read_traces(paths: Iterable[Path], *, session_rate: float, seed: int) -> Trace:
     """The files as one workload. Sessions without a common time arrive at `session_rate`
     a second, drawn with `seed`. Raises `TraceError`."""
+    paths = list(paths)
     trace = merged(read_trace(path, session_rate=session_rate, seed=seed) for path in paths)
+    where = ", ".join(map(str, paths))
     if not any(request.pieces for request in trace.requests):
-        raise TraceError("no request asks for any block")
+        raise TraceError(f"{where}: no request asks for any block")
+    _check_blocks(where, trace.blocks)
     return trace
 
 
@@ -136,14 +143,16 @@ def _members(path: Path, data: bytes) -> Iterator[tuple[str, bytes]]:
                 if file is not None:
                     yield f"{path}: {member.name}", file.read()
     except tarfile.TarError as error:
-        raise TraceError(f"{path}: not a tar file: {error}") from error
+        # Some of its messages have a line for each way that was tried.
+        why = " ".join(str(error).split())
+        raise TraceError(f"{path}: not a tar file: {why}") from error
 
 
 def _keys(line: bytes) -> set[str]:
     """The keys of a JSON object; none when it is no such thing."""
     try:
         return set(msgspec.json.decode(line, type=dict[str, msgspec.Raw]))
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError):
         return set()
 
 
@@ -161,6 +170,8 @@ def _decode(where: str, line: bytes, decoder: msgspec.json.Decoder[Any]) -> Any:
         raise TraceError(f"{where}: {error}") from error
     except UnicodeDecodeError as error:
         raise TraceError(f"{where}: not UTF-8") from error
+    except RecursionError as error:
+        raise TraceError(f"{where}: nested too deeply") from error
 
 
 class _Clock:
@@ -230,6 +241,11 @@ def _check_length(where: str, tokens: int, blocks: int, block_tokens: int) -> No
         raise TraceError(f"{where}: {tokens} tokens are not {blocks} blocks of {block_tokens}")
 
 
+def _check_blocks(where: str, blocks: int) -> None:
+    if blocks > MOST_BLOCKS:
+        raise TraceError(f"{where}: more than {MOST_BLOCKS} blocks")
+
+
 def _azure(path: Path, data: bytes) -> Trace:
     """Every prompt is its own: what is known is only how much is asked, and when."""
     clock = _Clock()
@@ -260,6 +276,7 @@ def _azure(path: Path, data: bytes) -> Trace:
             pieces = ((blocks, blocks + count),) if count else ()
             requests.append(Request(time_ms, asked, given, pieces))
             blocks += count
+            _check_blocks(where, blocks)
     except UnicodeDecodeError as error:
         raise TraceError(f"{path}: not UTF-8") from error
     except csv.Error as error:
@@ -308,8 +325,10 @@ class _Agents:
         self.agents = agents
         self.stop = base
 
-    def read(self, turns: list[Turn], begin_ms: float) -> None:
+    def read(self, turns: list[Turn], begin_ms: float, nested: int = 0) -> None:
         """`begin_ms`: when the agent begins; its turns count from there."""
+        if nested > MOST_NESTED:
+            raise TraceError(f"{self._where}: nested too deeply")
         clock = _Clock()
         agent = self.agents
         self.agents += 1
@@ -318,7 +337,7 @@ class _Agents:
             where = f"{self._where}: request {number}"
             time_ms = begin_ms + clock.at(where, turn.t * 1e3)
             if turn.requests is not None:
-                self.read(turn.requests, time_ms)
+                self.read(turn.requests, time_ms, nested + 1)
                 continue
             _check_length(where, turn.tokens, len(turn.hash_ids), self._block_tokens)
             prompt = np.array(turn.hash_ids, dtype=np.int64) + self._base

@@ -23,7 +23,7 @@ from itertools import islice
 from kvstore.core.catalog import Block, Catalog, DramReplica, Replica
 from kvstore.core.cost import REFERENCE, Prefill
 from kvstore.core.lifecycle import State
-from kvstore.core.policies import EvictionPolicy, Use
+from kvstore.core.policies import EvictionPolicy, PolicyError, Use
 from kvstore.sim.trace import Request, Trace
 from kvstore.types import STORED_KEY_BYTES, LayoutSpec
 
@@ -66,6 +66,10 @@ class Result:
     ) -> None:  # fmt: skip
         """Add a request that found `hits` of its blocks, the first `leading` among them."""
         found = min(leading * block_tokens, request.tokens)
+        again = request.again_tokens
+        if again is not None and leading and again - found < block_tokens:
+            # All that this prompt shares with others, which ends within a block, is there.
+            found = max(found, again)
         self.blocks += blocks
         self.block_hits += hits
         self.tokens += request.tokens
@@ -103,6 +107,7 @@ class Replay:
         self._result = Result()
 
     def run(self, *, by_chain: bool, progress: Progress | None = None) -> Result:
+        """Raises `PolicyError` for a policy that breaks its contract in a way that is seen."""
         policy, requests = self._policy, self._trace.requests
         serve = self._serve_by_chain if by_chain else self._serve
         told = type(policy).use is not EvictionPolicy.use
@@ -116,6 +121,9 @@ class Replay:
                     policy.hint(request.session, request.then, request.expected_ms)
                 if progress is not None and number % REPORTED_EVERY == 0:
                     progress(number / len(requests))
+        held = self._capacity - self._free
+        if len(policy) != held:
+            raise self._broken(f"its len() is {len(policy)} where {held} replicas are held")
         return self._result
 
     def _serve(self, request: Request) -> None:
@@ -142,7 +150,10 @@ class Replay:
                     if self._free:
                         self._free -= 1
                     else:
-                        self._evict(next(policy.candidates()))
+                        victim = next(policy.candidates(), None)
+                        if victim is None:
+                            raise self._broken("candidates() ends while something is held")
+                        self._evict(victim)
                     replica = replicas[at]
                     if replica is _ABSENT:
                         replica = self._replica(at, depth + at - first)
@@ -218,7 +229,12 @@ class Replay:
             self._evict(victim)
             self._free += 1
 
+    def _broken(self, how: str) -> PolicyError:
+        return PolicyError(f"{type(self._policy).__name__} breaks its contract: {how}")
+
     def _evict(self, victim: Replica) -> None:
+        if not self._held[victim.address]:
+            raise self._broken("candidates() gives a replica that has left, or one twice")
         self._policy.remove(victim)
         self._held[victim.address] = 0
         self._result.evictions += 1

@@ -37,7 +37,9 @@ class Seen:
     """What was seen of a run. Times are milliseconds; `first_token_ms` is by priority."""
 
     found: Result = field(default_factory=Result)
-    blocks_from: dict[Tier, int] = field(default_factory=lambda: dict.fromkeys(Tier, 0))
+    blocks_from: dict[Tier, int] = field(
+        default_factory=lambda: dict.fromkeys((Tier.DRAM, Tier.NVME), 0)
+    )
     """As the server counts them: what was in DRAM when it was asked for, up to the first
     block that was not, and what else was leased."""
     first_token_ms: dict[int, list[float]] = field(default_factory=dict)

@@ -1,8 +1,7 @@
 """Carries out what the planner wants, in virtual time and without a byte: what
 `kvstore.store` does for the server.
 
-A batch of copies on the drive begins once its blocks' latencies are over and what was
-begun before it has gone through, and takes its bytes' time. All else takes none.
+Batches of copies take the drive's time (`sim.batches`). All else takes none.
 """
 
 from __future__ import annotations
@@ -12,10 +11,12 @@ from functools import partial
 
 from kvstore.core.actions import Answer, Copy, Forget, Move
 from kvstore.core.catalog import Replica
+from kvstore.core.limits import Limits
 from kvstore.core.planner import Planner
-from kvstore.core.tickets import AcquireTicket, Ticket
+from kvstore.core.space import Space
+from kvstore.core.tickets import Ticket
+from kvstore.sim.batches import Batches
 from kvstore.sim.events import Events
-from kvstore.sim.machine import Machine, nvme_slot_bytes
 from kvstore.types import Tier
 
 TICK_NS = 100_000_000
@@ -23,28 +24,43 @@ TICK_NS = 100_000_000
 IDLE_TICKS = 12
 """Ticks after the last thing that happened, in which the planner may still think of
 something to do: it lets NVMe alone for a second where that had no room."""
+LEASE_MS = 30_000
+MOST_HELD = 1 << 20
 MS = 1_000_000
 
 
-class Drive:
-    def __init__(self, machine: Machine) -> None:
-        self._costs_ns = {
-            Tier.DRAM: (machine.read_latency_s * 1e9, 1e9 / machine.read_bytes_per_s),
-            Tier.NVME: (machine.write_latency_s * 1e9, 1e9 / machine.write_bytes_per_s),
-        }
-        self._free_ns = 0.0
-
-    def begin(self, copies: list[Copy], now_ns: int) -> int:
-        """When they have ended."""
-        latency_ns, ns_a_byte = self._costs_ns[copies[0].target.tier]
-        nbytes = sum(nvme_slot_bytes(c.target.block.layout.block_bytes) for c in copies)
-        begin_ns = max(self._free_ns, now_ns + latency_ns * len(copies))
-        self._free_ns = begin_ns + nbytes * ns_a_byte
-        return int(self._free_ns) + 1
+def planner(
+    eviction: str,
+    dram: Space,
+    nvme: Space | None,
+    *,
+    slot_bytes: Callable[[int], int],
+    batches: int,
+    nvme_bytes_per_day: int = 0,
+) -> Planner:
+    """For one session, which is not held to how much it may ask for. `slot_bytes`: that a
+    block occupies on the drive, which is what moves; `batches`: of copies at a time."""
+    return Planner(
+        Limits(
+            lease_ms=LEASE_MS,
+            reservation_ms=LEASE_MS,
+            max_sessions=1,
+            max_leases=MOST_HELD,
+            max_reservations=MOST_HELD,
+            max_layouts=1,
+            max_running=batches,
+        ),
+        tenant_key=str.encode,
+        eviction=eviction,
+        dram=dram,
+        nvme=nvme,
+        nvme_slot_bytes=None if nvme is None else slot_bytes,
+        nvme_bytes_per_day=nvme_bytes_per_day,
+    )
 
 
 class Shell:
-    def __init__(self, planner: Planner, events: Events, drive: Drive) -> None:
+    def __init__(self, planner: Planner, events: Events, drive: Batches) -> None:
         self.planner = planner
         self.moved_bytes = dict.fromkeys(Tier, 0)
         """Into each tier, of those that came from the other."""
@@ -54,6 +70,7 @@ class Shell:
         self._to_forget: list[Replica] = []
         self._ticks_left = 0
         self._ticking = False
+        self._looks_ns: int | None = None
 
     def execute(self) -> None:
         """To be called after every event of the planner's."""
@@ -76,12 +93,25 @@ class Shell:
                     self._answered(action.ticket)
             if not actions:
                 planner.chores.go_on()
+        self._look_in_time()
         return any_done
 
+    def _look_in_time(self) -> None:
+        looks_ns = self.planner.looks_ns()
+        if looks_ns is not None and (self._looks_ns is None or looks_ns < self._looks_ns):
+            self._looks_ns = looks_ns
+            self._events.at(max(looks_ns, self._events.now_ns), partial(self._look, looks_ns))
+
+    def _look(self, looks_ns: int) -> None:
+        if self._looks_ns == looks_ns:
+            self._looks_ns = None
+            self._carry_out()
+
     def _begin(self, copies: list[Copy]) -> None:
-        self._events.at(
-            self._drive.begin(copies, self._events.now_ns), partial(self._ended, copies)
-        )
+        slots = [copy.target.block.layout.nvme_class for copy in copies]
+        nbytes = sum(slot.slot_bytes for slot in slots if slot is not None)
+        into = copies[0].target.tier
+        self._drive.begin(into, len(copies), nbytes, partial(self._ended, copies))
 
     def _ended(self, copies: list[Copy]) -> None:
         for copy in copies:
@@ -102,28 +132,17 @@ class Shell:
 
     # Waiting
 
-    def wait(self, ticket: Ticket, timeout_ms: int, then: Callable[[], None]) -> None:
-        """`then`, once the ticket is answered: now if it is, when time is up at the latest."""
+    def wait(self, ticket: Ticket, timeout_ms: int | None, then: Callable[[], None]) -> None:
+        """`then`, once the ticket is answered: now if it is, when time is up at the latest.
+        None: as long as it takes."""
         self.execute()
         if ticket.answer is not None:
             then()
             return
         self._waiting[ticket] = then
-        self._watch(ticket, self._events.now_ns + timeout_ms * MS)
-
-    def _watch(self, ticket: Ticket, end_ns: int) -> None:
-        doubt_ns = ticket.doubt_ns if isinstance(ticket, AcquireTicket) else None
-        if isinstance(ticket, AcquireTicket) and doubt_ns is not None and doubt_ns < end_ns:
-            at_ns = max(doubt_ns, self._events.now_ns + MS)
-            self._events.at(at_ns, partial(self._doubt, ticket, end_ns))
-        else:
+        if timeout_ms is not None:
+            end_ns = self._events.now_ns + timeout_ms * MS
             self._events.at(end_ns, partial(self._give_up, ticket))
-
-    def _doubt(self, ticket: AcquireTicket, end_ns: int) -> None:
-        if ticket.answer is None:
-            self.planner.doubt(ticket, self._events.now_ns)
-            self.execute()
-            self._watch(ticket, end_ns)
 
     def _give_up(self, ticket: Ticket) -> None:
         if ticket.answer is None:
@@ -151,3 +170,19 @@ class Shell:
             self._ticks_left = IDLE_TICKS
         if self._ticks_left:
             self._keep_ticking()
+        else:
+            self._rest()
+
+    def _rest(self) -> None:
+        """Ticks would change nothing until something happens, or what is foreseen is due.
+        The latter may be hours later, so nobody waits for it."""
+        due_ns = self.planner.prefetches.next_ns()
+        if due_ns is not None:
+            tick_ns = -(-max(due_ns, self._events.now_ns) // TICK_NS) * TICK_NS
+            self._events.at(tick_ns, lambda: None, awaited=False)
+        self._events.rest(self._wake)
+
+    def _wake(self) -> None:
+        """As after the tick that would have been the latest."""
+        self.planner.tick(self._events.now_ns // TICK_NS * TICK_NS)
+        self.execute()

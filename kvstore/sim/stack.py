@@ -4,20 +4,19 @@ in virtual time. The model of what serves and what it costs is that of docs/simu
 
 from __future__ import annotations
 
+from functools import partial
 from heapq import heapreplace
 
-from kvstore.core.limits import Limits
-from kvstore.core.planner import Planner
+from kvstore.sim.batches import Batches
 from kvstore.sim.events import BEGIN_NS, Events
-from kvstore.sim.machine import Machine, Tiers, nvme_slot_bytes, room_in
+from kvstore.sim.machine import Machine, Tiers, nvme_slot_bytes, paces_of, room_in
 from kvstore.sim.replay import REPORTED_EVERY, Progress, uncollected
 from kvstore.sim.serving import Seen, Serving
-from kvstore.sim.shell import MS, Drive, Shell
+from kvstore.sim.shell import MS, Shell, planner
 from kvstore.sim.trace import Trace
 from kvstore.types import LayoutSpec
 
 TENANT = "simulated"
-LEASE_MS = 30_000
 
 
 class Stack:
@@ -30,26 +29,17 @@ class Stack:
         spec = LayoutSpec("simulated", "simulated", trace.block_tokens, room.block_bytes)
         self._trace = trace
         self._events = Events()
-        self.planner = Planner(
-            Limits(
-                lease_ms=LEASE_MS,
-                reservation_ms=LEASE_MS,
-                max_sessions=1,
-                max_leases=2 * machine.engines,
-                max_reservations=machine.engines,
-                max_layouts=1,
-                max_running=machine.batches,
-            ),
-            tenant_key=str.encode,
-            eviction=policy,
-            dram=room.dram,
-            nvme=room.nvme,
-            nvme_slot_bytes=None if room.nvme is None else nvme_slot_bytes,
+        self.planner = planner(
+            policy,
+            room.dram,
+            room.nvme,
+            slot_bytes=nvme_slot_bytes,
+            batches=machine.batches,
             nvme_bytes_per_day=tiers.nvme_bytes_per_day,
         )
         layout = self.planner.catalog.layout(TENANT, self.planner.register_layout(TENANT, spec))
         session = self.planner.open_session(b"simulated", TENANT, local=True)
-        self.shell = Shell(self.planner, self._events, Drive(machine))
+        self.shell = Shell(self.planner, self._events, Batches(self._events, paces_of(machine)))
         self.serving = Serving(
             self.shell, self._events, trace, machine, layout, session, hints=hints
         )
@@ -59,8 +49,9 @@ class Stack:
         requests = self._trace.requests
         with uncollected():
             for number, request in enumerate(requests):
-                self._events.run(BEGIN_NS + int(request.time_ms * MS))
-                self.serving.arrive(number, request)
+                time_ns = BEGIN_NS + int(request.time_ms * MS)
+                self._events.at(time_ns, partial(self.serving.arrive, number, request))
+                self._events.run(time_ns)
                 if progress is not None and number % REPORTED_EVERY == 0:
                     progress(number / len(requests))
             self._events.run()

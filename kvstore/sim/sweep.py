@@ -61,13 +61,16 @@ def sweep(
     processes: int,
     progress: Progress | None = None,
     prefill: Prefill = REFERENCE,
+    enough: Callable[[list[dict[str, Any]]], bool] | None = None,
 ) -> list[dict[str, Any]]:
-    """One object a point, in their order: what `kvstore simulate --json` prints."""
+    """One object a point, in their order: what `kvstore simulate --json` prints. `enough`: of
+    the first points (`spread`); the others are left out."""
     return spread(
         len(points),
         lambda number, tell: _replay(trace, points[number], prefill, tell),
         processes,
         progress,
+        enough,
     )
 
 

@@ -39,6 +39,9 @@ class Request:
     """What its session does once it is answered, as a caller would know."""
     expected_ms: float | None = None
     """How long after this request its session makes the next, as its caller says."""
+    again_tokens: int | None = None
+    """Of the prompt, up to what nobody asked for before: said where the blocks are too large to
+    tell."""
 
     @property
     def blocks(self) -> int:

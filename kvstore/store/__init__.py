@@ -13,6 +13,7 @@ waits for a tier.
     suspicions  blocks in memory that clients say are damaged
     extents     memory and files that come and go
     vram        copies of hot blocks in GPUs' memory
+    straight    blocks that a drive writes there
     directory   what local clients search (`kvstore.listing`), kept in step
     costs       what was learned of this machine, kept
     recovery    what is found at a start

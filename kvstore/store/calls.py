@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
+from types import MappingProxyType
 
 from kvstore.clock import Clock
 from kvstore.config import StoreConfig
@@ -42,6 +43,7 @@ from kvstore.types import (
     ChainQuery,
     CommitAnswer,
     Hints,
+    Landing,
     LayoutSpec,
     LeaseGrant,
     Segment,
@@ -75,9 +77,11 @@ class Store:
         observer: StoreObserver,
         costs: Path | None = None,
         vram: Sequence[Vram] = (),
+        vram_refused: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         """Takes over the tiers: they are closed with the store. `costs`: the file in which
-        what was learned of this machine is kept. `vram`: GPUs whose memory is used."""
+        what was learned of this machine is kept. `vram`: GPUs whose memory is used.
+        `vram_refused`: of others that were to be, why it is not."""
         self.dram = dram
         self.epoch = secrets.token_bytes(8)
         self._nvme = nvme
@@ -117,12 +121,6 @@ class Store:
         self._waiting = Waiting(self._loop)
         self._directory = Directory(self._loop, self._listing)
         self._extents = Extents(self._loop, dram, nvme)
-        self._movement = Movement(self._loop, dram, nvme, self._extents)
-        self._suspicions = Suspicions(self._loop, dram)
-        self._wear = None if nvme is None else Wear(self._loop, nvme)
-        self._weighs = config.nvme_bytes_per_day > 0
-        self._upkeep = Upkeep(self._loop, self._movement, self._listing, self._wear)
-        self._costs = None if costs is None else Costs(self._loop, costs)
         self._gpus = Gpus(
             self._loop,
             [
@@ -133,10 +131,19 @@ class Store:
                     config.vram_capacity_bytes,
                     config.vram_reserve_bytes,
                     first_extent=1 + secrets.randbits(30),
+                    straight_from=nvme if config.vram_gpudirect else None,
+                    reads=MAX_RUNNING,
                 )
                 for each in vram
             ],
+            vram_refused,
         )
+        self._movement = Movement(self._loop, dram, nvme, self._extents, self._gpus)
+        self._suspicions = Suspicions(self._loop, dram)
+        self._wear = None if nvme is None else Wear(self._loop, nvme)
+        self._weighs = config.nvme_bytes_per_day > 0
+        self._upkeep = Upkeep(self._loop, self._movement, self._listing, self._wear)
+        self._costs = None if costs is None else Costs(self._loop, costs)
         self._loop.handle(RememberLayout, self._remember)
 
     # Life
@@ -152,7 +159,7 @@ class Store:
             self._wear.ask_before_moving()
         self._loop.execute()
         self._loop.spawn(self._upkeep.work())
-        for tier in Tier:
+        for tier in (Tier.DRAM, Tier.NVME):
             self._loop.spawn(self._extents.work(tier))
         self._gpus.start()
 
@@ -172,14 +179,15 @@ class Store:
         them."""
         await self._loop.close()
         self._listing.close()
-        answered = ended_within(CLOSE_S, self._gpus.close)
+        # First, for what is read straight ends in GPUs' memory.
+        answered = ended_within(CLOSE_S, self._close_nvme)
         if not answered:
-            log.error("a GPU does not answer; the memory there goes with the process")
-        if not ended_within(CLOSE_S, self._close_nvme):
             log.error(
                 "the NVMe tier does not answer and was left as it is: what was synced is found "
                 "again at the next start, as after a crash"
             )
+        if not ended_within(CLOSE_S, self._gpus.close):
+            log.error("a GPU does not answer; the memory there goes with the process")
             return False
         if answered:
             self.dram.close()
@@ -228,11 +236,14 @@ class Store:
             raise BadRequest(f"there is no extent {extent}")
         return self.dram.extent_fd(extent)
 
-    def open_vram(self, session: Session, gpu: str, layout_ids: Sequence[bytes]) -> VramHandout:
+    def open_vram(
+        self, session: Session, gpu: str, layout_ids: Sequence[bytes], reader: bytes = b""
+    ) -> VramHandout:
         """The table of what that GPU's memory has copies of (`device.mirrors`), for a process
-        that reads blocks of these layouts there. Raises `BadRequest` where the store has no
-        memory on it, `UnknownLayout`."""
-        return self._gpus.open(session, gpu, layout_ids)
+        that reads blocks of these layouts there, for who acquires as `reader`, in place of whom
+        it said so before. Raises `BadRequest` where the store has no memory on it,
+        `UnknownLayout`."""
+        return self._gpus.open(session, gpu, layout_ids, reader)
 
     def vram_extent(self, session: Session, gpu: str, extent: int) -> VramHandout:
         """An extent of the session's tenant there."""
@@ -271,6 +282,7 @@ class Store:
         chains: Sequence[ChainQuery],
         wait_ms: int,
         hints: Hints = NO_HINTS,
+        reader: bytes = b"",
     ) -> list[LeaseGrant]:
         """See the planner. Waits at most `wait_ms` for blocks to come up."""
         self._refuse_when_draining()
@@ -278,7 +290,7 @@ class Store:
         ticket = self._planner.acquire(
             session, chains,
             wait=wait_ms > 0, now_ns=now_ns, deadline_ns=now_ns + wait_ms * 1_000_000,
-            hints=hints,
+            hints=hints, reader=reader,
         )  # fmt: skip
         await self._waiting.wait(ticket, wait_ms / 1000)
         assert ticket.answer is not None
@@ -313,12 +325,27 @@ class Store:
         assert ticket.answer is not None
         return await self._with_memory(session, ticket.answer)
 
+    def land(
+        self,
+        session: Session,
+        layout_id: bytes,
+        slots: Sequence[int],
+        not_on: Collection[str] = (),
+    ) -> list[Landing]:
+        """See the planner. Whoever looks for what was there before finds it no more by the time
+        that this returns."""
+        now_ns = self._clock.now_ns()
+        landings = self._planner.land(session, layout_id, slots, not_on=not_on, now_ns=now_ns)
+        self._loop.execute()
+        return landings
+
     async def commit(
         self,
         session: Session,
         layout_id: bytes,
         segments: Sequence[Segment],
         reserve: int,
+        landed: Sequence[Landing] = (),
     ) -> CommitAnswer:
         """See the planner. `reserve`: slots to reserve in the same call. What is committed
         is published at once; then it waits until the slots' memory is there."""
@@ -328,6 +355,7 @@ class Store:
             segments,
             reserve=0 if self._draining else reserve,
             now_ns=self._clock.now_ns(),
+            landed=landed,
         )
         self._loop.execute()
         return answer._replace(slots=await self._with_memory(session, answer.slots))
@@ -356,11 +384,14 @@ class Store:
         self._loop.execute()
 
     def lease_view(self, session: Session, lease_id: int, index: int) -> memoryview:
-        """A leased block's bytes, `block_bytes` of them; not to be written."""
+        """A leased block's bytes, `block_bytes` of them; not to be written. Raises `BadRequest`
+        for one that is in a GPU's memory alone."""
         lease = self._planner.lease(session, lease_id)
         if not 0 <= index < len(lease.replicas):
             raise BadRequest(f"the lease has no block {index}")
         replica = lease.replicas[index]
+        if replica.tier is not Tier.DRAM:
+            raise BadRequest("the block is in a GPU's memory alone")
         return self.dram.view(replica.address, replica.block.layout.block_bytes).toreadonly()
 
     def slot_view(self, session: Session, slot_id: int) -> memoryview:
@@ -411,7 +442,10 @@ class Store:
 
     def stats(self, tenant: str | None = None) -> StoreStats:
         uptime_s = (self._clock.now_ns() - self._started_ns) / 1e9
-        return store_stats(self._planner, self._movement.moved_bytes, uptime_s, tenant)
+        return store_stats(
+            self._planner, self._movement.moved_bytes, uptime_s, tenant,
+            self._loop.nvme_off_because, self._gpus.stats(),
+        )  # fmt: skip
 
     def vram_stats(self) -> tuple[VramStats, ...]:
         return self._gpus.stats()

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 import xxhash
 
-from kvstore.tiers import codec
+from kvstore.device import codec
 from kvstore.tiers.base import BlockHeader, StorageTier
 from kvstore.types import LayoutSpec, align_up
 

@@ -27,7 +27,7 @@ class Extents:
         self._dram = dram
         self._nvme = nvme
         self._work: dict[Tier, asyncio.Queue[OpenExtent | CloseExtent]] = {
-            tier: asyncio.Queue() for tier in Tier
+            tier: asyncio.Queue() for tier in (Tier.DRAM, Tier.NVME)
         }
         # Those on their way, and those that will never come.
         self._lacking: dict[tuple[Tier, int], asyncio.Future[None]] = {}

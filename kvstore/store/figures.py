@@ -6,7 +6,15 @@ from collections.abc import Mapping, Sequence
 
 from kvstore.core.planner import Planner
 from kvstore.core.transfers import TransferClass
-from kvstore.types import EnduranceStats, LinkStats, StoreStats, Tier, TierStats, TransferStats
+from kvstore.types import (
+    EnduranceStats,
+    LinkStats,
+    StoreStats,
+    Tier,
+    TierStats,
+    TransferStats,
+    VramStats,
+)
 
 
 def store_stats(
@@ -14,6 +22,8 @@ def store_stats(
     moved_bytes: Mapping[Tier, Sequence[int]],
     uptime_seconds: float,
     tenant: str | None,
+    nvme_off_because: str,
+    vram: tuple[VramStats, ...],
 ) -> StoreStats:
     """`moved_bytes`: into each tier and out of it. `tenant_blocks` is for `tenant`."""
     counters, residency = planner.counters, planner.residency
@@ -32,6 +42,7 @@ def store_stats(
                 healthy=pool.tier is Tier.DRAM or residency.nvme_on,
                 stalled=pool.tier is Tier.NVME and residency.stalled,
                 stalls=residency.transfers.breaker.opened if pool.tier is Tier.NVME else 0,
+                off_because=nvme_off_because if pool.tier is Tier.NVME else "",
             )
             for pool in pools
         ),
@@ -44,6 +55,7 @@ def store_stats(
         committed_blocks=counters.committed_blocks,
         corrupt_blocks=residency.holdings.corrupt,
         tenant_blocks=0 if tenant is None else planner.catalog.tenant_blocks(tenant),
+        vram=vram,
     )
 
 

@@ -36,6 +36,7 @@ class StoreObserver(Protocol):
     def corrupt(self, tier: str) -> None: ...
     def tier_off(self, tier: str) -> None: ...
     def coded(self, codec: str, src: str, dst: str) -> None: ...
+    def straight_refused(self, gpu: str, reason: str) -> None: ...
 
 
 class Loop:
@@ -49,12 +50,16 @@ class Loop:
         self.slow_work: set[asyncio.Task[None]] = set()
         """Threads' work that makes slow progress beside a busy loop: chores wait for it."""
         self.closed = False
+        self.nvme_off_because = ""
+        """For people."""
         self._executor = executor
         # Apart: the others may all be waiting for a drive that hangs.
         self._memory_executor = ThreadPoolExecutor(1, "kvstore-memory")
         self._handlers: dict[type, Callable[[Any], None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._at_chores = False
+        self._looks: asyncio.TimerHandle | None = None
+        self._looks_ns = 0
         self._evictions = dict.fromkeys(Tier, 0)
 
     def handle(self, action: type[A], handler: Callable[[A], None]) -> None:
@@ -71,6 +76,25 @@ class Loop:
         if self.planner.chores and not self._at_chores:
             self._at_chores = True
             self.spawn(self._do_chores())
+        self._wake_in_time()
+
+    def _wake_in_time(self) -> None:
+        """Come back when the planner has to look how things get on. One timer; where it is
+        too early, it is set anew then."""
+        looks_ns = self.planner.looks_ns()
+        if looks_ns is None or self.closed:
+            return
+        if self._looks is not None:
+            if self._looks_ns <= looks_ns:
+                return
+            self._looks.cancel()
+        in_s = max(0, looks_ns - self.clock.now_ns()) / 1e9
+        self._looks = asyncio.get_running_loop().call_later(in_s, self._look)
+        self._looks_ns = looks_ns
+
+    def _look(self) -> None:
+        self._looks = None
+        self.execute()
 
     async def _do_chores(self) -> None:
         try:
@@ -116,6 +140,7 @@ class Loop:
         self.observer.io_error(op, errno.errorcode.get(error.errno, "OTHER"))
         if self.planner.residency.nvme_on:
             log.error("the NVMe tier failed and is switched off until a restart: %s", error)
+            self.nvme_off_because = str(error)
             self.observer.tier_off(Tier.NVME.label)
             self.planner.tier_failed(self.clock.now_ns())
             self.execute()
@@ -123,6 +148,8 @@ class Loop:
     async def close(self) -> None:
         """End all tasks. Threads may be at something still, see `wait_for_threads`."""
         self.closed = True
+        if self._looks is not None:
+            self._looks.cancel()
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()

@@ -20,6 +20,8 @@ from kvstore.store.coded import CodedBlocks
 from kvstore.store.complaints import Complaints
 from kvstore.store.extents import Extents
 from kvstore.store.loop import Loop
+from kvstore.store.straight import PlaceGone, Went
+from kvstore.store.vram import Gpus
 from kvstore.tiers.base import BlockHeader, MemoryTier, StorageTier
 from kvstore.types import Tier
 
@@ -32,7 +34,12 @@ and a few more for the tier's other work."""
 
 class Movement:
     def __init__(
-        self, loop: Loop, dram: MemoryTier, nvme: StorageTier | None, extents: Extents
+        self,
+        loop: Loop,
+        dram: MemoryTier,
+        nvme: StorageTier | None,
+        extents: Extents,
+        gpus: Gpus,
     ) -> None:
         self.unsynced = False
         """Something was written to NVMe or forgotten there that is not durable yet."""
@@ -43,7 +50,10 @@ class Movement:
         self._nvme = nvme
         self._coded = None if nvme is None else CodedBlocks(nvme)
         self._extents = extents
+        self._gpus = gpus
         self._to_forget: list[Replica] = []
+        self._latest_sync: asyncio.Task[None] | None = None
+        self._next_sync: asyncio.Task[None] | None = None
         self._complaints = Complaints(log, loop.clock)
         loop.handle(Move, self._begin)
         loop.handle(Forget, self._forget)
@@ -63,7 +73,9 @@ class Movement:
         now_ns = loop.clock.now_ns()
         seconds = (now_ns - began_ns) / 1e9 / len(copies)
         for copy, lacking in zip(copies, failures, strict=True):
-            failure, checksum = next(ends) if lacking is None else _End(lacking)
+            failure, checksum, straight = next(ends) if lacking is None else _End(lacking)
+            if straight is not None:
+                self._gpus.read_ended(copy, straight)
             if failure is None:
                 transfer_class = loop.planner.transfer_done(copy, now_ns, checksum)
                 self._note_done(copy, transfer_class, seconds)
@@ -73,6 +85,8 @@ class Movement:
 
     async def _lacking(self, copy: Copy) -> TierError | None:
         """Why the extent that a copy goes to will never be there."""
+        if copy.target.tier is Tier.VRAM:
+            return None
         try:
             await self._extents.opened(copy.target.tier, [copy.target.address])
         except TierError as error:
@@ -84,7 +98,7 @@ class Movement:
         ends: list[_End] = []
         for copy in copies:
             try:
-                ends.append(_End(None, self._move(copy)))
+                ends.append(self._move(copy))
             except Exception as error:  # noqa: BLE001
                 # The outermost point of a background task: whoever waits for this copy
                 # must hear of its end, even of one nobody foresaw.
@@ -95,6 +109,9 @@ class Movement:
         """`there`: the extent of its target is."""
         loop, source, target = self._loop, copy.source.tier, copy.target.tier
         corrupt = isinstance(failure, CorruptBlock)
+        if isinstance(failure, PlaceGone):
+            loop.planner.transfer_failed(copy, now_ns, source_corrupt=False, full=False)
+            return
         if corrupt:
             loop.observer.corrupt(source.label)
         elif isinstance(failure, TierFailed):
@@ -107,9 +124,17 @@ class Movement:
         full = there and isinstance(failure, TierFull)
         loop.planner.transfer_failed(copy, now_ns, source_corrupt=corrupt, full=full)
 
-    def _move(self, copy: Copy) -> int | None:
-        """Both replicas stay where they are meanwhile. The checksum of what is in the target
-        then, where a codec has made others of the bytes."""
+    def _move(self, copy: Copy) -> _End:
+        """Both replicas stay where they are meanwhile, but for a target in a GPU's memory. May
+        raise what an `_End` says."""
+        if copy.target.tier is not Tier.VRAM:
+            return _End(None, self._move_in_host(copy))
+        went = self._gpus.read(copy, _header(copy.target.block))
+        return _End(went.failure, straight=went)
+
+    def _move_in_host(self, copy: Copy) -> int | None:
+        """The checksum of what is in the target then, where a codec has made others of the
+        bytes."""
         assert self._nvme is not None
         assert self._coded is not None
         block = copy.target.block
@@ -193,12 +218,22 @@ class Movement:
         self.unsynced = True
 
     async def sync(self) -> None:
-        """Make durable what the NVMe tier was told so far."""
+        """Make durable what the NVMe tier was told so far. One at a time, as a drive may hang
+        and those who read from it need threads: all who ask meanwhile wait for the next one.
+        It goes on without who is not there any more."""
         if self._nvme is None or not self._loop.planner.residency.nvme_on:
             return
+        if self._next_sync is None:
+            self._next_sync = self._loop.spawn(self._sync_after(self._nvme, self._latest_sync))
+        await asyncio.shield(self._next_sync)
+
+    async def _sync_after(self, nvme: StorageTier, before: asyncio.Task[None] | None) -> None:
+        if before is not None:
+            await asyncio.wait((before,))
+        self._latest_sync, self._next_sync = self._next_sync, None
         self.unsynced = False
         try:
-            await self._loop.in_thread(self._nvme.sync)
+            await self._loop.in_thread(nvme.sync)
         except TierFull as error:
             log.warning("the NVMe index is full: %s", error)
         except TierFailed as error:
@@ -206,10 +241,12 @@ class Movement:
 
 
 class _End(NamedTuple):
-    """Of a copy: what went wrong, or else what `Movement._move` says."""
+    """Of a copy: what went wrong, or else what `Movement._move_in_host` says. `straight`: how it
+    went where it was to end in a GPU's memory."""
 
     failure: Exception | None
     checksum: int | None = None
+    straight: Went | None = None
 
 
 def _header(block: Block) -> BlockHeader:

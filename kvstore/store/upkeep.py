@@ -37,7 +37,6 @@ class Upkeep:
             self.ticked_ns = loop.clock.now_ns()
             self._listing.beat()
             now = asyncio.get_running_loop().time()
-            # One at a time: a drive may take long, and those who read from it need threads.
             due = now - synced_at >= SYNC_S and (syncing is None or syncing.done())
             if self._movement.unsynced and due:
                 synced_at = now

@@ -1,6 +1,6 @@
 """What the NVMe tier writes beside what it is asked for, and what it need not write again.
 
-The planner keeps the drive's budget (`core.endurance`), so it is told how much the tier has
+The planner keeps the drive's budget (`core.places.endurance`), so it is told how much the tier has
 written, and asked before blocks are written again to win room.
 """
 

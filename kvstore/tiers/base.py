@@ -19,6 +19,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+from kvstore.device.vram import StraightFile
+
+Fill = Callable[[StraightFile, int, int], int]
+"""Read so many bytes at an offset of a file into a GPU's memory, as `device.vram.Straight.fill`."""
+
 
 class BlockHeader(NamedTuple):
     """What a stored block says about itself, checked on every read.
@@ -135,6 +140,13 @@ class StorageTier(Protocol):
         of `into`, which starts at an aligned address. What follows them is left
         alone. Raises `CorruptBlock` when what is there is not that very block,
         bytes included; `into` is undefined then. Raises `TierFailed`."""
+        ...
+
+    def read_straight(self, address: int, header: BlockHeader, fill: Fill) -> None:
+        """Have `fill` read the payload of the block stored with `header`, and compare what it
+        answers with the checksum. Raises as `read`; `DeviceError` where the block was not read
+        straight, or not rightly: then it is there as before, for `read`. `fill` may be called
+        more than once; only what it did last counts, and only when this returns."""
         ...
 
     def forget(self, address: int, header: BlockHeader) -> None:

@@ -32,6 +32,7 @@ import threading
 from collections import deque
 
 from kvstore.errors import InternalError, TierFailed, TierFull
+from kvstore.tiers.descriptors import leave_some
 
 _log = logging.getLogger(__name__)
 
@@ -62,6 +63,7 @@ class _Extent:
     def __init__(self, nbytes: int) -> None:
         self.fd = os.memfd_create("kvstore-extent", os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC)
         try:
+            leave_some(self.fd)
             os.ftruncate(self.fd, nbytes)
             seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
             fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, seals)

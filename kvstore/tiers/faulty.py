@@ -37,6 +37,8 @@ class _Unsynced(NamedTuple):
 class MemoryFile:
     """A `DiskFile`."""
 
+    descriptor = None
+
     def __init__(self, nbytes: int) -> None:
         self.nbytes = nbytes
         self._data = bytearray(nbytes)
@@ -61,6 +63,9 @@ class MemoryFile:
 
     def fdatasync(self) -> None:
         self._unsynced.clear()
+
+    def before_close(self, call: Callable[[], None]) -> None:
+        return None
 
     def close(self) -> None:
         return None
@@ -185,7 +190,9 @@ class FaultAtCall:
 
 
 class FaultyFile:
-    """A `DiskFile` in front of another."""
+    """A `DiskFile` in front of another. No faults are in that one's descriptor."""
+
+    descriptor = None
 
     def __init__(
         self, file: DiskFile, plan: FaultPlan, rng: random.Random, pause: Callable[[float], None]
@@ -224,6 +231,9 @@ class FaultyFile:
     def fdatasync(self) -> None:
         if _begin(self._plan, "fdatasync", self._pause) is None:
             self._file.fdatasync()
+
+    def before_close(self, call: Callable[[], None]) -> None:
+        return None
 
     def close(self) -> None:
         self._file.close()

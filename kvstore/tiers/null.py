@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 
 from kvstore.errors import CorruptBlock, TierFull
-from kvstore.tiers.base import BlockHeader, RecoveredBlocks
+from kvstore.tiers.base import BlockHeader, Fill, RecoveredBlocks
 from kvstore.types import align_up
 
 
@@ -36,6 +36,9 @@ class NullStorage:
         raise TierFull("there is no tier here")
 
     def read(self, address: int, header: BlockHeader, into: memoryview) -> None:
+        raise CorruptBlock("there is no tier here")
+
+    def read_straight(self, address: int, header: BlockHeader, fill: Fill) -> None:
         raise CorruptBlock("there is no tier here")
 
     def forget(self, address: int, header: BlockHeader) -> None:

@@ -41,19 +41,20 @@ from kvstore.errors import (
     BadSize,
     CorruptBlock,
     DataUnusable,
+    DeviceError,
     InternalError,
     TierFailed,
     TierFull,
 )
 from kvstore.tiers import nvme_recovery, nvme_slot
-from kvstore.tiers.base import BlockHeader, RecoveredBlocks
-from kvstore.tiers.nvme_disk import Directory, Disk, direct_io_works, read_all, write_all
+from kvstore.tiers.base import BlockHeader, Fill, RecoveredBlocks
+from kvstore.tiers.nvme_disk import FULL, Directory, Disk, direct_io_works, read_all, write_all
 from kvstore.tiers.nvme_home import SMALL_FILES_BYTES, DataHome, unusable
 from kvstore.tiers.nvme_index import DAMAGED, Batch, Index, map_bytes_for, start_over
 from kvstore.tiers.nvme_log import Log, spare_segments
 from kvstore.tiers.nvme_segment import Geometry, Segment, numbers_of
 from kvstore.tiers.nvme_slot import Place
-from kvstore.types import ALIGNMENT
+from kvstore.types import ALIGNMENT, align_up
 
 _log = logging.getLogger(__name__)
 
@@ -61,7 +62,6 @@ BATCH_ENTRIES = 256
 _BATCH_ENTRIES_MAX = 4 * BATCH_ENTRIES
 """From here on a writer waits for the batch before it instead of adding to this one."""
 
-_FULL = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE))
 _MISUSE = frozenset((errno.EINVAL, errno.EBADF, errno.EFAULT))
 
 
@@ -251,11 +251,22 @@ class NvmeTier:
         self._check_usable()
         if len(into) < header.length:
             raise BadSize(f"room of {len(into)} bytes for a block of {header.length}")
+        self._find(address, lambda segment, place: self._read(segment, place, header, into))
+
+    def read_straight(self, address: int, header: BlockHeader, fill: Fill) -> None:
+        self._check_usable()
+        self._find(
+            address, lambda segment, place: self._read_straight(segment, place, header, fill)
+        )
+
+    def _find(self, address: int, read: Callable[[Segment, Place], bool]) -> None:
+        """`read` the block where it lies, and lies by then. It answers False where another is,
+        and raises `CorruptBlock` where none is. Raises `CorruptBlock`, `TierFailed`."""
         where = self._log.where(address)
         while where is not None:
             damage: CorruptBlock | None = None
             try:
-                if self._read(*where, header, into):
+                if read(*where):
                     return
             except CorruptBlock as error:
                 damage = error
@@ -288,6 +299,23 @@ class NvmeTier:
         if xxhash.xxh3_64_intdigest(into[:length]) != header.checksum:
             raise CorruptBlock("the payload fails its checksum")
         return True
+
+    def _read_straight(
+        self, segment: Segment, place: Place, header: BlockHeader, fill: Fill
+    ) -> bool:
+        """As `_read`. A payload that is not right may be the fault of what filled: no block is
+        given up before the processor has looked."""
+        begin = segment.offset(place.slot)
+        with self._scratch.take() as scratch:
+            if not read_all(segment.file, [scratch.header], begin):
+                raise CorruptBlock("the file ends before the block does")
+            if nvme_slot.decode_header_at(scratch.header, place).header != header:
+                return False
+        if fill(segment.file, begin + nvme_slot.HEADER_BYTES, header.length) == header.checksum:
+            return True
+        if not self._read(segment, place, header, nvme_slot.aligned(align_up(header.length))):
+            return False
+        raise DeviceError("what was read straight is not what the drive holds")
 
     def forget(self, address: int, header: BlockHeader) -> None:
         self._log.forget(address)
@@ -425,7 +453,7 @@ class NvmeTier:
     def _raise(self, doing: str, error: OSError, *, full: bool = True) -> NoReturn:
         code = error.errno or 0
         what = f"{doing} failed: {error.strerror}"
-        if full and code in _FULL:
+        if full and code in FULL:
             raise TierFull(what) from error
         if code in _MISUSE:
             raise InternalError(f"{what}; is the memory aligned to {ALIGNMENT}?") from error

@@ -13,15 +13,34 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
+from kvstore.tiers.descriptors import leave_some
 from kvstore.tiers.nvme_home import sync_directory
 from kvstore.types import ALIGNMENT
 
+FULL = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE))
+"""How a disk, or the machine, says that it has no room for more; EFBIG is of a limit on files'
+sizes (`ulimit -f`)."""
+
 
 class DiskFile(Protocol):
+    """Also a `device.vram.StraightFile`."""
+
     nbytes: int
+
+    @property
+    def descriptor(self) -> int | None:
+        """That of a file with O_DIRECT; None where there is none, or where what is behind it is
+        not what is read here."""
+        ...
+
+    def before_close(self, call: Callable[[], None]) -> None:
+        """`call` once, before the descriptor may be another file's. Not called where there is
+        no descriptor."""
+        ...
 
     def pwritev(self, buffers: list[memoryview], offset: int) -> int:
         """Bytes written, maybe fewer than asked for."""
@@ -49,9 +68,11 @@ class Disk(Protocol):
 
 
 class DirectoryFile:
-    def __init__(self, fd: int, nbytes: int) -> None:
+    def __init__(self, fd: int, nbytes: int, *, direct: bool) -> None:
         self.nbytes = nbytes
+        self.descriptor = fd if direct else None
         self._fd = fd
+        self._before_close: list[Callable[[], None]] = []
 
     def pwritev(self, buffers: list[memoryview], offset: int) -> int:
         return os.pwritev(self._fd, buffers, offset)
@@ -62,7 +83,13 @@ class DirectoryFile:
     def fdatasync(self) -> None:
         os.fdatasync(self._fd)
 
+    def before_close(self, call: Callable[[], None]) -> None:
+        self._before_close.append(call)
+
     def close(self) -> None:
+        self.descriptor = None
+        while self._before_close:
+            self._before_close.pop()()
         os.close(self._fd)
 
 
@@ -72,6 +99,7 @@ class Directory:
     def __init__(self, path: Path, *, direct: bool = True) -> None:
         """`direct=False` goes through the page cache."""
         self.path = path
+        self._direct = direct
         self._flags = os.O_RDWR | os.O_CLOEXEC | (os.O_DIRECT if direct else 0)
 
     def names(self) -> list[str]:
@@ -82,16 +110,17 @@ class Directory:
         path.unlink(missing_ok=True)
         fd = os.open(path, self._flags | os.O_CREAT | os.O_EXCL, 0o600)
         try:
+            leave_some(fd)
             os.posix_fallocate(fd, 0, nbytes)
         except OSError:
             os.close(fd)
             path.unlink(missing_ok=True)
             raise
-        return DirectoryFile(fd, nbytes)
+        return DirectoryFile(fd, nbytes, direct=self._direct)
 
     def open(self, name: str) -> DirectoryFile:
         fd = os.open(self.path / name, self._flags)
-        return DirectoryFile(fd, os.fstat(fd).st_size)
+        return DirectoryFile(fd, os.fstat(fd).st_size, direct=self._direct)
 
     def remove(self, name: str) -> None:
         (self.path / name).unlink(missing_ok=True)

@@ -22,7 +22,6 @@ where it lies.
 
 from __future__ import annotations
 
-import errno
 import itertools
 import logging
 import threading
@@ -37,7 +36,7 @@ import xxhash
 from kvstore.errors import CorruptBlock, InternalError, TierFull
 from kvstore.tiers import nvme_slot
 from kvstore.tiers.base import BlockHeader
-from kvstore.tiers.nvme_disk import Disk, read_all, write_all
+from kvstore.tiers.nvme_disk import FULL, Disk, read_all, write_all
 from kvstore.tiers.nvme_index import Batch, encode_record
 from kvstore.tiers.nvme_segment import Geometry, Segment, file_name
 from kvstore.tiers.nvme_slot import HEADER_BYTES, Place, Stored
@@ -325,8 +324,7 @@ class Log:
             try:
                 file = self._disk.create(file_name(number), self.geometry.file_bytes)
             except OSError as error:
-                full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-                if full and len(self.segments) > extents + _RESERVE:
+                if error.errno in FULL and len(self.segments) > extents + _RESERVE:
                     return
                 raise
             with self.lock:

@@ -7,24 +7,28 @@ tier behind another: losing it loses nothing.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable
 
-from kvstore.device.vram import Made, Vram
+from kvstore.device.vram import Made, Straight, Vram
 from kvstore.device.vram_stand_in import PREFIX, StandInVram
 from kvstore.errors import DeviceError, InternalError, NoDevice
 
 log = logging.getLogger(__name__)
 
 
-def open_all(gpus: Iterable[str]) -> list[Vram]:
-    """Those that can be used; of the others the log says why not."""
+def open_all(gpus: Iterable[str]) -> tuple[list[Vram], dict[str, str]]:
+    """Those that can be used, and why the others cannot."""
     opened: list[Vram] = []
+    refused: dict[str, str] = {}
     for gpu in gpus:
         try:
             opened.append(open_vram(gpu))
         except DeviceError as error:
             log.error("the memory of GPU %s is not used: %s", gpu, error)
-    return opened
+            refused[gpu] = str(error)
+    return opened, refused
 
 
 def open_vram(gpu: str) -> Vram:
@@ -40,29 +44,42 @@ def open_vram(gpu: str) -> Vram:
 
 class VramArena:
     """Takes the GPU's memory over. Every method but `extent_fd` may block, and raise
-    `DeviceError`. Of one thread at a time, but for `extent_fd`."""
+    `DeviceError`.
+
+    Threads. `deliver` and `write_now` are any thread's at any time, also of extents that are
+    being closed; what begins before is waited for by `close_extent`, what begins after finds no
+    extent. So no memory is unmapped that a copy goes into; and as these wait for nothing but the
+    GPU, neither does who closes. `extent_fd` is anybody's too. All else is one thread's at a time.
+    """
 
     def __init__(self, vram: Vram, extent_bytes: int) -> None:
         """`extent_bytes`: a power of two; more where the GPU deals in larger pieces."""
         self.vram = vram
         self.extent_bytes = max(extent_bytes, vram.granularity)
         self._open: dict[int, Made] = {}
+        self._copying: Counter[int] = Counter()
+        """Copies that are waited for, by extent."""
+        self._changed = threading.Condition()
 
     def free_bytes(self) -> int:
         """What nobody on the GPU has taken."""
         return self.vram.free_bytes()
 
     def open_extent(self, extent: int) -> None:
-        """Contents are undefined. Raises `DeviceFull`."""
+        """All of it is zero. Raises `DeviceFull`."""
         if extent in self._open:
             raise InternalError(f"extent {extent} is open already")
-        self._open[extent] = self.vram.make(self.extent_bytes)
+        made = self.vram.make(self.extent_bytes)
+        with self._changed:
+            self._open[extent] = made
 
     def close_extent(self, extent: int) -> None:
         """The memory is the GPU's again once every reader has closed it too."""
-        closed = self._open.pop(extent, None)
-        if closed is None:
-            raise InternalError(f"extent {extent} is not open")
+        with self._changed:
+            closed = self._open.pop(extent, None)
+            if closed is None:
+                raise InternalError(f"extent {extent} is not open")
+            self._changed.wait_for(lambda: extent not in self._copying)
         closed.free()
 
     def extent_fd(self, extent: int) -> int | None:
@@ -79,7 +96,37 @@ class VramArena:
         """See `Vram`."""
         self.vram.finish()
 
-    def close(self) -> None:
+    def deliver(self, address: int, straight: Straight, slot: int, nbytes: int) -> bool:
+        """Copy what was read straight into a slot of the arena; waited for. False where the
+        extent is closed: the place is nobody's."""
+        return self._copy(address, lambda made, at: straight.deliver(slot, made, at, nbytes))
+
+    def write_now(self, address: int, data: memoryview) -> bool:
+        """`deliver`, of what is in the host's memory."""
+        return self._copy(address, lambda made, at: made.write_now(at, data))
+
+    def _copy(self, address: int, copy: Callable[[Made, int], None]) -> bool:
+        extent, offset = divmod(address, self.extent_bytes)
+        with self._changed:
+            made = self._open.get(extent)
+            if made is None:
+                return False
+            self._copying[extent] += 1
+        try:
+            copy(made, offset)
+        finally:
+            with self._changed:
+                self._copying[extent] -= 1
+                if not self._copying[extent]:
+                    del self._copying[extent]
+                    self._changed.notify_all()
+        return True
+
+    def close_extents(self) -> None:
+        """Those that are open. The GPU may be used on."""
         for extent in list(self._open):
             self.close_extent(extent)
+
+    def close(self) -> None:
+        self.close_extents()
         self.vram.close()

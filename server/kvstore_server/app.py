@@ -16,6 +16,7 @@ import asyncio
 import json
 import logging
 import os
+import resource
 import secrets
 import time
 from collections.abc import Awaitable, Callable
@@ -31,6 +32,7 @@ from prometheus_client import CollectorRegistry
 from kvstore.clock import Clock, MonotonicClock
 from kvstore.config import Config, StoreConfig, parse_loopback, store_config
 from kvstore.errors import AddressInUse
+from kvstore.machine import Machine
 from kvstore.metrics import Metrics
 from kvstore.parts import MODELLED, find_device
 from kvstore.store import MAX_RUNNING, Store
@@ -61,6 +63,28 @@ def software_version() -> str:
         return metadata.version("tiered-kvstore")
     except metadata.PackageNotFoundError:
         return "0+unknown"
+
+
+def warn_of_too_little(sizes: StoreConfig, machine: Machine | None = None) -> None:
+    """Log what this process may not get as much of as it may come to need: it starts, and
+    fails when it is full."""
+    available = (machine or Machine()).available_memory_bytes()
+    if sizes.dram_capacity_bytes > available:
+        _log.warning(
+            "dram.capacity is %d bytes, but only %d of memory are available: before it is full, "
+            "the kernel may kill the server",
+            sizes.dram_capacity_bytes, available,
+        )  # fmt: skip
+    wanted = limits.SPARE_DESCRIPTORS + 2 * sizes.max_sessions
+    wanted += sizes.dram_capacity_bytes // sizes.extent_bytes
+    wanted += sizes.nvme_capacity_bytes // sizes.nvme_extent_bytes
+    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if wanted > allowed != resource.RLIM_INFINITY:
+        _log.warning(
+            "%d descriptors are allowed (ulimit -Hn), and %d may be needed: tiers leave the last "
+            "ones to clients and probes, and stay at their size then",
+            allowed, wanted,
+        )  # fmt: skip
 
 
 class App:
@@ -94,6 +118,7 @@ class App:
     async def _start(self) -> None:
         config = self.config
         sizes = store_config(config)
+        warn_of_too_little(sizes)
         claim = SocketClaim.take(config.socket_path, config.socket_mode)
         self._undo.callback(claim.release)
         await self._start_admin()
@@ -144,7 +169,13 @@ class App:
         if sizes.nvme_capacity_bytes:
             nvme = await self._open_nvme(sizes)
             self.metrics.watch_wear(nvme.wear, self._clock)
+        elif self.config.nvme.capacity == "auto":
+            _log.warning(
+                "too little disk is free at %s: blocks are kept in memory only",
+                self.config.nvme.path,
+            )
         try:
+            vram, vram_refused = await asyncio.to_thread(open_all, self.config.gpus)
             secret = nvme.secret() if nvme is not None else secrets.token_bytes(32)
             return Store(
                 config=sizes,
@@ -155,7 +186,8 @@ class App:
                 executor=ThreadPoolExecutor(MAX_RUNNING + _OTHER_THREADS, "kvstore-io"),
                 observer=self.metrics,
                 costs=None if nvme is None else self._costs(),
-                vram=await asyncio.to_thread(open_all, self.config.gpus),
+                vram=vram,
+                vram_refused=vram_refused,
             )
         except BaseException:
             if nvme is not None:
@@ -215,7 +247,6 @@ class App:
         if server.listen:
             self.tcp_port = self._endpoint.listen_tcp(*parse_loopback(server.listen))
         self._endpoint.listen_unix(self.config.socket_path, self.config.socket_mode)
-        await self._endpoint.start()
         self._attach = AttachServer(
             listen_seqpacket(self.config.attach_path, self.config.socket_mode),
             self.store,
@@ -225,6 +256,8 @@ class App:
             max_connections=server.max_sessions + limits.SPARE_CONNECTIONS,
         )
         self._undo.callback(self._attach.close)
+        # Last: to whom gRPC answers, and there is no attach socket, there is none for good.
+        await self._endpoint.start()
 
     async def _set_ready(self, ready: bool, why_not: str) -> None:
         self.health.ready = ready
@@ -253,7 +286,7 @@ class App:
 
     def busy(self) -> bool:
         """Calls are running."""
-        return not self._service.calls.idle
+        return self._service.calls.under_way > 0
 
     def hurry(self) -> None:
         """Let a `stop`, under way or to come, wait for nothing any more."""
@@ -266,7 +299,7 @@ class App:
         _log.info("draining")
         await self._set_ready(False, "draining")
         await self._patiently(lambda left: self.store.drain(left), deadline)
-        await self._patiently(lambda left: self._service.calls.wait_idle(), deadline)
+        await self._patiently(lambda left: self._service.wait_idle(), deadline)
         self._service.end_sessions()
         self._attach.close()
         await self._undo.aclose()

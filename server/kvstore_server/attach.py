@@ -207,7 +207,9 @@ class Connection:
     def _vram(self, request: VramRequest) -> None:
         if self._session is None:
             raise BadRequest("attach first")
-        handout = self._server.store.open_vram(self._session, request.gpu, request.layouts)
+        handout = self._server.store.open_vram(
+            self._session, request.gpu, request.layouts, request.reader
+        )
         self._send(VramReply(handout.extent_bytes), handout.descriptor)
 
     def _directory(self) -> None:

@@ -6,7 +6,6 @@ client sees INTERNAL, the log gets type and place, and nothing of the request.
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import logging
 import time
@@ -16,9 +15,9 @@ from typing import Any
 
 import grpc
 import grpc.aio
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 
-from kvstore.errors import KVStoreError
+from kvstore.errors import BadRequest, KVStoreError
 from kvstore.metrics import Metrics
 from kvstore.wire.v1 import kvstore_pb2 as pb
 from kvstore_server.callers import Caller, Context
@@ -56,31 +55,18 @@ class Calls:
     def __init__(self, metrics: Metrics, caller_of: Callable[[Context], Caller]) -> None:
         self._metrics = metrics
         self._caller_of = caller_of
-        self._running = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
-
-    @property
-    def idle(self) -> bool:
-        """No call is running."""
-        return self._idle.is_set()
-
-    async def wait_idle(self) -> None:
-        """Until no call is running."""
-        await self._idle.wait()
+        self.under_way = 0
+        """Calls that are running, streams included."""
 
     @contextmanager
     def running(self, name: str) -> Iterator[None]:
         """Around a call, from its request to its response."""
         began = time.perf_counter()
-        self._running += 1
-        self._idle.clear()
+        self.under_way += 1
         try:
             yield
         finally:
-            self._running -= 1
-            if not self._running:
-                self._idle.set()
+            self.under_way -= 1
             self._metrics.call_done(name, time.perf_counter() - began)
 
     def failed(self, name: str, error: Exception) -> WireError:
@@ -97,28 +83,39 @@ class Calls:
 
         `method`: its descriptor. `behaviour`: for a unary answer a function, plain
         or async, from (request, caller) to the response; for a stream an async
-        function of (request, caller, context) that writes to the context itself.
-        `codec` overrides the (de)serializers.
+        function of (request, caller, context) that writes to the context itself. A
+        stream of requests comes as serialized messages. `codec` overrides the
+        serializer.
         """
         codec = {
-            "request_deserializer": message_class(method.input_type).FromString,
             "response_serializer": message_class(method.output_type).SerializeToString,
             **codec,
         }
         name: str = method.name
+        parse = message_class(method.input_type).FromString
         waits = inspect.iscoroutinefunction(behaviour)
+
+        def read(request: Any) -> Any:
+            # Here, because gRPC takes what cannot be read for a fault of the server, and
+            # logs each.
+            if method.client_streaming:
+                return request
+            try:
+                return parse(request)
+            except DecodeError:
+                raise BadRequest(f"not a request of {name}") from None
 
         async def answer(request: Any, context: Context) -> Any:
             with self.running(name):
                 try:
-                    response = behaviour(request, self._caller_of(context))
+                    response = behaviour(read(request), self._caller_of(context))
                     return await response if waits else response
                 except Exception as error:  # noqa: BLE001 - the outermost frame of a call
                     await self._refuse(name, context, error)
 
         async def stream(request: Any, context: Context) -> None:
             try:
-                await behaviour(request, self._caller_of(context), context)
+                await behaviour(read(request), self._caller_of(context), context)
             except Exception as error:  # noqa: BLE001 - the outermost frame of a call
                 await self._refuse(name, context, error)
 

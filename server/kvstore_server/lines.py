@@ -7,7 +7,8 @@ tenth of what gRPC takes in Python (docs/decisions/0008).
 
 A client that closes its line while a call is waiting has left: the call is cancelled. A
 client that does not read its answers is not called on for more, and one that does not send
-the rest of a call has its line closed, because the part is kept in memory.
+the rest of a call has its line closed, because the part is kept in memory. So has one that
+sends a large call while more is kept of others than the server has memory for.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ class Lines:
     def __init__(self, methods: dict[str, UnaryMethod], calls: Calls) -> None:
         self.methods = {name.encode(): method for name, method in methods.items()}
         self.calls = calls
+        self.kept_bytes = 0
+        """Of calls that have not come whole or wait for their turn, on all lines."""
 
     def open(self, caller: Caller, on_end: Callable[[Line], None]) -> tuple[Line, socket.socket]:
         """A line for a caller, and the end to be given to it; both are the caller's to
@@ -57,6 +60,7 @@ class Line(asyncio.Protocol):
         self._on_end = on_end
         self._transport: asyncio.Transport | None = None
         self._received = bytearray()
+        self._kept_bytes = 0
         self._patience: asyncio.TimerHandle | None = None
         self._waiting: asyncio.Task[None] | None = None
         self._writable = True
@@ -70,6 +74,7 @@ class Line(asyncio.Protocol):
             return
         self._ended = True
         self._received.clear()
+        self._count_kept()
         self._patience_ends()
         if self._waiting is not None:
             self._waiting.cancel()
@@ -97,9 +102,18 @@ class Line(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         self._received += data
         self._advance()
-        if len(self._received) > _HEAD_BYTES + frames.MAX_FRAME_BYTES:
+        self._count_kept()
+        crowded = self._lines.kept_bytes > limits.MAX_KEPT_BYTES
+        if self._kept_bytes > _HEAD_BYTES + frames.MAX_FRAME_BYTES:
             # Whole calls that wait for the one under way: nobody does that by mistake.
             self.close()
+        elif crowded and self._kept_bytes > limits.SMALL_CALL_BYTES:
+            self.close()
+
+    def _count_kept(self) -> None:
+        kept_bytes = len(self._received)
+        self._lines.kept_bytes += kept_bytes - self._kept_bytes
+        self._kept_bytes = kept_bytes
 
     # Calls
 
@@ -125,6 +139,7 @@ class Line(asyncio.Protocol):
         name = bytes(received[_HEAD_BYTES : _HEAD_BYTES + name_bytes])
         message = bytes(received[_HEAD_BYTES + name_bytes : end])
         del received[:end]
+        self._count_kept()
         self._patience_ends()
         self._call(name, message)
         if received:
@@ -188,6 +203,7 @@ class Line(asyncio.Protocol):
     def _hang_up(self) -> None:
         """End it once what was said is sent."""
         self._received.clear()
+        self._count_kept()
         self._patience_ends()
         if self._transport is not None:
             self._transport.close()

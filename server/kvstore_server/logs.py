@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import time
 import traceback
 from datetime import UTC, datetime
 
@@ -44,6 +45,35 @@ class TextFormatter(logging.Formatter):
         return line
 
 
+class Repeats(logging.Filter):
+    """Warnings and errors that one place in the code says over and over: `BURST` of them in
+    `PERIOD_S`, and with the first one after that how many were left out (`left_out`)."""
+
+    BURST = 5
+    PERIOD_S = 10.0
+    MOST_PLACES = 1000
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: dict[tuple[str, int, str], tuple[float, int]] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno < logging.WARNING:
+            return True
+        now = time.monotonic()
+        # asyncio says everything in one place, each with what it is on the first line.
+        place = record.pathname, record.lineno, str(record.msg).partition("\n")[0]
+        since, count = self._said.pop(place, (now, 0))
+        if now - since >= self.PERIOD_S:
+            if count > self.BURST:
+                record.fields = {**getattr(record, "fields", {}), "left_out": count - self.BURST}
+            since, count = now, 0
+        if len(self._said) >= self.MOST_PLACES:
+            del self._said[next(iter(self._said))]
+        self._said[place] = since, count + 1
+        return count < self.BURST
+
+
 def describe_exception(error: BaseException) -> str:
     """Type and place, innermost last; never the text."""
     frames = traceback.extract_tb(error.__traceback__)[-8:]
@@ -55,6 +85,7 @@ def configure_logging(level: str) -> None:
     """Log to stderr from `level` ("debug" ... "error") on."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(TextFormatter() if sys.stderr.isatty() else JsonFormatter())
+    handler.addFilter(Repeats())
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())

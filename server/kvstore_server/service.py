@@ -27,10 +27,12 @@ from kvstore.types import (
     KEY_BYTES,
     MAX_HINT_BYTES,
     MAX_PRIORITY,
+    MAX_READER_BYTES,
     MAX_RETENTIONS,
     NO_REUSE,
     ChainQuery,
     Hints,
+    Landing,
     LayoutSpec,
     Retention,
     Reuse,
@@ -46,9 +48,11 @@ from kvstore_server.callers import Caller, Context, GrpcCaller
 from kvstore_server.calls import METHODS, SERVICE_NAME, Calls, UnaryMethod, message_class
 from kvstore_server.framing import frame_read, parse_write
 from kvstore_server.principals import Principals
+from kvstore_server.streams import Stream, Streams
 
 _STATES = {int(state): state for state in SessionState}
 _NO_END = 1 << 62
+_IDLE_POLL_S = 0.02
 _NUMBER_BYTES = 8
 """Of a column of numbers (`columns`)."""
 
@@ -74,13 +78,11 @@ class KVStoreService:
         self._metrics = metrics
         self._info = info
         self._ending = asyncio.Event()
+        self._streams = Streams(limits.MAX_STREAMS, limits.SESSION_STREAMS)
 
     def handlers(self) -> grpc.GenericRpcHandler[Any, Any]:
         """Every method of the .proto; one without a handler here fails at start."""
-        codecs: dict[str, dict[str, Any]] = {
-            "Read": {"response_serializer": None},
-            "Write": {"request_deserializer": None},
-        }
+        codecs: dict[str, dict[str, Any]] = {"Read": {"response_serializer": None}}
         handlers = {}
         for name, method in METHODS.items():
             codec = codecs.get(name, {})
@@ -101,6 +103,12 @@ class KVStoreService:
     def end_sessions(self) -> None:
         """End the streams that keep remote sessions open."""
         self._ending.set()
+
+    async def wait_idle(self) -> None:
+        """Until no call is running but streams with which nobody goes on."""
+        # Getting stuck is no event that could be waited for.
+        while self.calls.under_way > self._streams.stuck():  # noqa: ASYNC110
+            await asyncio.sleep(_IDLE_POLL_S)
 
     # Sessions and layouts
 
@@ -167,6 +175,7 @@ class KVStoreService:
             _chains(request.chains),
             _wait_ms(request.wait_ms),
             _hints(request),
+            _reader(request),
         )
         return pb.AcquireResponse(
             leases=[
@@ -224,11 +233,26 @@ class KVStoreService:
         )
         return pb.ReserveResponse(slots=_slots(grant))
 
+    def land(self, request: pb.LandRequest, caller: Caller) -> pb.LandResponse:
+        _check_blocks(len(request.slots) // _NUMBER_BYTES)
+        _check_gpus(len(request.not_on))
+        landings = self._store.land(
+            caller.session(), request.layout_id, unpack_numbers(request.slots), request.not_on
+        )
+        return pb.LandResponse(
+            landings=[
+                pb.Landing(gpu=each.gpu, addresses=pack_numbers(each.addresses))
+                for each in landings
+            ]
+        )
+
     async def commit(self, request: pb.CommitRequest, caller: Caller) -> pb.CommitResponse:
         _check_blocks(request.reserve)
+        _check_gpus(len(request.landed))
         answer = await self._store.commit(
-            caller.session(), request.layout_id, _segments(request), request.reserve
-        )
+            caller.session(), request.layout_id, _segments(request), request.reserve,
+            _landed(request),
+        )  # fmt: skip
         return pb.CommitResponse(outcomes=bytes(answer.outcomes), slots=_slots(answer.slots))
 
     def abort(self, request: pb.AbortRequest, caller: Caller) -> pb.AbortResponse:
@@ -241,11 +265,12 @@ class KVStoreService:
     async def read(self, request: pb.ReadRequest, caller: Caller, context: Context) -> None:
         session = caller.session()
         _check_count(len(request.indices))
-        for index in request.indices or range(_blocks_of(session, request.lease_id)):
-            await self._send_block(session, request.lease_id, index, context)
+        with self._streams.one(session.id) as stream:
+            for index in request.indices or range(_blocks_of(session, request.lease_id)):
+                await self._send_block(session, request.lease_id, index, context, stream)
 
     async def _send_block(
-        self, session: Session, lease_id: int, index: int, context: Context
+        self, session: Session, lease_id: int, index: int, context: Context, stream: Stream
     ) -> None:
         offset = 0
         while True:
@@ -257,13 +282,31 @@ class KVStoreService:
             offset += len(piece)
             self._metrics.bytes_read(len(piece))
             await context.write(framed)
+            stream.moved()
             if offset >= len(block):
                 return
 
     async def write(self, messages: AsyncIterator[bytes], caller: Caller) -> pb.WriteResponse:
         session = caller.session()
+        with self._streams.one(session.id) as stream:
+            receiving = asyncio.ensure_future(self._receive(messages, session, stream))
+            # Nobody asks for the outcome of one that is given up. It is not cancelled: it
+            # ends with the call, into which gRPC may be about to put a message.
+            receiving.add_done_callback(lambda end: end.cancelled() or end.exception())
+            while not receiving.done():
+                left_s = limits.WRITE_IDLE_S - stream.idle_s
+                if left_s <= 0:
+                    raise BadRequest(f"nothing was written for {limits.WRITE_IDLE_S:.0f} s")
+                await asyncio.wait((receiving,), timeout=left_s)
+            receiving.result()
+        return pb.WriteResponse()
+
+    async def _receive(
+        self, messages: AsyncIterator[bytes], session: Session, stream: Stream
+    ) -> None:
         current = offset = length = 0
         async for message in messages:
+            stream.moved()
             chunk = parse_write(message)
             if len(chunk.data) > limits.MAX_CHUNK_BYTES:
                 raise BadSize(f"a message carries at most {limits.MAX_CHUNK_BYTES} bytes of data")
@@ -279,7 +322,6 @@ class KVStoreService:
             offset += len(chunk.data)
             self._metrics.bytes_written(len(chunk.data))
         _check_whole(offset, length)
-        return pb.WriteResponse()
 
     # Administration
 
@@ -299,6 +341,7 @@ class KVStoreService:
                     healthy=tier.healthy,
                     stalled=tier.stalled,
                     stalls=tier.stalls,
+                    off_because=tier.off_because,
                 )
                 for tier in stats.tiers
             ],
@@ -311,6 +354,7 @@ class KVStoreService:
             committed_blocks=stats.committed_blocks,
             corrupt_blocks=stats.corrupt_blocks,
             tenant_blocks=stats.tenant_blocks,
+            vram=[pb.VramStats(**gpu._asdict()) for gpu in stats.vram],
         )
 
     async def clear(self, request: pb.ClearRequest, caller: Caller) -> pb.ClearResponse:
@@ -366,6 +410,12 @@ def _hints(request: pb.AcquireRequest) -> Hints:
     return Hints(priority, speed)
 
 
+def _reader(request: pb.AcquireRequest) -> bytes:
+    if len(request.reader) > MAX_READER_BYTES:
+        raise BadRequest(f"a reader's name has at most {MAX_READER_BYTES} bytes")
+    return request.reader
+
+
 def _reuse(told: pb.Chain | pb.Segment) -> Reuse:
     """What is said of the next use of blocks, once it is within bounds."""
     if not told.HasField("reuse"):
@@ -409,6 +459,13 @@ def _segments(request: pb.CommitRequest) -> list[Segment]:
     return segments
 
 
+def _landed(request: pb.CommitRequest) -> list[Landing]:
+    """The places of a commit, once they are within bounds."""
+    for each in request.landed:
+        _check_blocks(len(each.addresses) // _NUMBER_BYTES)
+    return [Landing(each.gpu, unpack_numbers(each.addresses)) for each in request.landed]
+
+
 def _slots(grant: SlotGrant) -> pb.Slots:
     return pb.Slots(
         first_slot=grant.first_slot,
@@ -420,6 +477,10 @@ def _slots(grant: SlotGrant) -> pb.Slots:
 def _check_count(count: int, most: int = limits.MAX_KEYS) -> None:
     if count > most:
         raise TooLarge(f"{count} items in one call; at most {most}")
+
+
+def _check_gpus(count: int) -> None:
+    _check_count(count, limits.MAX_GPUS)
 
 
 def _check_blocks(count: int) -> None:

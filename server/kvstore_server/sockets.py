@@ -19,10 +19,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from kvstore.config import ATTACH_SUFFIX
-from kvstore.errors import AddressInUse, AddressUnusable
+from kvstore.errors import AddressInUse, AddressUnusable, Unavailable
+from kvstore.local.ownership import make_directory
 
 CLAIM_SUFFIX = ".serving"
-ATTACH_BACKLOG = 64
+ATTACH_BACKLOG = 4096
+"""What a kernel allows by default (`net.core.somaxconn`): beyond it connects are refused
+at once, and all processes of a host may come in the same moment."""
 
 
 class SocketClaim:
@@ -38,9 +41,11 @@ class SocketClaim:
         """Claim `path`; a missing directory is made, closed to whom `mode` excludes.
         Raises `AddressInUse`, `AddressUnusable`."""
         try:
-            _make_directory(path.parent, mode)
+            make_directory(path.parent, mode)
             flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
             descriptor = os.open(f"{path}{CLAIM_SUFFIX}", flags, 0o600)
+        except Unavailable as error:
+            raise AddressUnusable(str(error)) from error
         except OSError as error:
             raise AddressUnusable(f"socket {path}: {error.strerror}") from error
         claim = cls(path, descriptor)
@@ -64,21 +69,6 @@ class SocketClaim:
         for path in (self.path, self.attach_path):
             path.unlink(missing_ok=True)
         os.close(self._descriptor)
-
-
-def _make_directory(directory: Path, mode: int) -> None:
-    """A directory that lets in whom a socket of `mode` lets in, and nobody else."""
-    if directory.is_dir():
-        # The default one is in /tmp for those without a runtime directory, and
-        # whoever owns a directory can put another socket in place of ours.
-        if directory.stat().st_uid not in (0, os.geteuid()):
-            raise AddressUnusable(f"directory {directory} belongs to another user")
-        return
-    group = 0o010 if mode & 0o070 else 0
-    others = 0o001 if mode & 0o007 else 0
-    directory.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-    directory.mkdir(exist_ok=True)
-    directory.chmod(0o700 | group | others)
 
 
 def _remove_stale(path: Path, kind: socket.SocketKind) -> None:

@@ -56,11 +56,11 @@ class Server:
         self._log = directory / "server.log"
         self.process: subprocess.Popen[bytes] | None = None
 
-    def start(self) -> None:
+    def start(self, *extra: str) -> None:
         command = [
             sys.executable, "-m", "kvstore_server", "--socket", str(self.socket),
             "--admin", "", "--dram-capacity", "512MiB", "--dram-extent", "16MiB",
-            "--nvme-path", str(self._data), "--nvme-capacity", "1GiB",
+            "--nvme-path", str(self._data), "--nvme-capacity", "1GiB", *extra,
         ]  # fmt: skip
         with self._log.open("ab") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log)

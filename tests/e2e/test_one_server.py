@@ -163,7 +163,10 @@ def test_a_salt_keeps_its_blocks_to_itself(engines: Pair, server: Server) -> Non
 
 
 def test_a_stopped_server_costs_one_short_wait(engines: Pair, server: Server) -> None:
-    text = prompt(31, LONG)
+    # It must be there: of what the directory has not, nothing is asked.
+    text, before = prompt(32, LONG), server.stats().tenant_blocks
+    engines.stored.generate(text)
+    stored(server, before + WHOLE // BLOCK)
     (right,) = engines.plain.generate(text)
     engines.stored.reset()
     seen = attachments(engines.stored)

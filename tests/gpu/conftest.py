@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from kvstore.device.cuda import CudaDriver
+from kvstore.device.cuda_vram import CudaVram
 from kvstore.errors import DeviceError
 
 
@@ -50,8 +51,13 @@ class _StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
             module.init_logger = logging.getLogger  # type: ignore[attr-defined]
 
 
+def stand_in_for_vllm() -> None:
+    """In place of a vLLM that there may be, too."""
+    sys.meta_path.insert(0, _StandIns())
+
+
 if importlib.util.find_spec("vllm") is None:
-    sys.meta_path.append(_StandIns())
+    stand_in_for_vllm()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -76,6 +82,14 @@ def torch() -> Any:
 def driver() -> Iterator[CudaDriver]:
     try:
         yield CudaDriver(0, _engine_stream)
+    except DeviceError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def vram(driver: CudaDriver) -> CudaVram:
+    try:
+        return CudaVram(driver)
     except DeviceError as error:
         pytest.skip(str(error))
 

@@ -8,9 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvstore.device.base import Memory, Piece
+from kvstore.device import codec
+from kvstore.device.base import Coding, Memory, Piece
+from kvstore.device.coding_kernels import DTYPES
 from kvstore.device.cuda import CudaDriver
 from kvstore.device.gpu import GpuDevice, Tuning
+from kvstore.types import CODECS, align_up
 from kvstore_benchmarks.gpu.rig import Rig
 
 ROOM = 32 << 20
@@ -60,6 +63,72 @@ def test_what_is_saved_is_loaded_elsewhere(
                 expected[target : target + piece.nbytes] = before[source : source + piece.nbytes]
         assert np.array_equal(plain, expected)
         del slots
+
+
+CODED_SHAPES = {
+    "one piece": [(0, 1 << 20, 1 << 20)],
+    "layers": [(layer << 20, 16 << 10, 16 << 10) for layer in range(31)],
+    "odd": [(6, 8206, 4096), (16 << 20, 130, 128)],
+}
+"""Pieces of whole groups; the last lie where a GPU does not like them."""
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("codec_name", CODECS)
+@pytest.mark.parametrize("shape", CODED_SHAPES)
+def test_coded_blocks_are_the_references_bytes(
+    driver: CudaDriver, shape: str, codec_name: str, dtype: str
+) -> None:
+    """Of random bits, so of every number of 16 bits there is, and what is none."""
+    coding = Coding(codec_name, dtype)
+    pieces = [Piece(*piece) for piece in CODED_SHAPES[shape]]
+    assert driver.can_code()
+    with closing(Rig(driver, ROOM)) as rig, closing(GpuDevice(driver)) as device:
+        blocks = device.blocks(Memory(rig.on_gpu, ROOM, rig), pieces, BLOCKS, coding)
+        slots = rig.slots(BLOCKS, blocks.block_bytes)
+        plain = np.frombuffer(rig.plain, np.uint8)
+        plain[:] = np.frombuffer(np.random.default_rng(0).bytes(ROOM), np.uint8)
+        expected = plain.copy()
+        rig.copy_plainly(to_gpu=True)
+        with closing(device.stream()) as stream:
+            stream.save(blocks, range(BLOCKS), slots).finish()
+            for block, slot in enumerate(slots):
+                assert bytes(slot) == code_and_bring_back(expected, pieces, block, coding)
+            stream.load(blocks, range(BLOCKS), slots).finish()
+            rig.copy_plainly(to_gpu=False)
+            assert np.array_equal(plain, expected)
+            # Within the GPU's memory, where what was coded once stays as it is.
+            each = align_up(blocks.block_bytes)
+            other = driver.allocate(BLOCKS * each)
+            places = [other + block * each for block in range(BLOCKS)]
+            stream.save_within(blocks, range(BLOCKS), places).finish()
+            order = np.random.default_rng(1).permutation(BLOCKS).tolist()
+            stream.load_within(blocks, order, places).finish()
+            driver.free(other)
+        rig.copy_plainly(to_gpu=False)
+        for from_, to in enumerate(order):
+            for source, target in zip(parts_of(pieces, from_), parts_of(pieces, to), strict=True):
+                assert np.array_equal(plain[target], expected[source])
+        del slots
+
+
+def parts_of(pieces: list[Piece], block: int) -> list[slice]:
+    starts = [(each.offset + block * each.stride, each.nbytes) for each in pieces]
+    return [slice(start, start + nbytes) for start, nbytes in starts]
+
+
+def code_and_bring_back(memory: Any, pieces: list[Piece], block: int, coding: Coding) -> bytes:
+    """By the reference, in place; what the block is coded to."""
+    parts = parts_of(pieces, block)
+    raw = np.concatenate([memory[part] for part in parts])
+    coded = bytearray(coding.nbytes(len(raw)))
+    codec.encode(*coding, raw.data, memoryview(coded))
+    codec.decode(*coding, memoryview(coded), raw.data)
+    at = 0
+    for part in parts:
+        memory[part] = raw[at : at + part.stop - part.start]
+        at += part.stop - part.start
+    return bytes(coded)
 
 
 def test_a_store_waits_for_the_engine_and_a_load_does(driver: CudaDriver, torch: Any) -> None:

@@ -12,6 +12,9 @@ as nobody promised that their removal was durable; but nothing from before a cle
 
 Memory fails too: now and then a bit of a leased block flips. Who reads it tells by the
 checksum and says so, and at times lies; once that is answered nobody is given it again.
+
+Most machines have a GPU, which blocks are read into straight. What a lease says is there only,
+and is not, is a miss; what is there is right.
 """
 
 from __future__ import annotations
@@ -42,7 +45,16 @@ from kvstore.tiers.memory import HeapMemory
 from kvstore.tiers.nvme import NvmeTier
 from kvstore.tiers.nvme_index import Index
 from kvstore.tiers.nvme_segment import Geometry
-from kvstore.types import ChainQuery, CommitOutcome, LayoutSpec, LeaseGrant, Segment, Tier
+from kvstore.types import (
+    GPU_ONLY,
+    ChainQuery,
+    CommitOutcome,
+    LayoutSpec,
+    LeaseGrant,
+    Segment,
+    Tier,
+)
+from tests.simulation.crashing_gpu import READER, CrashingGpu
 from tests.simulation.virtual import NoExecutor, VirtualLoop
 
 OPERATIONS = 2000
@@ -51,6 +63,8 @@ OPERATIONS = 2000
 EXTENT = 64 << 10
 CAPACITY = 4 << 20
 DRAM_SLOTS = 24
+DRAM_EXTENT = 4 * 12288
+VRAM = 16 * DRAM_EXTENT
 MAX_BLOCKS = 4096
 CLIENTS = 3
 CHAINS = 5
@@ -80,7 +94,10 @@ WILD: dict[str, dict[str, float]] = {
 }
 
 
-COUNTED = ("seeds", "operations", "hits", "restarts", "damage_found", "memory_damage_found")
+COUNTED = (
+    "seeds", "operations", "hits", "restarts", "damage_found", "memory_damage_found",
+    "gpu_hits", "gpu_misses",
+)  # fmt: skip
 
 
 class Wrong(AssertionError):
@@ -109,11 +126,12 @@ class Seen:
         self.corrupt_blocks[tier] += 1
 
     def io_error(self, op: str, errno_name: str) -> None:
-        if op in ("copy", "task"):
+        if op in ("copy", "task") and not errno_name.startswith("Device"):
             self.faults.append(errno_name)
 
     def tier_off(self, tier: str) -> None: ...
     def coded(self, codec: str, src: str, dst: str) -> None: ...
+    def straight_refused(self, gpu: str, reason: str) -> None: ...
 
 
 class Held(NamedTuple):
@@ -137,6 +155,10 @@ class Life:
         self.restarts = 0
         self.damage_found = 0
         self.memory_damage_found = 0
+        self.gpu_hits = 0
+        """Blocks that were read in a GPU's memory and are not in DRAM."""
+        self.gpu_misses = 0
+        """Those that were not there any more."""
         self.trace = xxhash.xxh3_64()
         self._home = home
         self._disk = MemoryDisk()
@@ -153,6 +175,9 @@ class Life:
         """Blocks in memory of which a bit flipped: address and checksum."""
         self._dropped: set[tuple[int, int]] = set()
         """Those that the store has since looked at."""
+        # Apart, so that a life is the same with a GPU or without.
+        self._luck = random.Random(seed)
+        self._gpu: CrashingGpu | None = None
         self._store: Store
         self._tier: NvmeTier
         self._loop: VirtualLoop
@@ -176,17 +201,29 @@ class Life:
         if not self._open(faults):
             self._crash()
             return
+        gpu = self._gpu = None
+        if self._luck.random() < 0.7:
+            path = self._home.with_name("gpu.json")
+            gpu = self._gpu = CrashingGpu(path, self._luck, VRAM)
         loop = self._loop = VirtualLoop(rng)
         asyncio.set_event_loop(loop)
         seen = Seen()
         self._store = Store(
-            config=StoreConfig(dram_capacity_bytes=0, lease_ms=60_000, max_blocks=MAX_BLOCKS),
+            config=StoreConfig(
+                dram_capacity_bytes=0,
+                lease_ms=60_000,
+                max_blocks=MAX_BLOCKS,
+                vram_capacity_bytes=VRAM // 2,
+                vram_reserve_bytes=DRAM_EXTENT,
+                vram_gpudirect=True,
+            ),
             clock=loop,
-            dram=HeapMemory(4 * 12288, DRAM_SLOTS * 4096),
+            dram=HeapMemory(DRAM_EXTENT, DRAM_SLOTS * 4096),
             nvme=self._tier,
             tenant_key=lambda tenant: tenant.encode(),
             executor=NoExecutor(),  # type: ignore[arg-type]
             observer=seen,
+            vram=[] if gpu is None else [gpu.vram],
         )
         try:
             loop.run(self._serve(ends))
@@ -200,9 +237,13 @@ class Life:
             died = loop.crashed
             loop.abandon()
             asyncio.set_event_loop(None)
+            if gpu is not None:
+                gpu.leave()
             if not self._tier._closed:
                 self._store._listing.close()
                 self._abandon_tier()
+                if gpu is not None:
+                    gpu.abandon(self._store)
         if died:
             self._crash()
         elif ends == "kill":
@@ -293,7 +334,11 @@ class Life:
         rng = self.rng
         session = self._store.open_session(self._tenants[number % len(self._tenants)], local=True)
         ids = [self._store.register_layout(session.tenant, spec) for spec in self._specs]
+        if self._gpu is not None:
+            self._gpu.is_read_by(self._store, session, ids)
         while self.done < self._budget:
+            if self._gpu is not None and self._luck.random() < 0.01:
+                self._gpu.whim()
             layout = rng.randrange(len(ids))
             base, length = rng.randrange(CHAINS), rng.randint(1, CHAIN)
             keys = [bytes([base, i]) + bytes(30) for i in range(length)]
@@ -355,27 +400,42 @@ class Life:
         dropped = frozenset(self._dropped)
         names = [(session.tenant, layout, key) for key in keys]
         asked = [self._held.get(name) for name in names]
-        grant = (await store.acquire(session, [ChainQuery([layout_id], keys)], wait_ms))[0]
+        reader = b"" if self._gpu is None else self._luck.choice([b"", READER, READER])
+        grants = await store.acquire(
+            session, [ChainQuery([layout_id], keys)], wait_ms, reader=reader
+        )
+        grant = grants[0]
         for index in range(grant.held):
             # It may tell of any moment of the call: others clear and store meanwhile.
             meanwhile = self._held.get(names[index]) != asked[index]
-            if self._is_right(session, grant, index, dropped):
+            data = self._data(session, layout, grant, index)
+            if data is not None and self._is_right(data, grant, index, dropped):
                 held = asked[index] if meanwhile else None
-                self._check(names[index], session, grant, index, asked=held)
+                self._check(names[index], data, asked=held)
         if grant.held:
             if self.rng.random() < 0.2:
                 await asyncio.sleep(self.rng.expovariate(1 / 0.01))
                 for index in range(grant.held):
-                    if self._is_right(session, grant, index, frozenset()):
-                        self._check(names[index], session, grant, index, again=True)
+                    data = self._data(session, layout, grant, index)
+                    if data is not None and self._is_right(data, grant, index, frozenset()):
+                        self._check(names[index], data, again=True)
             await self._let_memory_fail(session, layout, grant)
             store.release(session, [grant.lease_id])
 
+    def _data(self, session: Session, layout: int, grant: LeaseGrant, index: int) -> bytes | None:
+        """What is read of a block that is leased; None where a GPU has it no more."""
+        if grant.addresses[index] < GPU_ONLY:
+            return bytes(self._store.lease_view(session, grant.lease_id, index))
+        assert self._gpu is not None
+        data = self._gpu.read(session, grant, index, self._specs[layout].block_bytes)
+        self.gpu_hits += data is not None
+        self.gpu_misses += data is None
+        return data
+
     def _is_right(
-        self, session: Session, grant: LeaseGrant, index: int, dropped: frozenset[tuple[int, int]]
+        self, data: bytes, grant: LeaseGrant, index: int, dropped: frozenset[tuple[int, int]]
     ) -> bool:
         """As clients tell. `dropped`: what nobody may be given any more."""
-        data = self._store.lease_view(session, grant.lease_id, index)
         if xxhash.xxh3_64_intdigest(data) == grant.checksums[index]:
             return True
         block = grant.addresses[index], grant.checksums[index]
@@ -391,14 +451,18 @@ class Life:
         blocks = list(zip(grant.addresses, grant.checksums, strict=True))
         if rng.random() < 0.05:
             address, _ = block = rng.choice(blocks)
-            if block not in self._flipped:
+            if block not in self._flipped and address < GPU_ONLY:
                 self._flipped.add(block)
                 bit = rng.randrange(8 * self._specs[layout].block_bytes)
                 store.dram.view(address, (bit >> 3) + 1)[bit >> 3] ^= 1 << (bit & 7)
         damaged = []
         if self._flipped:
-            right = [self._is_right(session, grant, i, frozenset()) for i in range(grant.held)]
-            damaged = [block for block, well in zip(blocks, right, strict=True) if not well]
+            read = [self._data(session, layout, grant, i) for i in range(grant.held)]
+            damaged = [
+                block
+                for i, (block, data) in enumerate(zip(blocks, read, strict=True))
+                if data is not None and not self._is_right(data, grant, i, frozenset())
+            ]
         named = blocks if rng.random() < 0.02 else damaged
         if not named or rng.random() < 0.3:
             return
@@ -414,15 +478,12 @@ class Life:
     def _check(
         self,
         name: Name,
-        session: Session,
-        grant: LeaseGrant,
-        index: int,
+        data: bytes,
         *,
         again: bool = False,
         asked: Held | None = None,
     ) -> None:
         """`asked`: what might have been answered when it was, where that has changed."""
-        data = bytes(self._store.lease_view(session, grant.lease_id, index))
         version = int.from_bytes(data[:8], "little")
         self.trace.update(data[:8])
         if data != content(*name, version):
@@ -526,6 +587,8 @@ def main() -> int:
             total["restarts"] += life.restarts
             total["damage_found"] += life.damage_found
             total["memory_damage_found"] += life.memory_damage_found
+            total["gpu_hits"] += life.gpu_hits
+            total["gpu_misses"] += life.gpu_misses
     sys.stdout.write(json.dumps(total) + "\n")
     return 0
 

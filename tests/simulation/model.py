@@ -10,17 +10,30 @@ from __future__ import annotations
 
 import random
 
-from kvstore.core.actions import Answer, CloseExtent, Copy, Forget, Move, OpenExtent
+from kvstore.core.actions import (
+    Answer,
+    CloseExtent,
+    Copy,
+    Forget,
+    Mirrored,
+    Move,
+    OpenExtent,
+    Unmirrored,
+)
 from kvstore.core.catalog import Block
 from kvstore.core.chores import CHANGED, SEEN
 from kvstore.core.lifecycle import State
 from kvstore.core.limits import Limits
+from kvstore.core.places.mirrors import Mirrors, MirrorWork
+from kvstore.core.places.shares import NO_PLACE, Mirror
+from kvstore.core.places.vram_room import SETTLES_NS
 from kvstore.core.planner import Planner
 from kvstore.core.sessions import Session
 from kvstore.core.space import Space
 from kvstore.core.tickets import AcquireTicket, ClearTicket, ReserveTicket, Ticket
 from kvstore.types import (
     ALIGNMENT,
+    GPU_ONLY,
     NO_HINTS,
     NO_REUSE,
     OUTPUT,
@@ -37,7 +50,11 @@ from kvstore.types import (
 SLOT = ALIGNMENT
 LEASE_MS = 1_000
 RESERVATION_MS = 2_000
+MOST_WAITED_NS = 3_600_000_000_000
 GARBAGE = "garbage"
+PLENTY = 1 << 40
+"""Of a GPU's memory, free."""
+READERS = (b"one", b"another")
 
 
 def tenant_key(tenant: str) -> bytes:
@@ -92,12 +109,13 @@ class Shell:
     def __init__(self, planner: Planner) -> None:
         self.planner = planner
         self.now_ns = 1_000_000_000
-        self.memory: dict[Tier, dict[int, object]] = {Tier.DRAM: {}, Tier.NVME: {}}
+        self.memory: dict[Tier, dict[int, object]] = {tier: {} for tier in Tier}
         self.extents: dict[Tier, set[int]] = {Tier.DRAM: set(), Tier.NVME: set()}
         self.copies: list[Copy] = []
         self.forgets: list[Forget] = []
         self.answered: list[Ticket] = []
         self.chores_by_hand = False
+        self.gpus: list[ModelGpu] = []
 
     def run(self) -> None:
         self._carry_out()
@@ -121,8 +139,16 @@ class Shell:
                         self.extents[tier].remove(extent)
                     case Move(copies):
                         for copy in copies:
-                            self.memory[copy.target.tier][copy.target.address] = GARBAGE
+                            # What is read straight comes to its place when all of it is read.
+                            if copy.target.tier is not Tier.VRAM:
+                                self.memory[copy.target.tier][copy.target.address] = GARBAGE
                         self.copies += copies
+                    case Mirrored(on, mirror):
+                        for gpu in self.gpus:
+                            gpu.listed(on, mirror)
+                    case Unmirrored(on, mirror):
+                        for gpu in self.gpus:
+                            gpu.struck(on, mirror)
                     case Forget():
                         self.forgets.append(action)
                     case Answer(ticket):
@@ -138,7 +164,7 @@ class Shell:
 
     def end_copy(self, index: int = 0, *, fail: bool = False, full: bool = False) -> None:
         copy = self.copies.pop(index)
-        if fail or full:
+        if fail or full or copy.target.address == NO_PLACE:
             self.planner.transfer_failed(copy, self.now_ns, full=full)
         else:
             source = self.memory[copy.source.tier][copy.source.address]
@@ -240,17 +266,108 @@ class Shell:
         wait: bool = False,
         within_ms: float | None = None,
         hints: Hints = NO_HINTS,
+        reader: bytes = b"",
     ) -> AcquireTicket:
         deadline_ns = None if within_ms is None else self.now_ns + int(within_ms * 1e6)
         ticket = self.planner.acquire(
             session, [ChainQuery(layout_ids, keys)],
-            wait=wait, now_ns=self.now_ns, deadline_ns=deadline_ns, hints=hints,
+            wait=wait, now_ns=self.now_ns, deadline_ns=deadline_ns, hints=hints, reader=reader,
         )  # fmt: skip
         self.run()
         return ticket
 
     def held(self, session: Session, layout_id: bytes, keys: list[bytes]) -> int:
         return self.planner.lookup(session.tenant, ChainQuery([layout_id], keys)).held
+
+
+class ModelGpu:
+    """A GPU's memory, the table of what is there, and the thread that works on it."""
+
+    def __init__(self, shell: Shell, name: str, slots: int, first_extent: int = 1) -> None:
+        extent = shell.planner.residency.dram.space.extent_bytes
+        space = Space(slots * SLOT, extent, first_extent=first_extent)
+        self.mirrors = Mirrors(shell.planner.holdings, space, extent, name)
+        self.table: dict[int, tuple[int, int]] = {}
+        """By what a block is listed as: where it lies, and its checksum."""
+        self.open: set[int] = set()
+        self.under_way: MirrorWork | None = None
+        self.lost = False
+        self._shell = shell
+        shell.gpus.append(self)
+        shell.planner.holdings.mirrors.append(self.mirrors)
+
+    @property
+    def memory(self) -> dict[int, object]:
+        return self._shell.memory[Tier.VRAM]
+
+    def listed(self, on: Mirrors, mirror: Mirror) -> None:
+        if on is not self.mirrors:
+            return
+        assert mirror.listed_as not in self.table, "a block has two rows"
+        assert mirror.block.checksum is not None
+        self.table[mirror.listed_as] = mirror.address, mirror.block.checksum
+
+    def struck(self, on: Mirrors, mirror: Mirror) -> None:
+        if on is not self.mirrors:
+            return
+        place, _ = self.table.pop(mirror.listed_as)
+        assert place == mirror.address
+
+    def read(self, listed_as: int, checksum: int) -> object:
+        """As workers do: None where it is not there."""
+        place, of = self.table.get(listed_as, (NO_PLACE, None))
+        return self.memory[place] if of == checksum else None
+
+    def check(self) -> None:
+        """What the table says is so, whoever would read it now."""
+        for listed_as, (place, checksum) in self.table.items():
+            assert place // self.mirrors.space.extent_bytes in self.open, "memory that went back"
+            assert self.memory[place] == checksum, "other bytes than the table says"
+            assert listed_as < GPU_ONLY or listed_as == GPU_ONLY | place
+
+    def begin(self, free: int = PLENTY) -> None:
+        if not self.lost:
+            work = self.under_way = self.mirrors.work(free, self._shell.now_ns)
+            self._shell.run()
+            for mirror in work.copies:
+                self.memory[mirror.address] = GARBAGE
+
+    def end(self, *, well: bool = True, opened: bool = True) -> None:
+        work, self.under_way = self.under_way, None
+        if work is None:
+            return
+        self.open -= set(work.closes)
+        if opened:
+            self.open |= set(work.opens)
+            for _ in work.opens:
+                self.mirrors.opened()
+        for mirror in work.copies:
+            source = self._shell.memory[Tier.DRAM][mirror.source.address]
+            there = opened or self.mirrors.space.extent_of(mirror.address) not in work.opens
+            right = well and there and source == mirror.block.checksum
+            if right:
+                self.memory[mirror.address] = source
+            self.mirrors.ended(mirror, well=right)
+        for extent in () if opened else work.opens:
+            self.mirrors.not_opened(extent, self._shell.now_ns)
+        self._shell.run()
+
+    def lose(self) -> None:
+        if self.under_way is None:
+            self.lost = True
+            self.mirrors.lost()
+            self._shell.run()
+
+    def wind_down(self) -> None:
+        """Nobody reads there any more, and nothing is left."""
+        for _ in range(2):
+            self.end()
+            self._shell.now_ns += SETTLES_NS
+            self.begin()
+        self.end()
+        assert not self.table
+        assert not self.mirrors.space.used_bytes, "a place leaked"
+        assert not self.mirrors.space.classes(), "an extent leaked"
 
 
 class RandomLife:
@@ -291,6 +408,15 @@ class RandomLife:
         # Reservations, and what was last written into each slot.
         self.writing: list[tuple[ReserveTicket, dict[int, int]]] = []
         self.reading: list[tuple[AcquireTicket, bytes, list[bytes]]] = []
+        # Apart too: a life is the same with GPUs or without.
+        self.luck = luck = random.Random(seed)
+        extents = 1
+        for number in range(luck.choice([0, 1, 1, 2])):
+            gpu = ModelGpu(self.shell, f"gpu{number}", luck.choice([8, 16]), extents)
+            gpu.mirrors.straight_bytes = luck.choice([SLOT, 2 * SLOT, 2 * SLOT])
+            extents += 1000
+        self.gpu_only = 0
+        """Blocks read in a GPU's memory that are not in DRAM."""
 
     def step(self) -> None:
         moves = [
@@ -300,8 +426,14 @@ class RandomLife:
             self.flush, self.patience, self.doubt, self.do_chores, self.lose_nvme,
         ]  # fmt: skip
         self.rng.choice(moves)()
+        if self.luck.random() < 0.4:
+            self.luck.choice([self.store, self.ask, self.ask, self.drop_clean, self.end_copy])()
+        if self.shell.gpus and self.luck.random() < 0.5:
+            self.luck.choice([self.gpu_works, self.gpu_works, self.gpu_is_read, self.gpu_fails])()
         self.shell.run()
         self.shell.planner.check_integrity()
+        for gpu in self.shell.gpus:
+            gpu.check()
 
     def some_session(self) -> Session:
         if not self.sessions:
@@ -322,9 +454,16 @@ class RandomLife:
     def disconnect(self) -> None:
         if self.sessions and self.rng.random() < 0.3:
             session = self.sessions.pop(self.rng.randrange(len(self.sessions)))
+            self._read_no_more(session)
             self.shell.planner.close_session(session)
             self.writing = [w for w in self.writing if w[0].session is not session]
             self.reading = [r for r in self.reading if r[0].session is not session]
+
+    def _read_no_more(self, session: Session) -> None:
+        for layout_id in self.layouts[session.tenant]:
+            layout_ = self.shell.planner.catalog.layout(session.tenant, layout_id)
+            for gpu in self.shell.gpus:
+                gpu.mirrors.reads_no_more(layout_, session)
 
     def reserve(self) -> None:
         session = self.some_session()
@@ -353,11 +492,45 @@ class RandomLife:
                 self.shell.memory[Tier.DRAM][address] = self.next_value
         self._commit(ticket, written)
 
-    def _commit(self, ticket: ReserveTicket, written: dict[int, int]) -> None:
+    def store(self) -> None:
+        """Write a chain, and commit it from its first block on, while others hold little."""
+        while len(self.writing) > 2:
+            self.abort()
+        session = self.some_session()
+        keys = chain(self.luck.randrange(3), self.luck.randint(1, 8))
+        layout_id = self.luck.choice(self.layouts[session.tenant])
+        ticket = self.shell.reserve(session, layout_id, len(keys))
+        written: dict[int, int] = {}
+        if ticket.answer is not None:
+            for slot, address in enumerate(ticket.answer.addresses, ticket.answer.first_slot):
+                self.next_value += 1
+                written[slot] = self.next_value
+                self.shell.memory[Tier.DRAM][address] = self.next_value
+            self._commit(ticket, written, keys)
+            self.shell.planner.abort(session, list(written))
+
+    def ask(self) -> None:
+        """For what somebody has stored, perhaps."""
+        session = self.some_session()
+        layout_id = self.luck.choice(self.layouts[session.tenant])
+        keys = chain(self.luck.randrange(3), self.luck.randint(1, 8))
+        if len(session.leases) < 32:
+            reader = self.luck.choice([b"", *READERS])
+            ticket = self.shell.acquire(session, [layout_id], keys, wait=True, reader=reader)
+            self.reading.append((ticket, layout_id, keys))
+
+    def drop_clean(self) -> None:
+        if self.nvme and self.shell.planner.residency.nvme_on and self.luck.random() < 0.3:
+            self.shell.planner.flush(None, drop=True)
+
+    def _commit(
+        self, ticket: ReserveTicket, written: dict[int, int], chain_: list[bytes] | None = None
+    ) -> None:
+        """`chain_`: to be committed from its root on."""
         session, layout_id = ticket.session, ticket.layout.layout_id
         ready = [s for s in written if s in session.slots and not session.slots[s].expired]
-        keys = self.some_chain()
-        start = self.rng.randrange(len(keys))
+        keys = self.some_chain() if chain_ is None else chain_
+        start = self.rng.randrange(len(keys)) if chain_ is None else 0
         slots = self.rng.sample(ready, min(len(ready), len(keys) - start))
         if not slots:
             return
@@ -401,6 +574,7 @@ class RandomLife:
         ticket = self.shell.acquire(
             session, [layout_id], keys, wait=self.rng.random() < 0.7,
             within_ms=self.rng.choice([None, 0.2, 5.0, 5000.0]), hints=hints,
+            reader=self.luck.choice([b"", *READERS, *READERS]),
         )  # fmt: skip
         self.reading.append((ticket, layout_id, keys))
 
@@ -411,7 +585,9 @@ class RandomLife:
             if grant is None or grant.lease_id not in ticket.session.leases:
                 continue
             for i in range(grant.held):
-                value = self.shell.memory[Tier.DRAM][grant.addresses[i]]
+                value = self._value(grant.addresses[i], grant.checksums[i])
+                if value is None:
+                    continue
                 assert value == grant.checksums[i], "a lease shows other bytes than committed"
                 name = (ticket.session.tenant, layout_id, keys[i])
                 assert value in self.committed[name], "a lease shows another block"
@@ -421,6 +597,46 @@ class RandomLife:
             if ticket.answer is not None:
                 self.reading.pop(index)
                 self.shell.planner.release(ticket.session, [ticket.answer[0].lease_id])
+
+    def _value(self, address: int, checksum: int) -> object:
+        """What who has a lease reads; None where a GPU has it no more, and nobody else."""
+        if address < GPU_ONLY:
+            return self.shell.memory[Tier.DRAM][address]
+        for gpu in self.shell.gpus:
+            if (value := gpu.read(address, checksum)) is not None:
+                self.gpu_only += 1
+                return value
+        return None
+
+    def gpu_works(self) -> None:
+        gpu = self.luck.choice(self.shell.gpus)
+        if gpu.under_way is None:
+            gpu.begin(self.luck.choice([0, SLOT, PLENTY, PLENTY, PLENTY, PLENTY]))
+        else:
+            gpu.end(well=self.luck.random() < 0.9, opened=self.luck.random() < 0.95)
+
+    def gpu_is_read(self) -> None:
+        """Somebody reads blocks on a GPU, under this name or that."""
+        if not self.sessions:
+            return
+        session = self.luck.choice(self.sessions)
+        gpu = self.luck.choice(self.shell.gpus)
+        reader = self.luck.choice([b"", *READERS, *READERS, *READERS])
+        if gpu.lost:
+            return
+        for layout_id in self.layouts[session.tenant]:
+            layout_ = self.shell.planner.catalog.layout(session.tenant, layout_id)
+            if self.luck.random() < 0.9:
+                gpu.mirrors.reads(layout_, session, self.shell.now_ns, reader)
+            else:
+                gpu.mirrors.reads_no_more(layout_, session)
+
+    def gpu_fails(self) -> None:
+        gpu = self.luck.choice(self.shell.gpus)
+        if self.luck.random() < 0.02:
+            gpu.lose()
+        elif self.luck.random() < 0.02:
+            gpu.mirrors.straight_bytes = 0
 
     def end_copy(self) -> None:
         if self.shell.copies:
@@ -484,9 +700,10 @@ class RandomLife:
 
     def doubt(self) -> None:
         """What was predicted does not come about."""
-        for ticket, _, _ in self.reading:
-            if ticket.doubt_ns is not None and self.rng.random() < 0.5:
-                self.shell.planner.doubt(ticket, self.shell.now_ns)
+        looks_ns = self.shell.planner.looks_ns()
+        if looks_ns is not None:
+            assert looks_ns - self.shell.now_ns < MOST_WAITED_NS
+            self.shell.now_ns = max(self.shell.now_ns, looks_ns)
 
     def patience(self) -> None:
         """Somebody's patience ends."""
@@ -500,14 +717,23 @@ class RandomLife:
         """Let go of what the test itself remembers."""
         for memory in (self.reading, self.writing, self.clears, self.shell.answered):
             memory.clear()
+        # And of the few that were looked at last for one to leave.
+        for tenant, layouts in self.layouts.items():
+            for layout_id in layouts:
+                space_class = self.shell.planner.catalog.layout(tenant, layout_id).dram_class
+                while self.shell.planner.residency.dram.passed_over(space_class) is not None:
+                    pass
 
     def wind_down(self) -> None:
         """All clients leave and everything ends: nothing may be left behind."""
         self.shell.chores_by_hand = False
         for session in list(self.sessions):
+            self._read_no_more(session)
             self.shell.planner.close_session(session)
         self.shell.run()
         self.shell.settle()
+        for gpu in self.shell.gpus:
+            gpu.wind_down()
         self.shell.planner.check_integrity()
         planner = self.shell.planner
         assert planner.open_sessions == planner.open_leases == planner.open_reservations == 0

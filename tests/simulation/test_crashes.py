@@ -53,6 +53,7 @@ def convince(total: dict[str, int], seeds: int) -> None:
     assert total["restarts"] > 2 * seeds
     assert total["damage_found"] > seeds // 2
     assert total["memory_damage_found"] > seeds // 2
+    assert total["gpu_hits"] > 5 * seeds
 
 
 @pytest.mark.slow

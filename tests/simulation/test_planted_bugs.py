@@ -26,6 +26,7 @@ SLOT = "tests/unit/tiers/test_nvme_slot.py"
 TIER_CRASHES = "tests/simulation/test_tier_crashes.py"
 NTH_CALL = "tests/simulation/test_nth_call.py"
 CRASHES = "tests/simulation/test_crashes.py"
+STRAIGHT = "tests/unit/core/test_straight.py"
 CORE = "tests/simulation/test_random_lives.py tests/unit/core"
 
 
@@ -150,10 +151,10 @@ BUGS = {
         CRASHES + " tests/unit/test_naming.py",
     ),
     "a lease is not released": Bug(
-        "kvstore/core/leases.py", "        self._let_go(lease.replicas)\n", "", CORE
+        "kvstore/core/calls/leases.py", "        self.let_go(lease.replicas)\n", "", CORE
     ),
     "a slot is used again under a lease": Bug(
-        "kvstore/core/dram_room.py",
+        "kvstore/core/places/dram_room.py",
         "        if replica.pins:\n            return Verdict.IN_USE\n",
         "",
         CORE,
@@ -166,7 +167,7 @@ BUGS = {
     ),
     "what a client spoiled is made durable": Bug(
         "kvstore/store/movement.py",
-        "if xxhash.xxh3_64_intdigest(slot[: header.length]) != header.checksum:",
+        "if xxhash.xxh3_64_intdigest(slot[: layout.block_bytes]) != block.checksum:",
         "if False:",
         "tests/unit/test_store.py",
     ),
@@ -194,8 +195,31 @@ BUGS = {
         "        if True:\n            del fields",
         "tests/unit/test_store_coded.py",
     ),
+    "what NVMe has no more is found on a GPU": Bug(
+        "kvstore/core/places/holdings.py",
+        "        for mirrors in self.mirrors:\n            mirrors.goes(replica)\n",
+        "        for mirrors in self.mirrors if replica.tier is Tier.DRAM else ():\n"
+        "            mirrors.goes(replica)\n",
+        STRAIGHT,
+    ),
+    "what two GPUs read under one name is read straight": Bug(
+        "kvstore/core/places/straight.py", "len(named) == 1", "named", STRAIGHT
+    ),
+    "a place is another's while a drive is being read for it": Bug(
+        "kvstore/core/places/vram_room.py",
+        "            mirror.apply(Event.ABANDON)\n            return\n",
+        "            mirror.apply(Event.ABANDON)\n            self._free(mirror)\n"
+        "            mirror.address = NO_PLACE\n            return\n",
+        STRAIGHT,
+    ),
+    "what arrives after its memory went is named": Bug(
+        "kvstore/core/places/vram_room.py",
+        "        if mirror.state is State.FILLING:\n            self.drop(mirror)\n",
+        "",
+        STRAIGHT,
+    ),
     "what is damaged in memory is given out again": Bug(
-        "kvstore/core/suspects.py",
+        "kvstore/core/calls/suspects.py",
         "        if damaged and is_ready(replica):\n            self._holdings.damaged(replica)\n",
         "",
         CRASHES,

@@ -7,6 +7,7 @@ import gc
 import pytest
 
 from kvstore.core.catalog import Block, DramReplica, NvmeReplica
+from kvstore.core.places.shares import Mirror
 from tests.simulation.model import RandomLife
 
 SEEDS = 300
@@ -52,5 +53,5 @@ def test_what_ends_is_freed_without_a_garbage_collection() -> None:
 
 def _residents() -> list[object]:
     # By type, as isinstance asks each object, and a library's may warn or do worse.
-    kinds = (Block, DramReplica, NvmeReplica)
+    kinds = (Block, DramReplica, Mirror, NvmeReplica)
     return [o for o in gc.get_objects() if type(o) in kinds]

@@ -13,12 +13,12 @@ from collections.abc import Callable
 from typing import Any
 
 from kvstore.tiers.faulty import Crash
-from kvstore_benchmarks import virtual
+from tests.simulation.timeless import TimelessLoop
 
 HANG_S = 20.0
 
 
-class VirtualLoop(virtual.VirtualLoop):
+class VirtualLoop(TimelessLoop):
     def __init__(self, rng: random.Random) -> None:
         super().__init__()
         self.crashed = False

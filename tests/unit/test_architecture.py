@@ -2,6 +2,7 @@
 
     types, errors, config, clock <- core <- store <- server
     local <- device <- tiers <- store
+    core: links <- places <- foresight, calls <- planner
     connectors see only the client, device, local, types and errors
 
 Read from the source, so that a forbidden import inside a function is found too.
@@ -34,6 +35,7 @@ BASE = (
     "kvstore.config",
     "kvstore.config_keys",
     "kvstore.clock",
+    "kvstore.drive",
     "kvstore.machine",
     "kvstore.nearest",
     "kvstore.parts",
@@ -44,6 +46,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "kvstore.types": ("kvstore.errors",),
     "kvstore.naming": ("kvstore.types",),
     "kvstore.clock": (),
+    "kvstore.drive": (),
     "kvstore.units": ("kvstore.errors",),
     "kvstore.nearest": (),
     "kvstore.parts": ("kvstore.errors", "kvstore.nearest"),
@@ -100,9 +103,18 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 """The first entry that a module's name begins with binds it. Modules under none
 (the command, the benchmarks) sit on top and may import everything."""
 
+CORE_ROOMS_ARE_CLOSED_TO = {
+    "kvstore.core.links": ("places", "foresight", "calls"),
+    "kvstore.core.places": ("foresight", "calls"),
+    "kvstore.core.foresight": ("calls",),
+    "kvstore.core.calls": ("foresight",),
+}
+"""Which other rooms of the core a room does not know."""
+
 GPU_LIBRARIES = {"cupy", "torch", "cuda", "vllm", "transformers"}
 GPU_ALLOWED = (
     "kvstore.device.cuda",
+    "kvstore.device.cufile",
     "kvstore_connectors.vllm",
     "kvstore_benchmarks.end_to_end",
     "kvstore_benchmarks.gpu",
@@ -185,6 +197,18 @@ def test_imports_point_one_way() -> None:
         ours = within(target, *SOURCES)
         if rule and ours and not within(target, *MAY_IMPORT[rule]):
             wrong.append(f"{module}:{line} imports {target}")
+    assert not wrong
+
+
+@pytest.mark.parametrize("room", CORE_ROOMS_ARE_CLOSED_TO)
+def test_rooms_of_the_core_know_those_below_only(room: str) -> None:
+    above = [f"kvstore.core.{name}" for name in (*CORE_ROOMS_ARE_CLOSED_TO[room], "planner")]
+    assert any(within(module, room) for module in modules())
+    wrong = [
+        f"{module}:{line} imports {target}"
+        for module, target, line in imports()
+        if within(module, room) and within(target, *above)
+    ]
     assert not wrong
 
 

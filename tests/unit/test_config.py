@@ -20,6 +20,7 @@ from kvstore.config_keys import EVICTIONS, KEYS, Key
 from kvstore.core.policies import LRU, POLICIES
 from kvstore.errors import ConfigError
 from kvstore.machine import Machine
+from kvstore.tiers.nvme import usable_bytes_of
 from kvstore.units import format_size, parse_size
 
 GIB = 1 << 30
@@ -81,7 +82,7 @@ def test_every_key_can_be_given_in_every_layer(tmp_path: Path, key: Key) -> None
         "nvme.path": "/data", "nvme.capacity": "7GiB", "policy.eviction": "lru",
         "policy.prefetch_share": "0.5",
         "tenants.default": "a", "tenants.uids": "7=bob", "tenants.tcp": "c",
-        "tenants.shares": "bob=2",
+        "tenants.shares": "bob=2", "vram.gpudirect": "true",
     }  # fmt: skip
     text = samples.get(key.name, "50")
     section, _, name = key.name.partition(".")
@@ -131,6 +132,8 @@ def test_variables_that_an_orchestrator_makes_up_are_not_typos() -> None:
         ("server.lease_ms", "1"),
         ("server.drain_s", "-1"),
         ("server.socket_mode", "rw"),
+        ("server.socket_mode", "0000"),
+        ("server.socket", "/tmp/a\0b"),
         ("server.socket", "/" + "x" * 110),
         ("server.listen", "0.0.0.0:50051"),
         ("server.listen", "127.0.0.1"),
@@ -142,8 +145,11 @@ def test_variables_that_an_orchestrator_makes_up_are_not_typos() -> None:
         ("dram.capacity", "-1"),
         ("dram.extent", "big"),
         ("nvme.capacity", "1XB"),
+        ("nvme.path", "/tmp/" + "x" * 256),
+        ("nvme.path", "/tmp/a\0b"),
         ("vram.capacity", "auto"),
         ("vram.reserve", "some"),
+        ("vram.gpudirect", "perhaps"),
         ("nvme.endurance", "0"),
         ("nvme.endurance", "0.0dwpd"),
         ("nvme.endurance", "1 drive"),
@@ -156,9 +162,11 @@ def test_variables_that_an_orchestrator_makes_up_are_not_typos() -> None:
         ("tenants.uids", "alice"),
         ("tenants.uids", "alice=alice"),
         ("tenants.uids", "7="),
+        ("tenants.uids", "7=alice,7=bob"),
         ("tenants.shares", "bob"),
         ("tenants.shares", "bob=0"),
         ("tenants.shares", "b/b=1"),
+        ("vram.gpus", "0,1,0"),
     ],
 )
 def test_a_bad_value_is_refused_with_its_key_and_source(name: str, text: str) -> None:
@@ -171,7 +179,20 @@ def test_a_file_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
     assert "cannot read" in refusal(tmp_path / "absent.toml")
     assert "not valid TOML" in refusal(toml(tmp_path, "[server"))
     assert "expected" in refusal(toml(tmp_path, "[server]\nlease_ms = '1000'\n")).lower()
-    assert "unknown section" in refusal(toml(tmp_path, "server = 1\n"))
+    assert "[server]" in refusal(toml(tmp_path, "server = 1\n"))
+    assert "unknown section" in refusal(toml(tmp_path, "servers = 1\n"))
+
+
+def test_what_is_refused_is_told_in_words_and_with_what_was_given(tmp_path: Path) -> None:
+    assert refusal(flags={"server.drain_s": "1 min"}).endswith("expected a number, not '1 min'")
+    assert refusal(toml(tmp_path, "[server]\nlease_ms = 1.5\n")).endswith(
+        "expected a whole number, not 1.5"
+    )
+    assert refusal(flags={"server.log_level": "trace"}).endswith(
+        "expected debug, info, warning, error, not 'trace'"
+    )
+    assert "expected a whole number >= 10" in refusal(flags={"server.lease_ms": "1"})
+    assert "0600" in refusal(flags={"server.socket_mode": "rw"})
 
 
 @pytest.mark.parametrize(
@@ -198,6 +219,21 @@ def test_automatic_sizes_are_a_quarter_of_what_is_there() -> None:
     assert sizes.nvme_extent_bytes == 128 * MIB
 
 
+@pytest.mark.parametrize("free", [0, 3 * MIB, 100 * MIB, GIB, 3 * GIB, 5 * GIB, 400 * GIB])
+@pytest.mark.parametrize("dram", ["1MiB", "300MiB", "64GiB"])
+def test_a_server_that_was_told_nothing_of_its_disk_starts_on_any(free: int, dram: str) -> None:
+    class Disk(FakeMachine):
+        def free_disk_bytes(self, path: Path) -> int:
+            return free
+
+    sizes = store_config(load_config(environ={}, flags={"dram.capacity": dram}), Disk())
+    assert sizes.nvme_capacity_bytes in (0, free // 4)
+    assert sizes.nvme_capacity_bytes or free < 5 * GIB
+    assert not sizes.nvme_capacity_bytes or usable_bytes_of(
+        sizes.nvme_capacity_bytes, sizes.nvme_extent_bytes, sizes.max_blocks
+    )
+
+
 @pytest.mark.parametrize("capacity", ["1MiB", "3MiB", "20MiB", "100MiB", "1GiB", "3TiB"])
 def test_any_capacity_gets_extents_that_fit_it_and_blocks_that_fit_them(capacity: str) -> None:
     flags = {"dram.capacity": capacity, "nvme.capacity": capacity}
@@ -220,6 +256,7 @@ def test_any_capacity_gets_extents_that_fit_it_and_blocks_that_fit_them(capacity
         ({"dram.extent": "4KiB"}, "dram.extent"),
         ({"nvme.capacity": "1MiB"}, "nvme.capacity"),
         ({"vram.gpus": "0", "vram.capacity": "1MiB"}, "vram.capacity"),
+        ({"nvme.capacity": "0", "vram.gpudirect": "true"}, "vram.gpudirect"),
         ({"nvme.capacity": "0", "server.device": "modelled:gen4-nvme"}, "server.device"),
     ],
 )
@@ -254,6 +291,12 @@ def test_the_effective_configuration_has_every_key_and_its_source() -> None:
     assert shown["dram.capacity"].source == "environment KVSTORE_DRAM_CAPACITY"
     assert shown["nvme.capacity"].value == "100GiB (auto)"
     assert shown["nvme.capacity"].source == "default"
+
+
+def test_a_name_that_reads_like_an_automatic_size_is_shown_as_it_is() -> None:
+    config = load_config(environ={"KVSTORE_TENANTS_TCP": "auto"})
+    shown = {s.key: s.value for s in effective(config, StoreConfig(dram_capacity_bytes=1))}
+    assert shown["tenants.tcp"] == "auto"
 
 
 def test_a_secret_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,3 +77,9 @@ def test_its_own_files_do_not_shrink_the_disk(tmp_path: Path) -> None:
     after = Machine().free_disk_bytes(data)
     # Others write to this disk too while the test runs.
     assert abs(after - before) < 48 << 20
+
+
+def test_the_disk_of_a_place_that_cannot_be_looked_at_is_that_above_it(tmp_path: Path) -> None:
+    # As below a directory of another user: looking fails with more than "not there".
+    hidden = tmp_path / ("x" * 300) / "data"
+    assert Machine().disk_bytes(hidden) == Machine().disk_bytes(tmp_path)

@@ -65,6 +65,9 @@ class Seen:
     def coded(self, codec: str, src: str, dst: str) -> None:
         self.events.append(("coded", codec, src, dst))
 
+    def straight_refused(self, gpu: str, reason: str) -> None:
+        self.events.append(("straight_refused", reason))
+
 
 class Faulty(HeapStorage):
     """Fails, or holds, as told."""
@@ -386,6 +389,7 @@ def test_a_failing_disk_is_switched_off_and_dram_goes_on() -> None:
             await rig.store.flush("t", False)
         assert ("io_error", "write", "EIO") in rig.seen.events
         assert ("off", "nvme") in rig.seen.events
+        assert rig.store.stats().tiers[1].off_because
         assert [tier.healthy for tier in rig.store.stats().tiers] == [True, False]
         for base in range(2, 12):
             assert await rig.put(session, chain(base, 4)) == 4

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from kvstore.clock import MonotonicClock
-from kvstore.core.residency import NOMINAL
+from kvstore.core.places.residency import NOMINAL
 from kvstore.store import Session, Store
 from kvstore.types import ChainQuery, Hints, LeaseGrant, Refusal, Tier
 from tests.unit.test_store import BLOCK, SPEC, Rig, chain, run, until

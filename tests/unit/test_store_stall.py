@@ -198,3 +198,50 @@ def test_a_drive_whose_syncs_hang_keeps_one_thread_waiting(
         rig.come_back()
 
     run(tmp_path, body)
+
+
+def test_who_does_not_wait_for_a_sync_that_hangs_is_let_go_and_it_goes_on(tmp_path: Path) -> None:
+    async def body(rig: Hanging) -> None:
+        session, keys = rig.session(), chain(1, 4)
+        await rig.put(session, keys)
+        rig.hanging_calls, rig.hanging = {"fdatasync"}, True
+        for _ in range(2 * THREADS):
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(rig.store.flush("t", drop=True), 0.05)
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(rig.store.clear("u"), 0.05)
+        assert rig.stuck == 1, "others have threads"
+        grant = await asyncio.wait_for(rig.acquire(session, keys), 1)
+        assert grant.held == 4
+        rig.store.release(session, [grant.lease_id])
+        rig.come_back()
+        await asyncio.wait_for(rig.store.flush("t", drop=True), 1)
+        assert not rig.store._movement.unsynced
+
+    run(tmp_path, body)
+
+
+def test_what_is_told_while_a_sync_is_under_way_is_synced_by_the_next(tmp_path: Path) -> None:
+    async def body(rig: Hanging) -> None:
+        session = rig.session()
+        await rig.put(session, chain(1, 2))
+        rig.hanging_calls, rig.hanging = {"fdatasync"}, True
+        first = asyncio.create_task(rig.store.flush("t", drop=False))
+        await until(lambda: rig.stuck > 0)
+        await rig.put(session, chain(2, 2))
+        others = [asyncio.create_task(rig.store.flush("t", drop=False)) for _ in range(3)]
+        await asyncio.sleep(0.05)
+        assert not any(task.done() for task in (first, *others))
+        syncs, sync = 0, rig.tier.sync
+
+        def counted() -> None:
+            nonlocal syncs
+            syncs += 1
+            sync()
+
+        rig.tier.sync = counted  # type: ignore[method-assign]
+        rig.come_back()
+        await asyncio.gather(first, *others)
+        assert syncs == 1, "one for all of them"
+
+    run(tmp_path, body)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 import pytest
 
 from kvstore.config import StoreConfig
-from kvstore.core.endurance import Weight
+from kvstore.core.places.endurance import Weight
 from kvstore.store import Store, wear
 from kvstore.types import ChainQuery
 from tests.unit.test_store import EXTENT, SLOT, SPEC, Faulty, Rig, chain, run, until

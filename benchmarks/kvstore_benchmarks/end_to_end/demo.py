@@ -169,7 +169,8 @@ def _after_restarts(stage: _Stage, model: Path, say: Say) -> list[Row]:
 
 
 def _find_again(server: Server, engine: EngineChild, sessions: int) -> None:
-    """Until every part of the engine has found the new server; short prompts wake it."""
+    """Until every part of the engine has found the new server, and uses it: a session is opened a
+    moment before. Short prompts wake the engine, and are stored."""
     number = WARM_UP
 
     def nudge() -> None:
@@ -180,6 +181,7 @@ def _find_again(server: Server, engine: EngineChild, sessions: int) -> None:
 
     with Watch(server.endpoint) as watch:
         watch.wait_attached(sessions, nudge)
+        watch.wait_stored(1, nudge)
 
 
 def _warm_up(engine: EngineChild) -> None:

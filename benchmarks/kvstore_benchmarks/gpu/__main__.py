@@ -1,5 +1,5 @@
-"""`python -m kvstore_benchmarks.gpu [--quick] [--gigabytes N]`: the tests that need a GPU, then
-the measurements, on a machine with a GPU and without vLLM.
+"""`python -m kvstore_benchmarks.gpu [--quick] [--gigabytes N] [--dir DIR]`: the tests that need a
+GPU, then the measurements, on a machine with a GPU and without vLLM.
 
 To be run where the sources are, with `.`, `connectors` and `benchmarks` on PYTHONPATH. What it
 needs beside them is in `benchmarks/README.md`.
@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from kvstore_benchmarks.gpu.main import run
 from kvstore_benchmarks.gpu.measure import QUICK, Options
@@ -29,10 +30,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="kvstore_benchmarks.gpu")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--gigabytes", type=float, default=Options().moved / 1e9)
+    parser.add_argument("--dir", type=Path)
     asked = parser.parse_args(arguments)
     tests = run_tests()
     options = QUICK if asked.quick else Options(moved=int(asked.gigabytes * 1e9))
-    return run(options, as_object=False) or tests
+    return run(options._replace(directory=asked.dir), as_object=False) or tests
 
 
 def run_tests() -> int:

@@ -8,7 +8,8 @@ from contextlib import closing
 from typing import Any
 
 from kvstore.device.base import Piece
-from kvstore.device.gpu import Driver, GpuDevice
+from kvstore.device.gpu import GpuDevice
+from kvstore.device.gpu_driver import Driver
 from kvstore_benchmarks.figures import finite, gbps, median, ratio, timed
 from kvstore_benchmarks.gpu.measure import Options, in_chunks
 from kvstore_benchmarks.gpu.rig import Rig

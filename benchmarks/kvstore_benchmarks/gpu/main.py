@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from kvstore.device.cuda import CudaDriver
 from kvstore.errors import DeviceError
@@ -71,7 +72,7 @@ def _aims(figures: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def wrong_blocks(figures: dict[str, Any]) -> int:
-    wrong: int = figures["moved"]["wrong_blocks"]
+    wrong: int = figures["moved"]["wrong_blocks"] + figures["drive"]["wrong"]
     wrong += sum(one["wrong"] for one in (figures["connector"] or {}).values())
     return wrong
 
@@ -86,12 +87,21 @@ def show(figures: dict[str, Any], console: Console) -> None:
     for size, ways in figures["pieces"].items():
         for name, one in ways.items():
             table.add_row(f"pieces of {size_text(int(size))}, {name}", *_ways(one))
+    for name, one in figures["coded"].items():
+        table.add_row(f"coded by {name}", *_ways(one))
     table.add_row("2 MiB, with checksums", *_ways(figures["checked"]))
     for name, one in (figures["connector"] or {}).items():
         table.add_row(f"connector, {name}", *_ways(one))
     for name, one in figures["within"].items():
         table.add_row(f"from the GPU, {name}", figure_text(one["gbps"], one["ratio"]), "")
     console.print(table)
+    drive = figures["drive"]
+    read = Table(title="Blocks of 2 MiB from a drive into the GPU's memory, GB/s")
+    read.add_column("by way of the host's memory", justify="right")
+    read.add_column("straight, and to the other")
+    straight = figure_text(drive["straight"], drive["ratio"]) if drive["straight"] else ""
+    read.add_row(str(drive["by_host"] or ""), Text(straight or drive["reason"]))
+    console.print(read)
     aims = Table(title=f"{figures['moved']['nbytes'] / 1e9:.1f} GB looked at")
     for column in ("", "measured", "aim", ""):
         aims.add_column(column, justify="right")

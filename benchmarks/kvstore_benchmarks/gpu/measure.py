@@ -6,14 +6,17 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from kvstore.device.base import Blocks, Copies, Device, Stream
+from kvstore.device.base import Blocks, Coding, Copies, Device, Stream
 from kvstore.device.flight import Flight
-from kvstore.device.gpu import Driver
+from kvstore.device.gpu_driver import Driver
+from kvstore.types import CODECS
 from kvstore_benchmarks.figures import finite, gbps, median, ratio, timed
+from kvstore_benchmarks.gpu.drive import from_drive
 from kvstore_benchmarks.gpu.rig import EXTENT_BYTES, Rig, no_checksums
 from kvstore_benchmarks.progress import Progress
 
@@ -30,7 +33,8 @@ _PIECES = tuple(1 << shift for shift in range(12, 20))
 
 class Options(NamedTuple):
     """Sizes in bytes. `pieces`: of a block in pieces. `moved`: for the check of what
-    arrives, in all."""
+    arrives, in all. `directory`: on the drive to be read from; None: where temporary files
+    lie."""
 
     nbytes: int = 1 << 30
     rounds: int = 7
@@ -40,6 +44,7 @@ class Options(NamedTuple):
     moved: int = 16 << 30
     extent_bytes: int = EXTENT_BYTES
     computing_s: float = 1.0
+    directory: Path | None = None
 
     @property
     def largest(self) -> int:
@@ -64,8 +69,13 @@ def measure(
         figures["pieces"] = _in_pieces(rig, options)
         step("within the GPU")
         figures["within"] = _within(rig, options)
+        step("coding")
+        figures["coded"] = _coded(rig, options)
         step("checksums")
         figures["checked"] = _checked(rig, options)
+        step("from a drive")
+        whole = min(2 << 20, options.largest)
+        figures["drive"] = from_drive(rig, options.directory, whole, options.rounds)
         step("beside computing")
         figures["computing"] = None if compute is None else _beside(rig, options, compute)
         step("what arrives")
@@ -93,18 +103,22 @@ def _in_pieces(rig: Rig, options: Options) -> dict[str, Any]:
 
 
 def _within(rig: Rig, options: Options) -> dict[str, Any]:
-    """Blocks from the GPU's own memory, as the store's there are loaded, beside one copy of as
-    many bytes within it."""
+    """Blocks from the GPU's own memory, as the store's there are loaded, and into it, as those
+    that are handed over land, beside one copy of as many bytes within it."""
     whole = min(2 << 20, options.largest)
     piece = min(16 << 10, options.largest // options.pieces)
+    shapes = {"whole": (whole, 1, BATCH), "pieces": (piece, options.pieces, KERNEL)}
     return {
-        "whole": _against_a_copy_within(rig, options, whole, 1, BATCH),
-        "pieces": _against_a_copy_within(rig, options, piece, options.pieces, KERNEL),
+        name if loads else f"{name}, handed over": _against_a_copy_within(
+            rig, options, *shape, loads=loads
+        )
+        for loads in (True, False)
+        for name, shape in shapes.items()
     }
 
 
 def _against_a_copy_within(
-    rig: Rig, options: Options, piece: int, pieces: int, kernel_below: int
+    rig: Rig, options: Options, piece: int, pieces: int, kernel_below: int, *, loads: bool
 ) -> dict[str, Any]:
     taken: list[tuple[float, float]] = []
     source = rig.driver.allocate(rig.nbytes)
@@ -113,6 +127,7 @@ def _against_a_copy_within(
         blocks, count = rig.blocks(device, piece, pieces)
         nbytes = count * blocks.block_bytes
         addresses = [source + index * blocks.block_bytes for index in range(count)]
+        copy = stream.load_within if loads else stream.save_within
         step = max(1, CHUNK_BYTES // blocks.block_bytes)
         ends = [np.array([each], np.uint64) for each in (rig.on_gpu, source, nbytes)]
         for number in range(options.rounds + 1):
@@ -122,7 +137,7 @@ def _against_a_copy_within(
             with timed() as ours, Flight() as flight:
                 for first in range(0, count, step):
                     some = range(first, min(first + step, count))
-                    copies = stream.load_within(blocks, some, addresses[some.start : some.stop])
+                    copies = copy(blocks, some, addresses[some.start : some.stop])
                     flight.add(copies, lambda _: None)
             if number:  # The first touches everything for the first time.
                 taken.append((ours.seconds, plain.seconds))
@@ -133,6 +148,20 @@ def _against_a_copy_within(
     }
 
 
+def _coded(rig: Rig, options: Options) -> dict[str, Any]:
+    """Blocks that are coded on their way out and brought back on their way in. The bytes are
+    those of the KV cache; fewer cross the link."""
+    whole = min(2 << 20, options.largest)
+    piece = min(16 << 10, options.largest // options.pieces)
+    return {
+        f"{codec}, {name}": _against_plain(
+            rig, options, *shape, KERNEL, checked=False, coding=Coding(codec, "bfloat16")
+        )
+        for codec in CODECS
+        for name, shape in (("whole", (whole, 1)), ("pieces", (piece, options.pieces)))
+    }
+
+
 def _checked(rig: Rig, options: Options) -> dict[str, Any]:
     """With checksums, as the connector copies."""
     nbytes = min(2 << 20, options.largest)
@@ -140,14 +169,21 @@ def _checked(rig: Rig, options: Options) -> dict[str, Any]:
 
 
 def _against_plain(
-    rig: Rig, options: Options, piece: int, pieces: int, kernel_below: int, *, checked: bool
+    rig: Rig,
+    options: Options,
+    piece: int,
+    pieces: int,
+    kernel_below: int,
+    *,
+    checked: bool,
+    coding: Coding | None = None,
 ) -> dict[str, Any]:
     """GB/s and the ratio to a plain copy, each way."""
     taken: dict[str, list[tuple[float, float]]] = {"to_gpu": [], "to_host": []}
     with closing(rig.device(kernel_below)) as device:
         if not checked:
             device.checksums = no_checksums
-        blocks, count = rig.blocks(device, piece, pieces)
+        blocks, count = rig.blocks(device, piece, pieces, coding)
         slots = rig.slots(count, blocks.block_bytes)
         pinned = rig.pin(device, slots)
         stream = device.stream()
@@ -162,7 +198,7 @@ def _against_plain(
                     taken[name].append((ours.seconds, plain.seconds))
         stream.close()
         del slots
-    nbytes = count * blocks.block_bytes
+    nbytes = count * piece * pieces
     return {"pinned": pinned} | {
         name: {
             "gbps": finite(gbps(nbytes, median([ours for ours, _ in pairs])), 2),

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from kvstore.device.base import Blocks, Memory, Piece
-from kvstore.device.gpu import Driver, GpuDevice, Tuning
+from kvstore.device.base import Blocks, Coding, Memory, Piece
+from kvstore.device.gpu import GpuDevice, Tuning
+from kvstore.device.gpu_driver import Driver
 from kvstore.errors import Unavailable
 from kvstore.local.arena import Arena
 
@@ -40,11 +41,13 @@ class Rig:
     def device(self, kernel_below: int) -> GpuDevice:
         return GpuDevice(self.driver, Tuning(kernel_below=kernel_below))
 
-    def blocks(self, device: GpuDevice, piece: int, pieces: int) -> tuple[Blocks, int]:
+    def blocks(
+        self, device: GpuDevice, piece: int, pieces: int, coding: Coding | None = None
+    ) -> tuple[Blocks, int]:
         """(blocks, how many): piece i of all blocks lies before piece i + 1 of any."""
         count = self.nbytes // (piece * pieces)
         places = [Piece(index * count * piece, piece, piece) for index in range(pieces)]
-        return device.blocks(Memory(self.on_gpu, self.nbytes, self), places, count), count
+        return device.blocks(Memory(self.on_gpu, self.nbytes, self), places, count, coding), count
 
     def slots(self, count: int, nbytes: int) -> list[memoryview]:
         room = self._arena.extent_bytes // nbytes

@@ -20,9 +20,9 @@ from rich.table import Table
 from kvstore.core.actions import Copy, Forget, Move
 from kvstore.core.catalog import Replica
 from kvstore.core.limits import Limits
+from kvstore.core.places.pool import Pool
+from kvstore.core.places.shortlist import MayGo
 from kvstore.core.planner import Planner
-from kvstore.core.pool import Pool
-from kvstore.core.shortlist import MayGo
 from kvstore.core.space import SpaceClass
 from kvstore.errors import BadRequest
 from kvstore.sim.events import BEGIN_NS

@@ -32,10 +32,12 @@ def draw(rows: Sequence[dict[str, Any]], folder: Path) -> None:
     panels = picture.subplots(1, len(PANELS))
     names = list(dict.fromkeys(row["policy"] for row in rows))
     for axes, (ratio, title) in zip(panels, PANELS.items(), strict=True):
-        for name in names:
+        for number, name in enumerate(names):
             points = sorted((r["capacity_blocks"], r[ratio]) for r in rows if r["policy"] == name)
             sizes, heights = zip(*points, strict=True)
-            style: dict[str, Any] = {"linewidth": 1, "alpha": 0.8}
+            # There are ten colours.
+            line = "-" if number < 10 else ":"
+            style: dict[str, Any] = {"linewidth": 1, "alpha": 0.8, "linestyle": line}
             if name == OURS:
                 style = {"linewidth": 2.5, "color": "#0b6e4f", "zorder": 3}
             elif name in BOUNDS:

@@ -10,16 +10,18 @@ from __future__ import annotations
 import math
 import random
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
+from kvstore.core.catalog import Layout
 from kvstore.core.sessions import Session
 from kvstore.core.tickets import AcquireTicket, ReserveTicket
+from kvstore.sim.events import Events
+from kvstore.sim.shell import MS, Shell
 from kvstore.types import ChainQuery, Reuse, Segment, SessionState
 from kvstore_benchmarks.prefetch.sessions import Asked
-from kvstore_benchmarks.prefetch.stack import Stack
 
 PREFILL_TOKENS_PER_S = 20_000.0
 DECODE_TOKENS_PER_S = 60.0
@@ -59,15 +61,15 @@ class Seen:
 
 class Engine:
     def __init__(
-        self, stack: Stack, session: Session, layout_id: bytes, block_bytes: int,
-        block_tokens: int, mode: Mode, seed: int,
+        self, shell: Shell, events: Events, session: Session, layout: Layout, mode: Mode, seed: int,
     ) -> None:  # fmt: skip
         self.seen = Seen()
-        self._stack = stack
+        self._shell = shell
+        self._planner = shell.planner
+        self._events = events
+        self._began_ns = events.now_ns
         self._session = session
-        self._layout_id = layout_id
-        self._block_bytes = block_bytes
-        self._block_tokens = block_tokens
+        self._layout = layout
         self._mode = mode
         self._rng = random.Random(seed)
         self._free = PLACES
@@ -75,8 +77,16 @@ class Engine:
 
     def serve(self, requests: Sequence[Asked]) -> None:
         for number, request in enumerate(requests):
-            self._stack.at(int(request.at_s * 1e9), partial(self._come, request, number))
-        self._stack.run()
+            at_ns = self._began_ns + int(request.at_s * 1e9)
+            self._events.at(at_ns, partial(self._come, request, number))
+        self._events.run()
+
+    @property
+    def _now_s(self) -> float:
+        return (self._events.now_ns - self._began_ns) / 1e9
+
+    def _later(self, seconds: float, call: Callable[[], None]) -> None:
+        self._events.at(self._events.now_ns + int(seconds * 1e9), call)
 
     def _come(self, request: Asked, number: int) -> None:
         if self._free:
@@ -84,51 +94,52 @@ class Engine:
             return
         self._queue.append((request, number))
         if self._mode.queued and request.keys:
-            self._stack.planner.prefetch(
+            self._planner.prefetch(
                 self._session.tenant, [self._chain(request, number)],
-                within_ns=QUEUED_MS * 1_000_000, now_ns=self._stack.now_ns(), session=self._session,
+                within_ns=QUEUED_MS * MS, now_ns=self._events.now_ns, session=self._session,
             )  # fmt: skip
+            self._shell.execute()
 
     def _chain(self, request: Asked, number: int) -> ChainQuery:
-        return ChainQuery([self._layout_id], request.keys, _reuse(request, number))
+        return ChainQuery([self._layout.layout_id], request.keys, _reuse(request, number))
 
     def _begin(self, request: Asked, number: int) -> None:
         self._free -= 1
-        now_ns = self._stack.now_ns()
-        ticket = self._stack.planner.acquire(
-            self._session, [self._chain(request, number)], wait=True, now_ns=now_ns
+        ticket = self._planner.acquire(
+            self._session, [self._chain(request, number)], wait=True, now_ns=self._events.now_ns
         )
-        self._stack.answered(ticket, partial(self._loaded, request, number, ticket, now_ns))
+        loaded = partial(self._loaded, request, number, ticket, self._now_s)
+        self._shell.wait(ticket, None, loaded)
 
-    def _loaded(self, request: Asked, number: int, ticket: AcquireTicket, asked_ns: int) -> None:
+    def _loaded(self, request: Asked, number: int, ticket: AcquireTicket, asked_s: float) -> None:
         assert ticket.answer is not None
         [grant] = ticket.answer
-        stack, seen = self._stack, self.seen
-        held = grant.held
-        seen.load_s.append((stack.now_ns() - asked_ns) / 1e9)
-        seen.waited_s.append(asked_ns / 1e9 - request.at_s)
+        seen, held = self.seen, grant.held
+        seen.load_s.append(self._now_s - asked_s)
+        seen.waited_s.append(asked_s - request.at_s)
         seen.blocks += len(request.keys)
         seen.held += held
         seen.from_dram += grant.from_dram
-        copying_s = held * self._block_bytes / COPY_BYTES_PER_S
-        prefill_s = (request.tokens - held * self._block_tokens) / PREFILL_TOKENS_PER_S
+        copying_s = held * self._layout.block_bytes / COPY_BYTES_PER_S
+        prefill_s = (request.tokens - held * self._layout.spec.block_tokens) / PREFILL_TOKENS_PER_S
         decoding_s = request.output_tokens / DECODE_TOKENS_PER_S
         if grant.lease_id:
-            stack.later(copying_s, partial(self._release, grant.lease_id))
-        stack.later(copying_s + prefill_s, partial(self._computed, request, number, held))
-        stack.later(copying_s + prefill_s + decoding_s, partial(self._ended, request))
+            self._later(copying_s, partial(self._release, grant.lease_id))
+        self._later(copying_s + prefill_s, partial(self._computed, request, number, held))
+        self._later(copying_s + prefill_s + decoding_s, partial(self._ended, request))
 
     def _release(self, lease_id: int) -> None:
-        self._stack.planner.release(self._session, [lease_id])
+        self._planner.release(self._session, [lease_id])
+        self._shell.execute()
 
     def _computed(self, request: Asked, number: int, held: int) -> None:
-        self.seen.first_token_s.append(self._stack.now_ns() / 1e9 - request.at_s)
+        self.seen.first_token_s.append(self._now_s - request.at_s)
         if held < len(request.keys):
-            ticket = self._stack.planner.reserve(
-                self._session, self._layout_id, len(request.keys) - held,
-                wait=True, now_ns=self._stack.now_ns(),
+            ticket = self._planner.reserve(
+                self._session, self._layout.layout_id, len(request.keys) - held,
+                wait=True, now_ns=self._events.now_ns,
             )  # fmt: skip
-            self._stack.answered(ticket, partial(self._store, request, number, held, ticket))
+            self._shell.wait(ticket, None, partial(self._store, request, number, held, ticket))
 
     def _store(self, request: Asked, number: int, held: int, ticket: ReserveTicket) -> None:
         assert ticket.answer is not None
@@ -142,9 +153,10 @@ class Engine:
             parent, request.keys[held : held + slots], list(range(first, first + slots)),
             [0] * slots, _reuse(request, number),
         )  # fmt: skip
-        self._stack.planner.commit(
-            self._session, self._layout_id, [segment], reserve=0, now_ns=self._stack.now_ns()
+        self._planner.commit(
+            self._session, self._layout.layout_id, [segment], reserve=0, now_ns=self._events.now_ns
         )
+        self._shell.execute()
 
     def _ended(self, request: Asked) -> None:
         self._say(request)
@@ -153,20 +165,21 @@ class Engine:
             self._begin(*self._queue.popleft())
 
     def _say(self, request: Asked) -> None:
-        mode, stack = self._mode, self._stack
+        mode = self._mode
         if not mode.states:
             return
         state, away_s = request.then, None
         if request.back_s is None:
             state = SessionState.ENDED
         else:
-            away_s = request.back_s - stack.now_ns() / 1e9
+            away_s = request.back_s - self._now_s
         off = mode.tools_off if state is SessionState.WAITING else mode.people_off
         expected_ms = None
         if away_s is not None and off is not None:
             expected_ms = max(1.0, away_s * 1e3 * math.exp(self._rng.gauss(0, off)))
         if away_s is None or away_s > 0:
-            stack.planner.hint(self._session.tenant, _name(request), state, expected_ms)
+            self._planner.hint(self._session.tenant, _name(request), state, expected_ms)
+            self._shell.execute()
 
 
 def _reuse(request: Asked, number: int) -> Reuse:

@@ -10,27 +10,31 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from kvstore.core.foreseen import Waste
-from kvstore.core.limits import Limits
-from kvstore.core.planner import Planner
+from kvstore.config_keys import Policy
+from kvstore.core.places.foreseen import Waste
 from kvstore.core.space import Space
+from kvstore.drive import Pace
+from kvstore.sim.batches import Batches
+from kvstore.sim.events import BEGIN_NS, Events
 from kvstore.sim.readers import read_traces
+from kvstore.sim.shell import Shell, planner
 from kvstore.types import LayoutSpec, Tier
 from kvstore_benchmarks.figures import finite, machine, percentile, ratio
 from kvstore_benchmarks.prefetch.engine import Engine, Mode
 from kvstore_benchmarks.prefetch.sessions import Asked, asked_of
-from kvstore_benchmarks.prefetch.stack import Stack
 from kvstore_benchmarks.present import present
 from kvstore_benchmarks.progress import Progress
-from kvstore_benchmarks.transfers.devices import Modelled
 
-BLOCK_TOKENS = 4096
-"""Of a block: large, as it is not the number of blocks that is looked at."""
+BLOCK_TOKENS = 1024
+"""Of a block: larger than an engine's, as it is not the number of blocks that is looked at. What
+runs is not divided, so of much larger ones a load waits for others' to be over."""
 TOKEN_BYTES = 24_576
 """Keys and values of 12 layers with 2 heads of 256, BF16: Qwen3-Next's full attention."""
-DRIVE = (6e9, 1e-4)
-"""Bytes a second and latency of a PCIe 4 drive."""
+DRIVE_GBPS = 6.0
+DRIVE = Pace(1e5, 1 / DRIVE_GBPS)
+"""A PCIe 4 drive, each way."""
 DEPTH = 4
+TENANT = "bench"
 NVME_BYTES = 4 << 40
 
 MODES: Mapping[str, Mode] = {
@@ -45,14 +49,15 @@ MODES: Mapping[str, Mode] = {
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """`sessions_per_s`: so many begin, at random. `requests`: the first so many."""
+    """`sessions_per_s`: so many begin, at random. `requests`: the first so many.
+    `eviction`: as the server's configuration has it."""
 
     trace: Path
     dram_gib: float = 32.0
     sessions_per_s: float = 0.02
     requests: int = 1500
     seed: int = 1
-    eviction: str = "lru"
+    eviction: str = Policy().eviction
 
 
 def run(options: Options, *, as_object: bool) -> int:
@@ -75,7 +80,7 @@ def _figures(options: Options, step: Progress) -> dict[str, Any]:
         "sessions": len({request.session for request in asked}),
         "hours": finite((asked[-1].at_s - asked[0].at_s) / 3600, 2),
         "dram_gib": options.dram_gib, "block_bytes": block_tokens * TOKEN_BYTES,
-        "drive_gbps": DRIVE[0] / 1e9, "eviction": options.eviction, "modes": {},
+        "drive_gbps": DRIVE_GBPS, "eviction": options.eviction, "modes": {},
     }  # fmt: skip
     for name in MODES:
         step(name)
@@ -87,18 +92,26 @@ def measure(
     options: Options, asked: Sequence[Asked], block_tokens: int, mode: str
 ) -> dict[str, Any]:
     """What requests meet where the store is told what `mode` names."""
-    block_bytes = block_tokens * TOKEN_BYTES
-    planner = _planner(int(options.dram_gib * 2**30), block_bytes, options.eviction)
-    stack = Stack(planner, Modelled(*DRIVE))
-    session = planner.open_session(bytes(16), "bench", local=True)
-    spec = LayoutSpec("bench", "bf16", block_tokens, block_bytes)
-    layout_id = planner.register_layout("bench", spec)
-    engine = Engine(stack, session, layout_id, block_bytes, block_tokens, MODES[mode], options.seed)
+    spec = LayoutSpec("bench", "bf16", block_tokens, block_tokens * TOKEN_BYTES)
+    extent = 8 * spec.block_bytes
+    plans = planner(
+        options.eviction,
+        Space(int(options.dram_gib * 2**30), extent),
+        Space(NVME_BYTES, extent),
+        slot_bytes=lambda nbytes: nbytes,
+        batches=DEPTH,
+    )
+    layout = plans.catalog.layout(TENANT, plans.register_layout(TENANT, spec))
+    session = plans.open_session(bytes(16), TENANT, local=True)
+    events = Events()
+    drive = Batches(events, dict.fromkeys(Tier, DRIVE))
+    shell = Shell(plans, events, drive)
+    engine = Engine(shell, events, session, layout, MODES[mode], options.seed)
     engine.serve(asked)
-    planner.check_integrity()
-    seen, foreseen = engine.seen, planner.holdings.foreseen
+    plans.check_integrity()
+    seen, foreseen = engine.seen, plans.holdings.foreseen
     used, wasted, left = foreseen.used_bytes, foreseen.wasted_bytes, foreseen.unused_bytes
-    seconds = stack.now_ns() / 1e9
+    seconds = (events.now_ns - BEGIN_NS) / 1e9
     return {
         "prefetched_gb": finite((used + wasted + left) / 1e9, 1),
         "left_gb": finite(left / 1e9, 1),
@@ -114,29 +127,9 @@ def measure(
         "found": finite(ratio(seen.held, seen.blocks)),
         "found_in_dram": finite(ratio(seen.from_dram, seen.blocks)),
         "not_stored": seen.denied,
-        "read_gb": finite(stack.moved[Tier.DRAM] / 1e9, 0),
-        "drive_busy": finite(stack.busy_ns / 1e9 / seconds, 3),
+        "read_gb": finite(shell.moved_bytes[Tier.DRAM] / 1e9, 0),
+        "drive_busy": finite(drive.busy_ns / 1e9 / seconds, 3),
     }
-
-
-def _planner(dram_bytes: int, block_bytes: int, eviction: str) -> Planner:
-    extent = 8 * block_bytes
-    return Planner(
-        Limits(
-            lease_ms=600_000,
-            reservation_ms=600_000,
-            max_sessions=1,
-            max_leases=1 << 20,
-            max_reservations=1 << 20,
-            max_layouts=1,
-            max_running=DEPTH,
-        ),
-        tenant_key=lambda tenant: bytes(32),
-        eviction=eviction,
-        dram=Space(dram_bytes, extent),
-        nvme=Space(NVME_BYTES, extent),
-        nvme_slot_bytes=lambda nbytes: nbytes,
-    )
 
 
 def _ms(seconds: float) -> float | None:

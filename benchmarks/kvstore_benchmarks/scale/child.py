@@ -1,6 +1,6 @@
 """One measurement, in a process of its own: a store that starts on a filled directory.
 
-    python -m kvstore_benchmarks.scale.child DIRECTORY BLOCKS
+    python -m kvstore_benchmarks.scale.child DIRECTORY BLOCKS POLICY HELD
 
 prints one JSON object. It is the store as the server runs it, without the server
 around it: what is measured is what every call waits for.
@@ -47,10 +47,9 @@ from kvstore_benchmarks.scale.fill import (
 )
 from kvstore_server.interpreter import prepare_interpreter, short_collections
 
-DRAM_BYTES = 64 << 20
 DRAM_EXTENT_BYTES = 4 << 20
-DRAM_CHAINS = 32
-"""Half of DRAM: nothing need be written back while acquires are measured."""
+ROOM = 2
+"""DRAM for so many times what it holds: nothing need be written back meanwhile."""
 SAMPLES = 2000
 _TICK_S = 0.001
 _CHECKSUM = xxhash.xxh3_64_intdigest(bytes(BLOCK_BYTES))
@@ -68,6 +67,7 @@ class Silent:
     def corrupt(self, tier: str) -> None: ...
     def tier_off(self, tier: str) -> None: ...
     def coded(self, codec: str, src: str, dst: str) -> None: ...
+    def straight_refused(self, gpu: str, reason: str) -> None: ...
 
 
 class Stalls:
@@ -135,15 +135,21 @@ def timed(figures: Figures, name: str) -> Iterator[None]:
     figures[name] = round(time.perf_counter() - began, 3)
 
 
-async def measure(path: Path, blocks: int) -> Figures:
-    figures: Figures = {"blocks": blocks // CHAIN * CHAIN}
+async def measure(path: Path, blocks: int, policy: str, held: int) -> Figures:
+    """`held`: blocks in DRAM."""
+    chains = held // CHAIN
+    figures: Figures = {
+        "blocks": blocks // CHAIN * CHAIN,
+        "dram_blocks": chains * CHAIN,
+        "policy": policy,
+    }
     stalls, collections = Stalls(), Collections()
     watching = asyncio.create_task(stalls.watch())
     anonymous = memory("RssAnon")
     prepare_interpreter()
     await stalls.begin()
     with timed(figures, "start_s"):
-        store = await _started(path, blocks)
+        store = await _started(path, blocks, policy, held)
     figures["start_blocks_per_s"] = round(blocks / float(str(figures["start_s"])))
     figures["start_stall_ms"] = stalls.longest_ms()
     collecting = asyncio.create_task(short_collections(lambda: False))
@@ -154,7 +160,7 @@ async def measure(path: Path, blocks: int) -> Figures:
     figures["directory_bytes_per_block"] = round(directory / blocks, 1)
     try:
         await _measure_lookups(figures, store, path, blocks)
-        await _measure_leases(figures, store)
+        await _measure_leases(figures, store, chains)
         await _measure_clear(figures, store, stalls, blocks)
         figures["longest_collection_ms"] = round(collections.longest_s * 1e3, 1)
         gc.unfreeze()
@@ -167,14 +173,21 @@ async def measure(path: Path, blocks: int) -> Figures:
     return figures
 
 
-async def _started(path: Path, blocks: int) -> Store:
+async def _started(path: Path, blocks: int, policy: str, held: int) -> Store:
+    extents = -(-ROOM * held * BLOCK_BYTES // DRAM_EXTENT_BYTES)
+    dram_bytes = extents * DRAM_EXTENT_BYTES
     nvme = await asyncio.to_thread(
-        NvmeTier.open, path, capacity_for(blocks), EXTENT_BYTES, MAX_BLOCKS
+        NvmeTier.open, path, capacity_for(blocks, held), EXTENT_BYTES, MAX_BLOCKS
     )
     store = Store(
-        config=StoreConfig(dram_capacity_bytes=DRAM_BYTES, lease_ms=600_000, max_blocks=MAX_BLOCKS),
+        config=StoreConfig(
+            dram_capacity_bytes=dram_bytes,
+            lease_ms=600_000,
+            max_blocks=MAX_BLOCKS,
+            eviction=policy,
+        ),
         clock=MonotonicClock(),
-        dram=DramTier(DRAM_EXTENT_BYTES, DRAM_BYTES),
+        dram=DramTier(DRAM_EXTENT_BYTES, dram_bytes),
         nvme=nvme,
         tenant_key=partial(tenant_key, nvme.secret()),
         executor=ThreadPoolExecutor(MAX_RUNNING + 4),
@@ -210,9 +223,9 @@ def void(_: object) -> None:
     """Drop a result."""
 
 
-async def _measure_leases(figures: Figures, store: Store) -> None:
+async def _measure_leases(figures: Figures, store: Store, chains: int) -> None:
     session = store.open_session(KEPT, local=True)
-    fresh = [chain((1 << 40) + number) for number in range(DRAM_CHAINS)]
+    fresh = [chain((1 << 40) + number) for number in range(chains)]
     stored = []
     for keys in fresh:
         slots = (await store.reserve(session, SPEC.layout_id, CHAIN, 1000)).first_slot
@@ -269,7 +282,9 @@ async def _one_call(store: Store, session: Session, keys: list[bytes]) -> float:
 
 
 def main() -> int:
-    figures = asyncio.run(measure(Path(sys.argv[1]), int(sys.argv[2])))
+    figures = asyncio.run(
+        measure(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4]))
+    )
     print(json.dumps(figures))
     return 0
 

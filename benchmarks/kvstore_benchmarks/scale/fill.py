@@ -1,6 +1,6 @@
 """A data directory as a server would have left it after storing millions of blocks.
 
-    python -m kvstore_benchmarks.scale.fill DIRECTORY BLOCKS
+    python -m kvstore_benchmarks.scale.fill DIRECTORY BLOCKS HELD
 
 Only the index and the segments' summaries are filled. The slots are without contents,
 which a start does not read: no measurement here brings up a block from them.
@@ -53,17 +53,18 @@ def chain(number: int) -> list[bytes]:
     return [(number * CHAIN + i).to_bytes(32, "little") for i in range(CHAIN)]
 
 
-def capacity_for(blocks: int) -> int:
-    """Of a tier with room for so many blocks and a few extents more."""
-    extents = -(-blocks // _SLOTS) + 4
+def capacity_for(blocks: int, held: int) -> int:
+    """Of a tier with room for so many blocks, those that DRAM holds and a few extents more."""
+    extents = -(-(blocks + held) // _SLOTS) + 4
     extents += 2 * spare_segments(extents)
     # The index takes at most a thirty-second of it, rounded up here.
     return extents * EXTENT_BYTES * 31 // 30 + (8 << 20)
 
 
-def fill(path: Path, blocks: int) -> None:
-    """Make the directory; `blocks` is rounded down to whole chains."""
-    capacity = capacity_for(blocks)
+def fill(path: Path, blocks: int, held: int) -> None:
+    """Make the directory; `blocks` is rounded down to whole chains. `held`: blocks that DRAM is
+    going to have beside them."""
+    capacity = capacity_for(blocks, held)
     tier = NvmeTier.open(path, capacity, EXTENT_BYTES, MAX_BLOCKS)
     secret = tier.secret()
     for tenant in (KEPT, CLEARED):
@@ -124,4 +125,4 @@ def _headers(secret: bytes, blocks: int) -> Iterator[BlockHeader]:
 
 
 if __name__ == "__main__":
-    fill(Path(sys.argv[1]), int(sys.argv[2]))
+    fill(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

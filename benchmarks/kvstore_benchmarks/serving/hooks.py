@@ -2,7 +2,7 @@
 
 A server whose connector has a clock around each hook (`timed`) gets prompts of
 `TOKENS` tokens from several clients, which the store does not hold and then, with vLLM's
-own cache emptied, holds. The clocks' own time is part of the figures.
+own cache emptied, holds. What the clocks take themselves is taken off.
 """
 
 from __future__ import annotations

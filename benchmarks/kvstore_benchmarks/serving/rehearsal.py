@@ -38,12 +38,13 @@ from vllm.v1.kv_cache_interface import (
 from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request
 
+from kvstore_benchmarks.figures import finite, percentile
 from kvstore_benchmarks.server import Server
 from kvstore_benchmarks.serving.hooks import (
     AIM_US,
     ANSWER,
     FILE,
-    IDLE,
+    HOOKS,
     REQUESTS,
     TOKENS,
     HookTimes,
@@ -58,7 +59,24 @@ POOL = 512
 LAYERS = ("one", "two")
 BLOCKS_A_REQUEST = (TOKENS + ANSWER) // BLOCK + 1
 CACHES_BYTES = 48 << 20
-ROUNDS = 3
+ROUNDS = 6
+
+
+class _Rehearsed(TimedConnector):
+    """Keeps what each call took, nanoseconds at work."""
+
+    def __init__(self, vllm_config: Any, role: KVConnectorRole, config: KVCacheConfig) -> None:
+        self.calls: dict[str, list[int]] = {name: [] for name in HOOKS}
+        super().__init__(vllm_config, role, config)
+
+    def book(self, name: str, busy_ns: int, taken_ns: int) -> None:
+        super().book(name, busy_ns, taken_ns)
+        self.calls[name].append(busy_ns)
+
+    def take_calls(self) -> dict[str, list[int]]:
+        """Since the last time."""
+        taken, self.calls = self.calls, {name: [] for name in HOOKS}
+        return taken
 
 
 @dataclass(slots=True, eq=False)
@@ -80,7 +98,7 @@ class Rehearsal:
         vllm_config = _configuration(endpoint)
         self._worker = KVStoreConnector(vllm_config, KVConnectorRole.WORKER, config)
         self._worker.register_kv_caches(dict(zip(LAYERS, memory, strict=True)))
-        self._scheduler = TimedConnector(vllm_config, KVConnectorRole.SCHEDULER, config)
+        self._scheduler = _Rehearsed(vllm_config, KVConnectorRole.SCHEDULER, config)
         self._pool = BlockPool(POOL, True, BLOCK)
         self._scheduler.bind_gpu_block_pool(self._pool)
         self._caches = np.ones(CACHES_BYTES // 8)
@@ -89,6 +107,10 @@ class Rehearsal:
     def close(self) -> None:
         self._scheduler.shutdown()
         self._worker.shutdown()
+
+    def take_calls(self) -> dict[str, list[int]]:
+        """Of each hook, what its calls took since the last time: nanoseconds at work."""
+        return self._scheduler.take_calls()
 
     def serve(self, requests: Sequence[Any]) -> None:
         """All at once, to the end."""
@@ -170,34 +192,55 @@ class Rehearsal:
 
 
 def measure(rounds: int) -> dict[str, Any]:
-    """Microseconds a request by hook, as `hooks.measure`."""
+    """Microseconds a request by hook, as `hooks.measure`, and of its single calls."""
     hasher = _hasher()
     taken: dict[str, list[dict[str, tuple[float, float]]]] = {"miss": [], "hit": []}
+    calls: dict[str, dict[str, list[int]]] = {kind: {name: [] for name in HOOKS} for kind in taken}
     with Server(dram="256MiB", nvme="0") as server, HookTimes() as times:
         os.environ[FILE] = times.path
         rehearsal = Rehearsal(server.endpoint)
         try:
             for number in range(-1, rounds):
                 prompts = _prompts(number)
-                for samples in taken.values():
+                for kind, samples in taken.items():
                     times.take()
+                    rehearsal.take_calls()
                     for first in range(0, REQUESTS, CLIENTS):
                         few = prompts[first : first + CLIENTS]
                         rehearsal.serve([_request(prompt, hasher) for prompt in few])
                     if number >= 0:
                         samples.append(times.take_for(REQUESTS))
+                        for name, each in rehearsal.take_calls().items():
+                            calls[kind][name] += each
         finally:
             rehearsal.close()
     return {
         "tokens": TOKENS,
         "rounds": rounds,
         "most_us": AIM_US,
-        **{kind: median_of(samples) for kind, samples in taken.items()},
+        **{
+            kind: median_of(samples) | {"calls": _calls_of(calls[kind], rounds * REQUESTS)}
+            for kind, samples in taken.items()
+        },
+    }
+
+
+def _calls_of(calls: dict[str, list[int]], requests: int) -> dict[str, dict[str, float | None]]:
+    """Of each hook that was called: how often a request, and what a call takes."""
+    return {
+        name: {
+            "a_request": finite(len(each) / requests, 2),
+            "p50_us": finite(percentile(each, 50) / 1e3, 1),
+            "p99_us": finite(percentile(each, 99) / 1e3, 1),
+        }
+        for name, each in calls.items()
+        if each
     }
 
 
 def _prompts(number: int) -> list[list[int]]:
-    rng = random.Random(number)
+    # Of a number below 0 that would be the sequence of the one above.
+    rng = random.Random(f"prompts {number}")
     return [[rng.randrange(30_000) for _ in range(TOKENS)] for _ in range(REQUESTS)]
 
 
@@ -272,15 +315,20 @@ def _configuration(endpoint: str) -> Any:
 
 
 def main() -> int:
-    """Print the figures as one object; `IDLE` is no part of the totals."""
+    """Print the figures, a table for people and an object for programs. `IDLE` is no part of
+    the totals."""
     parser = argparse.ArgumentParser(description="the connector's hooks without an engine")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     figures = measure(parser.parse_args().rounds)
     for kind in ("miss", "hit"):
-        total = figures[kind]["total_us"]
-        idle = figures[kind]["hooks_us"][IDLE]
-        print(f"{kind}: {total} us a request, {total / AIM_US:.1f}x of the aim; {IDLE}: {idle} us")
-    print(json.dumps(figures, indent=2))
+        one = figures[kind]
+        print(f"{kind}: {one['total_us']} us a request, {one['total_us'] / AIM_US:.1f}x of the aim")
+        for name, call in one["calls"].items():
+            print(
+                f"  {name:34} {one['hooks_us'][name]:6} us in {call['a_request']:5} calls,"
+                f" p50 {call['p50_us']} us, p99 {call['p99_us']} us"
+            )
+    print(json.dumps(figures))
     return 0
 
 

@@ -6,11 +6,14 @@ import mmap
 import queue
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from kvstore.core.transfers import Batch
-from kvstore.tiers.modelled import Drive, Request
+from kvstore.drive import Pace
+from kvstore.sim.batches import Batches
+from kvstore.sim.events import Events
 from kvstore.tiers.nvme_disk import Directory, DiskFile
 from kvstore.types import Tier
 
@@ -32,34 +35,30 @@ class Device(Protocol):
 
 class Modelled:
     """A drive in virtual time: a block costs a latency, and all that run share the
-    bandwidth evenly. Writes take `write_cost` times the share of reads."""
+    bandwidth evenly."""
 
-    def __init__(self, bytes_per_s: float, latency_s: float, write_cost: float = 1.0) -> None:
-        self._ns_a_byte = 1e9 / bytes_per_s
-        self._latency_ns = latency_s * 1e9
-        self._write_cost = write_cost
-        self._drive = Drive(depth=1024)
-        self._running: list[tuple[Batch, Request]] = []
+    def __init__(self, bytes_per_s: float, latency_s: float) -> None:
+        self._events = Events()
+        pace = Pace(latency_s * 1e9, 1e9 / bytes_per_s)
+        self._drive = Batches(self._events, dict.fromkeys(Tier, pace))
+        self._ended: list[Ended] = []
 
     def now_ns(self) -> int:
-        return int(self._drive.now_ns)
+        return self._events.now_ns
 
     def begin(self, batch: Batch) -> None:
         nbytes = sum(transfer.nbytes for transfer in batch.transfers)
-        cost = self._write_cost if batch.transfers[0].into is Tier.NVME else 1.0
-        latency_ns = self._latency_ns * len(batch.transfers)
-        request = self._drive.begin(latency_ns, nbytes * self._ns_a_byte * cost)
-        self._running.append((batch, request))
+        into, blocks = batch.transfers[0].into, len(batch.transfers)
+        self._drive.begin(into, blocks, nbytes, partial(self._end, batch))
+
+    def _end(self, batch: Batch) -> None:
+        self._ended.append(Ended(batch, self.now_ns()))
 
     def wait(self, until_ns: int) -> list[Ended]:
-        while (next_ns := self._drive.next_ns()) <= until_ns:
-            self._drive.advance(next_ns)
-            ended = [batch for batch, request in self._running if request.over]
-            if ended:
-                self._running = [each for each in self._running if not each[1].over]
-                return [Ended(batch, self.now_ns()) for batch in ended]
-        self._drive.advance(until_ns)
-        return []
+        while not self._ended and self._events.step(until_ns):
+            pass
+        ended, self._ended = self._ended, []
+        return ended
 
 
 class Real:

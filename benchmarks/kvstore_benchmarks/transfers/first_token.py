@@ -1,8 +1,8 @@
 """Time to the first token with the store, over that of computing everything.
 
-The real store (`kvstore.store`, with the planner that decides what is worth loading) lives
-in virtual time on tiers without bytes, whose drive is calculated from the table of
-hardware. Requests come at random (Poisson). Each begins with tokens that lie on that drive,
+The server's planner, which decides what is worth loading, lives in virtual time on tiers
+without bytes (`kvstore.sim.shell`), whose drive is calculated from the table of hardware.
+Requests come at random (Poisson). Each begins with tokens that lie on that drive,
 asks for them, gets what the store says is worth it, and computes the rest; then what is new
 is stored, so that write-backs run beside the loads. Nobody waits for the engine: it has as
 many GPUs as there are requests, or the store would look better for the work it takes off
@@ -11,38 +11,34 @@ them.
 
 from __future__ import annotations
 
-import asyncio
-import math
 import random
 import statistics
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
 
-from kvstore.config import StoreConfig
+from kvstore.config_keys import Policy
 from kvstore.core.cost import Prefill
-from kvstore.naming import namer
+from kvstore.core.space import Space
+from kvstore.core.tickets import AcquireTicket, ReserveTicket
+from kvstore.drive import Pace
 from kvstore.parts import Gpu, Ssd, load_parts
 from kvstore.plan.machine import Engine
-from kvstore.store import Session, Store
+from kvstore.sim.batches import Batches
+from kvstore.sim.events import Events
+from kvstore.sim.shell import MS, Shell, planner
 from kvstore.tiers.base import RecoveredBlocks
-from kvstore.types import ChainQuery, Hints, LayoutSpec, Segment
+from kvstore.types import ChainQuery, Hints, LayoutSpec, Segment, Tier
 from kvstore_benchmarks.figures import finite, percentile
-from kvstore_benchmarks.transfers.imagined import (
-    CHECKSUM,
-    DriveLoop,
-    ImaginedMemory,
-    ImaginedStorage,
-)
 
 MODEL = "llama-3.1-8b"
 BLOCK_TOKENS = 16
 BLOCK_BYTES = BLOCK_TOKENS * 131_072
 SPEC = LayoutSpec(MODEL, "bf16", BLOCK_TOKENS, BLOCK_BYTES)
 TENANT = "t"
-SECRET = b"s"
+BATCHES = 4
 LENGTHS = (2048, 4096, 8192, 16384)
 """Tokens of a prompt, each as often."""
 PARTS_HELD = (0.5, 0.95)
@@ -59,10 +55,8 @@ NOISE_S = 0.1
 """A drive's speed changes as often."""
 SLOT_EXTENT = 64 * BLOCK_BYTES
 DRAM_BYTES = 64 << 30
+NVME_BYTES = 4 << 40
 REMEMBERED = 15
-EXACT_S = 1e-6
-LONGEST_S = 3600
-"""After the last request all is soon over."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +98,15 @@ class Prompt:
     held: int
 
 
+class Wait(NamedTuple):
+    """What a request was given: when, and how many blocks."""
+
+    asked_ns: int
+    answered_ns: int
+    held: int
+    lease_id: int
+
+
 @dataclass(slots=True)
 class Seen:
     """A request each: time to the first token with the store, without, seconds; and the
@@ -126,13 +129,13 @@ def figures_of(case: Case, requests: int, seed: int) -> dict[str, Any]:
     life = Life(case, requests, seed)
     seen = life.run()
     ratios = seen.ratios
-    stats = life.store.transfer_stats()
+    counters = life.planner.counters
     return {
         "requests": len(ratios),
         "seconds": finite(life.seconds, 1),
         "given": finite(sum(seen.given) / max(1, sum(seen.asked)), 3),
-        "refused": sum(stats.refused.values()),
-        "given_up": stats.given_up,
+        "refused": sum(counters.refused.values()),
+        "given_up": counters.given_up,
         "ratio_p50": finite(percentile(ratios, 50), 3),
         "ratio_p99": finite(percentile(ratios, 99), 3),
         "ratio_worst": finite(max(ratios), 3),
@@ -156,39 +159,49 @@ class Life:
         self._rate = case.reads * ssd.read_gbps * 1e9 / MEAN_HELD_BYTES
         make = self._conversations if case.turns else self._prompts
         self._prompts_in_order = sorted(make(requests), key=lambda prompt: prompt.at_s)
-        self._ends_s = self._prompts_in_order[-1].at_s
-        middle = self._prompts_in_order[len(self._prompts_in_order) // 2]
-        self._changes_s = middle.at_s + LOADING_S
-        held = [] if case.turns else self._prompts_in_order
-        name = namer(SECRET, SPEC.layout_id)
-        storage = ImaginedStorage(
-            SLOT_EXTENT, 4 << 40, ssd, lambda: _found(held, name), [(TENANT, asdict(SPEC))]
-        )
-        self._loop = DriveLoop(storage, ssd.depth)
         # What is held was computed once, and somebody told how fast.
         self._tokens_per_s = deque([4096e3 / self._prefill.ms(4096)], REMEMBERED)
         self.seen = Seen()
-        self.seconds = self._began_s = 0.0
-        self._changed_s: float | None = None
-        self._forecast: asyncio.TimerHandle | None = None
-        asyncio.set_event_loop(self._loop)
-        self.store = Store(
-            config=StoreConfig(dram_capacity_bytes=0, nvme_capacity_bytes=0),
-            clock=self._loop,
-            dram=ImaginedMemory(SLOT_EXTENT, DRAM_BYTES),
-            nvme=storage,
-            tenant_key=lambda tenant: SECRET,
-            executor=ThreadPoolExecutor(1),
-            observer=_Nobody(),
+        self.seconds = 0.0
+        """Until the last request was over."""
+        self._events = events = Events()
+        self._began_ns = events.now_ns
+        self._changes_ns = self._changed_ns = 0
+        self._forecasts = 0
+        self.planner = planner(
+            Policy().eviction,
+            Space(DRAM_BYTES, SLOT_EXTENT),
+            Space(NVME_BYTES, SLOT_EXTENT),
+            slot_bytes=lambda nbytes: nbytes,
+            batches=BATCHES,
         )
+        self._layout = self.planner.catalog.layout(
+            TENANT, self.planner.register_layout(TENANT, SPEC)
+        )
+        if not case.turns:
+            found = list(_found(self._prompts_in_order, self._layout.name))
+            extents = [(extent, BLOCK_BYTES) for extent in range(len(found))]
+            self.planner.restore([(TENANT, SPEC)], extents, found)
+        self._session = self.planner.open_session(bytes(16), TENANT, local=True)
+        self._drive = Batches(
+            events,
+            {
+                Tier.DRAM: Pace(ssd.read_us * 1e3, 1 / ssd.read_gbps),
+                Tier.NVME: Pace(ssd.write_us * 1e3, 1 / ssd.write_gbps),
+            },
+        )
+        self._shell = Shell(self.planner, events, self._drive)
 
     def run(self) -> Seen:
-        loop = self._loop
-        try:
-            loop.run_until_complete(self._live())
-        finally:
-            asyncio.set_event_loop(None)
-            loop.close()
+        prompts = self._prompts_in_order
+        middle_s = prompts[len(prompts) // 2].at_s
+        self._changes_ns = self._began_ns + int((middle_s + LOADING_S) * 1e9)
+        self._weather()
+        self._events.at(self._changes_ns, self._weather, awaited=False)
+        for prompt in prompts:
+            at_ns = self._began_ns + int(prompt.at_s * 1e9)
+            self._events.at(at_ns, partial(self._ask, prompt))
+        self._events.run()
         return self.seen
 
     def _prompts(self, requests: int) -> Iterator[Prompt]:
@@ -210,86 +223,88 @@ class Life:
                 yield Prompt(turn_s, _keys(number, blocks), held)
                 turn_s += 5 + rng.expovariate(1 / 60)
 
-    async def _live(self) -> None:
-        loop, store = self._loop, self.store
-        await store.start()
-        began_s = self._began_s = loop.time()
-        loop.ends_s = began_s + self._ends_s + LONGEST_S
-        self._weather()
-        loop.call_at(began_s + self._changes_s, self._weather)
-        session = store.open_session(TENANT, local=True)
-        tasks = []
-        for prompt in self._prompts_in_order:
-            await asyncio.sleep(max(0.0, began_s + prompt.at_s - loop.time()))
-            tasks.append(loop.create_task(self._request(session, prompt)))
-        await asyncio.gather(*tasks)
-        self.seconds = loop.time() - began_s
-        if self._forecast is not None:
-            self._forecast.cancel()
-        loop.set_speed(1.0)
-        store.close_session(session)
-        await store.close()
-
-    def _weather(self) -> None:
+    def _weather(self, forecast: int | None = None) -> None:
         """How fast the drive is from now on, a moment at a time."""
-        case, loop = self._case, self._loop
-        if self._forecast is not None:
-            self._forecast.cancel()
-        since_s = loop.time() - self._began_s - self._changes_s
-        changed = -EXACT_S <= since_s < (case.then_s or math.inf)
-        if changed and self._changed_s is None:
-            self._changed_s = loop.time()
+        if forecast is not None and forecast != self._forecasts:
+            return
+        case, now_ns = self._case, self._events.now_ns
+        changed = now_ns >= self._changes_ns and (
+            case.then_s is None or now_ns < self._changes_ns + int(case.then_s * 1e9)
+        )
+        if changed and not self._changed_ns:
+            self._changed_ns = now_ns
         speed = case.speed * (case.then if changed else 1.0)
-        loop.set_speed(speed * self._rng.lognormvariate(0.0, case.noise))
-        self._forecast = loop.call_later(NOISE_S, self._weather)
+        self._drive.set_speed(speed * self._rng.lognormvariate(0.0, case.noise))
+        self._forecasts += 1
+        again = partial(self._weather, self._forecasts)
+        self._events.at(now_ns + int(NOISE_S * 1e9), again, awaited=False)
 
-    async def _request(self, session: Session, prompt: Prompt) -> None:
-        loop, store, prefill = self._loop, self.store, self._prefill
-        asked_s = loop.time()
-        speed = statistics.median(self._tokens_per_s)
-        asked = ChainQuery([SPEC.layout_id], prompt.keys)
-        [grant] = await store.acquire(session, [asked], WAIT_MS, Hints(tokens_per_s=speed))
-        answered_s = loop.time()
+    def _later(self, seconds: float, call: Callable[[], None]) -> None:
+        self._events.at(self._events.now_ns + int(seconds * 1e9), call)
+
+    def _ask(self, prompt: Prompt) -> None:
+        now_ns = self._events.now_ns
+        ticket = self.planner.acquire(
+            self._session,
+            [ChainQuery([self._layout.layout_id], prompt.keys)],
+            wait=True,
+            now_ns=now_ns,
+            deadline_ns=now_ns + WAIT_MS * MS,
+            hints=Hints(tokens_per_s=statistics.median(self._tokens_per_s)),
+        )
+        self._shell.wait(ticket, WAIT_MS, partial(self._load, prompt, ticket, now_ns))
+
+    def _load(self, prompt: Prompt, ticket: AcquireTicket, asked_ns: int) -> None:
+        assert ticket.answer is not None
+        [grant] = ticket.answer
         copying_s = grant.held * BLOCK_BYTES / self._gpu.host_gbps / 1e9
-        await asyncio.sleep(CALL_S + BLOCK_S * len(prompt.keys) + copying_s)
-        if grant.held:
-            store.release(session, [grant.lease_id])
-        tokens, given = len(prompt.keys) * BLOCK_TOKENS, grant.held * BLOCK_TOKENS
-        computing_s = (prefill.ms(tokens) - prefill.ms(given)) / 1e3
-        await asyncio.sleep(computing_s)
-        self._tokens_per_s.append((tokens - given) / computing_s)
-        seen = self.seen
-        seen.ours_s.append(loop.time() - asked_s)
-        seen.alone_s.append(prefill.ms(tokens) / 1e3)
-        changed_s = self._changed_s
-        if self._case.then != 1.0 and changed_s is not None and asked_s < changed_s < answered_s:
-            seen.told.append((seen.ours_s[-1] - answered_s + changed_s) / seen.alone_s[-1])
+        wait = Wait(asked_ns, self._events.now_ns, grant.held, grant.lease_id)
+        self._later(
+            CALL_S + BLOCK_S * len(prompt.keys) + copying_s, partial(self._compute, prompt, wait)
+        )
+
+    def _compute(self, prompt: Prompt, wait: Wait) -> None:
+        if wait.held:
+            self.planner.release(self._session, [wait.lease_id])
+            self._shell.execute()
+        tokens, given = len(prompt.keys) * BLOCK_TOKENS, wait.held * BLOCK_TOKENS
+        computing_s = (self._prefill.ms(tokens) - self._prefill.ms(given)) / 1e3
+        speed = (tokens - given) / computing_s
+        self._later(computing_s, partial(self._answer, prompt, wait, speed))
+
+    def _answer(self, prompt: Prompt, wait: Wait, tokens_per_s: float) -> None:
+        self._tokens_per_s.append(tokens_per_s)
+        seen, changed_ns, now_ns = self.seen, self._changed_ns, self._events.now_ns
+        alone_s = self._prefill.ms(len(prompt.keys) * BLOCK_TOKENS) / 1e3
+        seen.ours_s.append((now_ns - wait.asked_ns) / 1e9)
+        seen.alone_s.append(alone_s)
+        if self._case.then != 1.0 and wait.asked_ns < changed_ns < wait.answered_ns:
+            told_ns = now_ns - wait.asked_ns - (wait.answered_ns - changed_ns)
+            seen.told.append(told_ns / 1e9 / alone_s)
         seen.asked.append(prompt.held)
-        seen.given.append(grant.held)
-        await self._store(session, prompt.keys, grant.held)
+        seen.given.append(wait.held)
+        self._reserve(prompt.keys, wait.held)
 
-    async def _store(self, session: Session, keys: Sequence[bytes], held: int) -> None:
+    def _reserve(self, keys: Sequence[bytes], held: int) -> None:
+        ticket = self.planner.reserve(
+            self._session, self._layout.layout_id, len(keys) - held,
+            wait=False, now_ns=self._events.now_ns,
+        )  # fmt: skip
+        self._shell.wait(ticket, 0, partial(self._store, keys, held, ticket))
+
+    def _store(self, keys: Sequence[bytes], held: int, ticket: ReserveTicket) -> None:
         """What is new, as far as there is room at once."""
-        store, new = self.store, keys[held:]
-        slots = await store.reserve(session, SPEC.layout_id, len(new), 0)
-        new = new[: len(slots.addresses)]
+        assert ticket.answer is not None
+        first, count = ticket.answer.first_slot, len(ticket.answer.addresses)
         parent = keys[held - 1] if held else b""
-        named = range(slots.first_slot, slots.first_slot + len(new))
-        segment = Segment(parent, new, named, [CHECKSUM] * len(new))
-        await store.commit(session, SPEC.layout_id, [segment], 0)
-
-
-class _Nobody:
-    """A `StoreObserver`."""
-
-    def transfer_done(self, src: str, dst: str, kind: str, nbytes: int, seconds: float) -> None: ...
-    def evicted(self, tier: str, reason: str, blocks: int) -> None: ...
-    def io_error(self, op: str, errno_name: str) -> None:
-        raise AssertionError(f"{op}: {errno_name}")
-
-    def corrupt(self, tier: str) -> None: ...
-    def tier_off(self, tier: str) -> None: ...
-    def coded(self, codec: str, src: str, dst: str) -> None: ...
+        new = keys[held : held + count]
+        segment = Segment(parent, new, range(first, first + count), [0] * count)
+        self.planner.commit(
+            self._session, self._layout.layout_id, [segment], reserve=0,
+            now_ns=self._events.now_ns,
+        )  # fmt: skip
+        self._shell.execute()
+        self.seconds = (self._events.now_ns - self._began_ns) / 1e9
 
 
 def _prefill_of(ssd: Ssd, gpu: Gpu) -> Prefill:
@@ -300,7 +315,7 @@ def _keys(number: int, blocks: int) -> list[bytes]:
     return [number.to_bytes(16, "big") + place.to_bytes(16, "big") for place in range(blocks)]
 
 
-def _found(prompts: Sequence[Prompt], name: Any) -> Iterable[tuple[int, int, RecoveredBlocks]]:
+def _found(prompts: Sequence[Prompt], name: Callable[[bytes], bytes]) -> Iterable[RecoveredBlocks]:
     """What the drive holds of them at the start, an extent at a time."""
     columns: list[tuple[bytes, bytes]] = []
     for prompt in prompts:
@@ -312,9 +327,9 @@ def _found(prompts: Sequence[Prompt], name: Any) -> Iterable[tuple[int, int, Rec
     slots = SLOT_EXTENT // BLOCK_BYTES
     for extent, begin in enumerate(range(0, len(columns), slots)):
         part = columns[begin : begin + slots]
-        yield extent, BLOCK_BYTES, RecoveredBlocks(
+        yield RecoveredBlocks(
             TENANT, SPEC.layout_id, BLOCK_BYTES,
             [stored for stored, _ in part], [parent for _, parent in part],
-            [CHECKSUM] * len(part),
+            [0] * len(part),
             [extent * SLOT_EXTENT + slot * BLOCK_BYTES for slot in range(len(part))],
         )  # fmt: skip

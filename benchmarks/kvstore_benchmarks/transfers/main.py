@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kvstore.config import default_data_path
-from kvstore.core.learned import LinkCost, Speed
+from kvstore.core.links.learned import LinkCost, Speed
 from kvstore.core.transfers import Link, TransferClass
 from kvstore.types import Tier
 from kvstore_benchmarks.figures import finite, machine, percentile, ratio

@@ -8,6 +8,10 @@ apart from it, and what is less so after it: the server brings up the blocks of 
 one, as soon as the most urgent of them must be there. Leases are given back when there is
 nothing to ask for.
 
+The engine's thread takes no lock here, but to give something up: what it asks and gives
+back it appends to deques, which threads take from. What of a prompt is wanted is found out
+by a thread, too.
+
 Where only full attention is stored, the store itself leases the longest prefix. Where
 windows or states are needed too, a position is looked for first (`positions`), and all
 that it needs is leased; what is gone by then sends the search to a shorter one.
@@ -22,12 +26,13 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from queue import SimpleQueue
 
 from kvstore.errors import KVStoreError
 from kvstore.types import NO_HINTS, ChainQuery, Hints, LeaseGrant
 from kvstore_connectors.vllm.groups import Band, Bands
 from kvstore_connectors.vllm.held import Held, held_of
-from kvstore_connectors.vllm.link import Attached, StoreLink, is_loss
+from kvstore_connectors.vllm.link import Attached, StoreLink, Watch, is_loss
 from kvstore_connectors.vllm.positions import (
     Query,
     Wanted,
@@ -59,18 +64,26 @@ class TicketState(enum.Enum):
     CANCELLED = enum.auto()
 
 
+WAITING, SENT = TicketState.WAITING, TicketState.SENT
+"""Until an answer has come."""
+
+Want = Callable[[], Wanted]
+"""Tells what is wanted of a prompt, in any thread."""
+
+
 @dataclass(slots=True, eq=False)
 class Ticket:
     """One prompt asked for. `held` is set when `state` is ANSWERED.
 
-    `sent_s` is 0 until a thread has taken the ticket to the server.
+    `wanted` is None, and `sent_s` 0, until a thread has taken the ticket to the server.
     """
 
-    wanted: Wanted
+    want: Want
     asked_s: float
     sent_s: float = 0.0
-    state: TicketState = TicketState.WAITING
+    state: TicketState = WAITING
     held: Held | None = None
+    wanted: Wanted | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -78,6 +91,7 @@ class _Ask:
     """What is asked for one ticket in one round, and what was granted."""
 
     ticket: Ticket
+    wanted: Wanted
     position: int
     full_tokens: int
     queries: list[Query]
@@ -88,23 +102,33 @@ class AcquireQueue:
     """Bounded by its caller: a ticket a request, and a lease a ticket."""
 
     def __init__(
-        self, link: StoreLink, bands: Bands, wait_ms: int, weighs: bool, threads: int = _THREADS
+        self,
+        link: StoreLink,
+        bands: Bands,
+        wait_ms: int,
+        weighs: bool,
+        reader: bytes = b"",
+        threads: int = _THREADS,
     ) -> None:
-        """`weighs`: what the engine computes sooner than it would come is not asked for."""
+        """`weighs`: what the engine computes sooner than it would come is not asked for.
+        `reader`: see `reader_of`."""
         self._link = link
         self._bands = bands
         self._wait_ms = wait_ms
         self._weighs = weighs
+        self._reader = reader
         self.prefill = PrefillMeter()
         """To be told of the engine's steps: what computing beats is not waited for."""
-        lock = threading.Lock()
-        self._work = threading.Condition(lock)
-        self._news = threading.Condition(lock)
-        # Layouts of the first band of full attention, and whose they are.
-        self._first_columns: tuple[Attached | None, list[bytes]] = (None, [])
+        self._lock = threading.Lock()
+        self._news = threading.Condition(self._lock)
+        # Rung once for each thread that is to look for work; no Python runs in it.
+        self._bell: SimpleQueue[None] = SimpleQueue()
+        # Whether the first band of full attention has a block, and by whom that is told.
+        self._watch: tuple[Attached | None, Watch] = (None, _sees_nothing)
+        # Appended to without the lock, which is for who takes from them.
         self._asked: deque[Ticket] = deque()
         self._returned: deque[Held] = deque()
-        self._foreseen: deque[Wanted] = deque(maxlen=MAX_FORESEEN)
+        self._foreseen: deque[Want] = deque(maxlen=MAX_FORESEEN)
         self._answers = 0
         self._seen_answers = 0
         self._closing = False
@@ -141,33 +165,36 @@ class AcquireQueue:
         attached = self._link.current
         if attached is None:
             return None
-        whose, columns = self._first_columns
+        whose, watch = self._watch
         if whose is not attached:
-            columns = _layout_ids(attached, self._bands, self._bands.full[0])
-            self._first_columns = attached, columns
-        seen = attached.client.peek(columns, (key,))
-        return None if seen is None else seen.held > 0
+            watch = attached.client.watch(_layout_ids(attached, self._bands, self._bands.full[0]))
+            self._watch = attached, watch
+        return watch(key)
 
-    def submit(self, wanted: Wanted) -> Ticket:
+    def lacks(self, band: Band, key: bytes) -> bool:
+        """Whether it can be seen without asking that a block of any band is not there. For the
+        engine's thread; `holds` is quicker."""
+        attached = self._link.current
+        return attached is not None and self._look(attached)(band, (key,)) == 0
+
+    def submit(self, want: Want) -> Ticket:
         """Ask, at the next `wake`, for leases on all that is needed to resume as late as
         possible."""
-        ticket = Ticket(wanted, time.monotonic())
-        with self._work:
-            self._asked.append(ticket)
+        ticket = Ticket(want, time.monotonic())
+        self._asked.append(ticket)
         self.news = True
         return ticket
 
-    def foresee(self, wanted: Wanted) -> None:
+    def foresee(self, want: Want) -> None:
         """Have it brought up into the server's memory, from the next `wake` on, as far as
         there is time and room."""
-        with self._work:
-            self._foreseen.append(wanted)
+        self._foreseen.append(want)
         self.news = True
 
     def cancel(self, ticket: Ticket) -> Held | None:
         """The answer is no longer wanted; a lease that it brings is given back, as is what
         it has brought already, which is returned."""
-        with self._work:
+        with self._lock:
             held, ticket.held = ticket.held, None
             ticket.state = TicketState.CANCELLED
         if held is not None:
@@ -176,19 +203,16 @@ class AcquireQueue:
 
     def release(self, held: Held) -> None:
         """Give leases back, at the next `wake`."""
-        if not held.lease_ids or held.attached.dropped:
-            # Leases end with their session.
-            return
-        with self._work:
+        if held.lease_ids and not held.attached.dropped:
+            # Else they have ended with their session.
             self._returned.append(held)
-        self.news = True
+            self.news = True
 
     def wake(self) -> None:
         """See to what was submitted and released. Waking a thread costs the engine's more
         than all the rest, so it is done once for many."""
         self.news = False
-        with self._work:
-            self._work.notify()
+        self._bell.put(None)
 
     def wait_answer(self, timeout_s: float) -> None:
         """Return once an answer has come since the last call, or after `timeout_s`."""
@@ -198,32 +222,38 @@ class AcquireQueue:
 
     def close(self, timeout_s: float = 1.0) -> None:
         """Leases still out end with the session."""
-        with self._work:
-            self._closing = True
-            self._work.notify_all()
+        self._closing = True
+        for _ in self._threads:
+            self._bell.put(None)
         for thread in self._threads:
             if thread.is_alive():
                 thread.join(timeout_s)
 
     def _run(self) -> None:
-        while True:
-            with self._work:
-                self._work.wait_for(lambda: self._closing or self._has_work())
-                if self._closing:
-                    return
+        while not self._closing:
+            # Before the lock is taken, which the engine's thread may have to wait for.
+            for ticket in list(self._asked):
+                if ticket.wanted is None and ticket.state is WAITING:
+                    self._find_out(ticket)
+            with self._lock:
                 tickets = self._take_asked()
                 returned = [] if tickets else self._take_returned()
                 foreseen = None
                 if not tickets and not returned and self._foreseen:
                     foreseen = self._foreseen.popleft()
-                if self._has_work():
-                    self._work.notify()
+                more = self._has_work()
+            if not tickets and not returned and foreseen is None:
+                if not more:
+                    self._bell.get()
+                continue
+            if more:
+                self._bell.put(None)
             answered = False
             try:
                 if tickets:
                     self._acquire(tickets)
                 elif foreseen is not None:
-                    self._prefetch(foreseen)
+                    self._prefetch(foreseen())
                 else:
                     self._release(returned)
                 answered = True
@@ -231,30 +261,50 @@ class AcquireQueue:
                 if not answered:
                     self._answer(tickets)
 
+    def _find_out(self, ticket: Ticket) -> None:
+        """What is wanted; where that cannot be told, the others are not to wait for it."""
+        try:
+            ticket.wanted = ticket.want()
+        finally:
+            if ticket.wanted is None:
+                self._answer([ticket])
+
     def _has_work(self) -> bool:
         return bool(self._asked or self._returned or self._foreseen)
 
     def _count_error(self) -> None:
-        with self._work:
+        with self._lock:
             self.errors += 1
 
     def _take_asked(self) -> list[Ticket]:
         """The most urgent that wait, as many as one call may ask for."""
-        waiting = [each for each in self._asked if each.state is TicketState.WAITING]
-        kind = max(map(_kind, waiting), default=0)
+        waiting: list[tuple[Ticket, Wanted]] = []
+        left: list[Ticket] = []
+        while self._asked:
+            ticket = self._asked.popleft()
+            if ticket.state is not WAITING:
+                continue
+            if ticket.wanted is None:
+                # It has come this moment.
+                left.append(ticket)
+            else:
+                waiting.append((ticket, ticket.wanted))
+        kind = max((_kind(wanted) for _, wanted in waiting), default=0)
         budget = MAX_KEYS
         tickets: list[Ticket] = []
-        for ticket in waiting:
-            if _kind(ticket) != kind:
+        for ticket, wanted in waiting:
+            keys = len(self._link.specs) * max(map(len, wanted.keys.values()))
+            if _kind(wanted) != kind or len(tickets) == MAX_CHAINS or (tickets and keys > budget):
+                left.append(ticket)
+                if _kind(wanted) == kind:
+                    # What came after it is not asked for before it.
+                    budget = -1
                 continue
-            keys = len(self._link.specs) * max(map(len, ticket.wanted.keys.values()))
-            if len(tickets) == MAX_CHAINS or (tickets and keys > budget):
-                break
             budget -= keys
-            ticket.state = TicketState.SENT
+            ticket.state = SENT
             ticket.sent_s = time.monotonic()
             tickets.append(ticket)
-        self._asked = deque(each for each in waiting if each.state is TicketState.WAITING)
+        self._asked.extendleft(reversed(left))
         return tickets
 
     def _take_returned(self) -> list[Held]:
@@ -270,19 +320,23 @@ class AcquireQueue:
             if attached is None:
                 self._answer(tickets)
                 return
-            asks = [self._ask(attached, ticket, ticket.wanted.limit) for ticket in tickets]
+            asks = [
+                self._ask(attached, ticket, ticket.wanted, ticket.wanted.limit)
+                for ticket in tickets
+                if ticket.wanted is not None
+            ]
             for _ in range(_TRIES):
                 if not asks or not self._call(attached, asks):
                     break
                 asks = [again for ask in asks if (again := self._take_up(attached, ask))]
             self._answer([ask.ticket for ask in asks])
 
-    def _ask(self, attached: Attached, ticket: Ticket, limit: int) -> _Ask:
+    def _ask(self, attached: Attached, ticket: Ticket, wanted: Wanted, limit: int) -> _Ask:
         """What to ask for, to resume at the longest position up to `limit`."""
-        position, full = self._position(attached, ticket.wanted, limit)
+        position, full = self._position(attached, wanted, limit)
         columns = partial(_layout_ids, attached, self._bands)
-        made = queries(self._bands, ticket.wanted, position, columns, MAX_KEYS)
-        return _Ask(ticket, position, full, made)
+        made = queries(self._bands, wanted, position, columns, MAX_KEYS)
+        return _Ask(ticket, wanted, position, full, made)
 
     def _position(self, attached: Attached, wanted: Wanted, limit: int) -> tuple[int, int]:
         """Up to `limit`, how far to ask for, and how far full attention is held, as far as
@@ -330,7 +384,9 @@ class AcquireQueue:
         grants: list[LeaseGrant] = []
         try:
             for batch in _batches(chains):
-                grants += attached.client.acquire_many(batch, self._wait_ms, self._hints(asks))
+                grants += attached.client.acquire_many(
+                    batch, self._wait_ms, self._hints(asks), reader=self._reader
+                )
         except KVStoreError as error:
             self._count_error()
             self._let_go(attached, grants)
@@ -350,7 +406,7 @@ class AcquireQueue:
         computing it, one by one. Where a prompt needs several, none of them is worth what it
         is weighed against."""
         weighed = self._weighs and len(self._bands.bands) == 1
-        urgency = max(ask.ticket.wanted.urgency for ask in asks)
+        urgency = max(ask.wanted.urgency for ask in asks)
         return Hints(urgency, self.prefill.tokens_per_s if weighed else None)
 
     def _take_up(self, attached: Attached, ask: _Ask) -> _Ask | None:
@@ -361,7 +417,7 @@ class AcquireQueue:
             attached,
             ask.queries,
             ask.grants,
-            floor=ask.ticket.wanted.floor,
+            floor=ask.wanted.floor,
             position=ask.position,
             full_tokens=ask.full_tokens,
         )
@@ -370,14 +426,23 @@ class AcquireQueue:
             for query, grant in zip(ask.queries, ask.grants, strict=True)
         )
         if whole or not bands.partial:
+            held.rest = whole and self._has_rest(attached, ask.wanted)
             self._answer([ask.ticket], held)
             return None
         self._let_go(attached, ask.grants)
         # Where full attention is all there, it is a window or a state that is gone.
         short = held.tokens < ask.position
-        again = self._ask(attached, ask.ticket, held.tokens - (0 if short else bands.alignment))
+        limit = held.tokens - (0 if short else bands.alignment)
+        again = self._ask(attached, ask.ticket, ask.wanted, limit)
         again.full_tokens = max(again.full_tokens, held.full_tokens)
         return again
+
+    def _has_rest(self, attached: Attached, wanted: Wanted) -> bool:
+        """Whether what is behind the loadable is there too, as far as can be seen."""
+        if not wanted.rest:
+            return True
+        seen = self._look(attached)(self._bands.full[0], wanted.rest)
+        return seen == len(wanted.rest)
 
     def _answer(self, tickets: list[Ticket], held: Held | None = None) -> None:
         """What came of tickets: `held`, which is of one of them, or nothing."""
@@ -415,9 +480,13 @@ class AcquireQueue:
                 self._link.failed(attached, error)
 
 
-def _kind(ticket: Ticket) -> int:
+def _sees_nothing(key: bytes) -> bool | None:
+    return None
+
+
+def _kind(wanted: Wanted) -> int:
     """1 for what is more urgent than usual, 0, or -1."""
-    urgency = ticket.wanted.urgency
+    urgency = wanted.urgency
     return (urgency > NO_HINTS.priority) - (urgency < NO_HINTS.priority)
 
 

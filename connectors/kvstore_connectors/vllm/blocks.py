@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kvstore.device.base import Memory, Piece
+from kvstore.device.base import Coding, Memory, Piece
 from kvstore.device.host import HostDevice
 from kvstore.errors import ConfigError
 
@@ -27,9 +27,12 @@ class Geometry:
     num_blocks: int
     block_tokens: int
     allocation_bytes: int
+    coding: Coding | None = None
+    """What the device makes of blocks in slots."""
 
     @property
     def block_bytes(self) -> int:
+        """As the engine has it."""
         return sum(piece.nbytes for piece in self.pieces)
 
 
@@ -49,7 +52,7 @@ def device_of(kv_caches: dict[str, torch.Tensor]) -> Device:
 def blocks_of(device: Device, kv_caches: dict[str, torch.Tensor], geometry: Geometry) -> Blocks:
     """Keeps the tensors alive. Raises `ConfigError` where they are not what `geometry` says."""
     memory = _allocation(kv_caches, geometry)
-    return device.blocks(memory, geometry.pieces, geometry.num_blocks)
+    return device.blocks(memory, geometry.pieces, geometry.num_blocks, geometry.coding)
 
 
 def _tensors(kv_caches: dict[str, torch.Tensor]) -> list[torch.Tensor]:

@@ -13,8 +13,9 @@
                         waits when no more of its blocks come.
     load_failure        What becomes of a request whose load fails: "recompute", or
                         "fail", which ends it with an error.
-    codec               "fp8" or "int4": blocks are kept with fewer bits in slower tiers,
-                        and come back less exactly; "none".
+    codec               "fp8" or "int4": blocks are kept with fewer bits, of an engine on a
+                        GPU everywhere, of others in slower tiers, and come back less
+                        exactly; "none".
     untested_gpu        Whether to serve a KV cache on a GPU, which has not been tried
                         on one yet.
 

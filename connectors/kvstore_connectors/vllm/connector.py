@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from vllm.distributed.kv_transfer import get_kv_transfer_group
+from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorRole,
@@ -23,13 +23,14 @@ from kvstore.errors import ConfigError
 from kvstore_connectors.vllm import layout
 from kvstore_connectors.vllm.acquire import AcquireQueue
 from kvstore_connectors.vllm.adapter_files import LoadedAdapters
-from kvstore_connectors.vllm.coding import coded
+from kvstore_connectors.vllm.coding import coded, coded_by_gpu
 from kvstore_connectors.vllm.config import ConnectorConfig
 from kvstore_connectors.vllm.events import StoreEvents
 from kvstore_connectors.vllm.groups import bands_of
 from kvstore_connectors.vllm.link import StoreLink, connector_of
 from kvstore_connectors.vllm.metadata import StepMetadata, WorkerLayouts, WorkerReport
 from kvstore_connectors.vllm.orders import PoolPins
+from kvstore_connectors.vllm.reader import reader_of
 from kvstore_connectors.vllm.scheduler import SchedulerSide
 from kvstore_connectors.vllm.stats import ConnectorPromMetrics, ConnectorStats
 from kvstore_connectors.vllm.worker import WorkerSide
@@ -59,14 +60,33 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
     from kvstore.types import LayoutSpec
+    from kvstore_connectors.vllm.blocks import Geometry
 
 logger = init_logger("vllm.kvstore")
 
 _SAFE_HASHES = ("sha256", "sha256_cbor")
 
 
+_SCHEDULERS_HOOKS = (
+    "get_num_new_matched_tokens",
+    "update_state_after_alloc",
+    "get_external_cache_hit_sources",
+    "build_connector_meta",
+    "update_connector_output",
+    "get_kv_connector_stats",
+    "has_pending_block_frees",
+    "request_finished",
+    "request_finished_all_groups",
+)
+"""Methods of `SchedulerSide` that vLLM calls directly: out of cold caches, as they are after
+each step, every function on the way costs the engine microseconds."""
+
+
 class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
-    """Prefix caching beyond the engine's own memory and life, through a KV store."""
+    """Prefix caching beyond the engine's own memory and life, through a KV store.
+
+    Of the scheduler's hooks, what is written here is what they do where the connector is off.
+    """
 
     def __init__(
         self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
@@ -77,6 +97,7 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
         config = ConnectorConfig.parse(transfer.kv_connector_extra_config or {})
         _check(vllm_config, config)
         self._codec = config.codec
+        self._reader = reader_of(vllm_config, config)
         # A load may fail whenever the server does; failing the request over it would
         # make a cache the weakest part. That is vLLM's default, and whether a user
         # wrote it cannot be seen, so who wants it says it in our own words. vLLM reads
@@ -92,8 +113,19 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
             logger.warning("KVStoreConnector is off: %s.", reason)
         elif role is KVConnectorRole.SCHEDULER:
             self._scheduler = self._make_scheduler(config)
+            for hook in _SCHEDULERS_HOOKS:
+                setattr(self, hook, getattr(self._scheduler, hook))
         else:
             self._worker = self._make_worker(config)
+
+    @property
+    def _on_gpu(self) -> bool:
+        return bool(self._vllm_config.device_config.device_type == "cuda")
+
+    @property
+    def _is_alone(self) -> bool:
+        """In a worker: whether this is not one of several connectors."""
+        return has_kv_transfer_group() and get_kv_transfer_group() is self
 
     @property
     def _stages(self) -> int:
@@ -102,7 +134,15 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
 
     def _layouts(self, shards: Sequence[int]) -> list[LayoutSpec]:
         specs = layout.layout_specs(self._vllm_config, self._kv_cache_config, shards)
-        return coded(specs, self._codec, self._kv_cache_config)
+        return coded(specs, self._codec, self._kv_cache_config, by_gpu=self._on_gpu)
+
+    def _geometries(self, shard: int) -> list[Geometry]:
+        cache = self._kv_cache_config
+        geometries = layout.geometries(cache)
+        if not self._on_gpu:
+            return geometries
+        specs = layout.layout_specs(self._vllm_config, cache, [shard])
+        return coded_by_gpu(geometries, specs, self._codec, cache)
 
     def _specs_for(self, salt: str) -> list[LayoutSpec]:
         return layout.salted(self._specs, salt)
@@ -114,7 +154,7 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
             self._specs = self._layouts(range(layout.shard_count(self._vllm_config, cache)))
         link = StoreLink(connector_of(config), self._specs, "scheduler")
         weighs = config.recompute == "when_sooner"
-        queue = AcquireQueue(link, bands, config.acquire_timeout_ms, weighs)
+        queue = AcquireQueue(link, bands, config.acquire_timeout_ms, weighs, self._reader)
         events = self._vllm_config.kv_events_config
         loads = self._kv_transfer_config.is_kv_consumer
         if loads and events is not None and events.enable_kv_cache_events:
@@ -152,10 +192,11 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
         link.start()
         return WorkerSide(
             link=link,
-            geometries=layout.geometries(self._kv_cache_config),
+            geometries=self._geometries(shard),
             rank=rank,
             shard=shard,
             writes=writes,
+            loads=self._kv_transfer_config.is_kv_consumer,
             specs_for=self._specs_for,
             adapters=None if lora is None else LoadedAdapters(str(lora.lora_dtype)),
         )
@@ -189,9 +230,6 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
         return ConnectorPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     def get_kv_connector_stats(self) -> KVConnectorStats | None:
-        if self._scheduler is not None:
-            stats = self._scheduler.stats
-            return stats.take() if stats.data else None
         return None if self._worker is None else self._worker.take_stats()
 
     def shutdown(self) -> None:
@@ -203,8 +241,8 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
         if self._worker is None or self._stages == 1:
             return None
-        if get_kv_transfer_group() is not self:
-            # One of several connectors: vLLM hands what one tells to all of them.
+        if not self._is_alone:
+            # vLLM hands what one of several connectors tells to all of them.
             logger.warning("KVStoreConnector is off: a pipeline has it as its only connector.")
             return None
         return WorkerLayouts(self._worker.layouts)
@@ -225,6 +263,8 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
             logger.warning("KVStoreConnector is off: %s.", error)
             self.shutdown()
             self._scheduler = self._events = None
+            for hook in _SCHEDULERS_HOOKS:
+                delattr(self, hook)
             return
         self._link.change_layouts(self._specs)
         self._attach()
@@ -244,60 +284,44 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
     def get_num_new_matched_tokens(
         self, request: Request, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
-        if self._scheduler is None:
-            return 0, False
-        return self._scheduler.get_num_new_matched_tokens(request, num_computed_tokens)
+        return 0, False
 
     def update_state_after_alloc(
         self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
-    ) -> None:
-        if self._scheduler is not None:
-            self._scheduler.update_state_after_alloc(
-                request, blocks.get_block_ids, num_external_tokens
-            )
+    ) -> None: ...
 
     def get_external_cache_hit_sources(
         self, request: Request, num_external_tokens: int
     ) -> dict[CacheHitSource, int]:
-        if self._scheduler is None:
-            return {}
-        return self._scheduler.hit_sources(request, num_external_tokens)
+        return {}
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
-        if self._scheduler is None:
-            return StepMetadata()
-        return self._scheduler.build_meta(scheduler_output)
+        return StepMetadata()
 
-    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
-        if self._scheduler is not None:
-            self._scheduler.update_output(connector_output)
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None: ...
 
     def request_finished(
         self, request: Request, block_ids: list[int]
     ) -> tuple[bool, dict[str, Any] | None]:
-        if self._scheduler is None:
-            return False, None
-        return False, self._scheduler.request_finished(request)
+        return False, None
 
     def request_finished_all_groups(
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
-        if self._scheduler is None:
-            return False, None
-        return False, self._scheduler.request_finished(request)
+        return False, None
 
     def take_events(self) -> list[KVCacheEvent]:
         if self._events is None or self._scheduler is None:
             return []
-        return self._events.take(self._scheduler.stores_pending)
+        return self._events.take(self._scheduler.has_pending_push_work())
 
     def has_pending_push_work(self) -> bool:
         if self._events is not None and self._events.pending:
             return True
-        return self._scheduler is not None and self._scheduler.stores_pending
+        return self._scheduler is not None and self._scheduler.has_pending_push_work()
 
     def has_pending_block_frees(self) -> bool:
-        return self._scheduler is not None and self._scheduler.blocks_are_coming_back()
+        return False
 
     def reset_cache(self) -> bool | None:
         if self._scheduler is not None:
@@ -310,7 +334,9 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         if self._worker is not None:
-            self._worker.register_kv_caches(kv_caches)
+            # Of several connectors the outer one says what becomes of loads that fail.
+            reader = self._reader if self._is_alone else b""
+            self._worker.register_kv_caches(kv_caches, reader)
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
         if self._worker is not None and isinstance(kv_connector_metadata, StepMetadata):

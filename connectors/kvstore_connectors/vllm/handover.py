@@ -20,10 +20,15 @@ LOOK_EVERY_S = 0.001
 ASK_EVERY_S = 0.005
 
 
+def is_handed_over(params: object) -> bool:
+    """Whether another vLLM is to decode what this one computes."""
+    return isinstance(params, Mapping) and params.get("do_remote_decode") is True
+
+
 def answer_for_decode(params: object, tokens: int) -> dict[str, Any] | None:
     """What to answer a request that asks for its prompt to be handed over; None for one
     that does not. `tokens`: of the prompt, that are or will soon be in the store."""
-    if not isinstance(params, Mapping) or params.get("do_remote_decode") is not True:
+    if not is_handed_over(params):
         return None
     return {"do_remote_prefill": True, "do_remote_decode": False, TOKENS: tokens}
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from kvstore.types import LeaseGrant
 from kvstore_connectors.vllm.groups import Band, Bands
 from kvstore_connectors.vllm.link import Attached
+from kvstore_connectors.vllm.metadata import LoadPart
 from kvstore_connectors.vllm.positions import Query
 
 
@@ -22,13 +24,24 @@ class Taken:
     checksums: list[list[int]]
 
 
+class Part(NamedTuple):
+    """What is to be filled of a group's blocks [first, last) of a prompt; `load` does not say
+    yet into what."""
+
+    load: LoadPart
+    first: int
+    last: int
+
+
 @dataclass(slots=True)
 class Held:
     """Leases that together let a prompt resume at `tokens`, and whose they are. They begin
     at `floor`, which must be had already.
 
     `full_tokens`: how far full attention is held, which may be further. `dram_tokens`:
-    how far it was in DRAM when it was asked for.
+    how far it was in DRAM when it was asked for. `parts`: see `parts_of`, of all that was
+    asked for, made ahead of the engine's thread. `rest`: full attention's blocks of the
+    whole prompt are there, also those that are not loaded, as far as could be seen.
     """
 
     floor: int
@@ -38,7 +51,9 @@ class Held:
     lease_ids: list[int]
     expires_ns: int
     taken: list[Taken]
+    parts: list[Part]
     attached: Attached
+    rest: bool = False
 
 
 def held_of(
@@ -69,8 +84,29 @@ def held_of(
         lease_ids=[grant.lease_id for grant in leased],
         expires_ns=min((grant.expires_ns for grant in leased), default=0),
         taken=taken,
+        parts=parts_of(taken, floor, tokens),
         attached=attached,
     )
+
+
+def parts_of(leased: Sequence[Taken], local_tokens: int, position: int) -> list[Part]:
+    """Of leased blocks, those that are to be filled to resume at `position`, group by group."""
+    parts: list[Part] = []
+    for taken in leased:
+        band = taken.band
+        first, last = band.span(position)
+        # What vLLM has of its own is shared, and must not be written.
+        first = max(first, local_tokens // band.block_tokens, taken.first)
+        if first >= last:
+            continue
+        blocks = slice(first - taken.first, last - taken.first)
+        shards = len(taken.addresses) // len(band.members)
+        for place, member in enumerate(band.members):
+            own = slice(place * shards, (place + 1) * shards)
+            addresses = [each[blocks] for each in taken.addresses[own]]
+            checksums = [each[blocks] for each in taken.checksums[own]]
+            parts.append(Part(LoadPart(member, [], addresses, checksums), first, last))
+    return parts
 
 
 def _dram_tokens(made: Sequence[Query], grants: Sequence[LeaseGrant]) -> int:

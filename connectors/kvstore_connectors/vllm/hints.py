@@ -44,12 +44,21 @@ def urgency_of(request: Request) -> int:
     return min(MAX_PRIORITY, max(0, NO_HINTS.priority - lateness))
 
 
+def usual_reuse(request_id: str) -> Reuse:
+    """Of a request that says nothing."""
+    return Reuse(NO_HINTS.priority, request=_name(request_id))
+
+
+def said_of(request: Request) -> Reuse | None:
+    """`reuse_of`, None where that is `usual_reuse`: for the engine's thread."""
+    if request.kv_transfer_params is None and request.session_id is None and not request.priority:
+        return None
+    return reuse_of(request)
+
+
 def reuse_of(request: Request) -> Reuse:
     """Within the server's bounds, whatever the request says."""
     params, session = request.kv_transfer_params, request.session_id
-    if params is None and session is None:
-        # The usual request, on the engine's thread.
-        return Reuse(urgency_of(request), request=_name(request.request_id))
     priority, category = urgency_of(request), ""
     retention: tuple[Retention, ...] = ()
     if isinstance(params, Mapping):

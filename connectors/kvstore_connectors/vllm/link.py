@@ -15,8 +15,8 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from vllm.logger import init_logger
 
@@ -36,6 +36,7 @@ from kvstore.types import (
     ChainQuery,
     CommitAnswer,
     Hints,
+    Landing,
     LayoutSpec,
     LeaseGrant,
     Segment,
@@ -48,6 +49,11 @@ if TYPE_CHECKING:
     from kvstore_connectors.vllm.config import ConnectorConfig
 
 logger = init_logger("vllm.kvstore")
+
+T = TypeVar("T")
+
+Watch = Callable[[bytes], "bool | None"]
+"""Whether a block is held, None where that takes a call."""
 
 FIRST_TRY_S = 5.0
 HEARTBEAT_S = 1.0
@@ -69,12 +75,11 @@ def connector_of(config: ConnectorConfig, idle_exit_s: float = IDLE_EXIT_S) -> C
         from kvstore.client.sync import Client
         from kvstore.local.spawn import ensure_server
 
-        path = config.endpoint
-        if path is None:
+        if config.endpoint is None:
             path = parse_endpoint(None).socket_path
             assert path is not None
             ensure_server(path, config.server_args, idle_exit_s=idle_exit_s)
-        return Client(path, timeout_s=timeout_s)
+        return Client(config.endpoint, timeout_s=timeout_s)
 
     return connect
 
@@ -99,26 +104,40 @@ class StoreClient(Protocol):
     def server_info(self) -> object: ...
     def register_layout(self, spec: LayoutSpec) -> Layout: ...
     def peek(self, layout_ids: Sequence[bytes], keys: Sequence[bytes]) -> ChainPresence | None: ...
+    def watch(self, layout_ids: Sequence[bytes]) -> Watch: ...
     def acquire_many(
-        self, chains: Sequence[ChainQuery], wait_ms: int, hints: Hints = NO_HINTS
+        self,
+        chains: Sequence[ChainQuery],
+        wait_ms: int,
+        hints: Hints = NO_HINTS,
+        *,
+        reader: bytes = b"",
     ) -> list[LeaseGrant]: ...
     def release(self, lease_ids: Sequence[int]) -> None: ...
     def prefetch_many(self, chains: Sequence[ChainQuery], within_ms: int = 0) -> int: ...
     def report_damage(self, addresses: Sequence[int]) -> None: ...
     def reserve(self, layout: Layout, count: int, wait_ms: int) -> SlotGrant: ...
+    def land(
+        self, layout: Layout, slots: Sequence[int], *, not_on: Collection[str] = ()
+    ) -> list[Landing]: ...
     def commit(
-        self, layout: Layout, segments: Sequence[Segment], *, ahead: int
+        self,
+        layout: Layout,
+        segments: Sequence[Segment],
+        *,
+        ahead: int,
+        landed: Sequence[Landing] = (),
     ) -> CommitAnswer: ...
     def abort(self, slots: Sequence[int]) -> None: ...
-    def vram(self, gpu: str, layout_ids: Sequence[bytes]) -> VramGrant: ...
+    def vram(self, gpu: str, layout_ids: Sequence[bytes], *, reader: bytes = b"") -> VramGrant: ...
     def slot(self, address: int, nbytes: int, *, epoch: bytes | None = None) -> memoryview: ...
     def write_slots(
         self,
         slots: Sequence[int],
         addresses: Sequence[int],
         nbytes: int,
-        write: Callable[[list[memoryview]], None],
-    ) -> None: ...
+        write: Callable[[list[memoryview]], T],
+    ) -> T: ...
 
 
 Connect = Callable[[], StoreClient]

@@ -11,8 +11,9 @@ as failed, and vLLM computes it. Of others it is the whole request: what was loa
 one group is of no use without the rest. The server is told which slots were damaged, so
 that nobody is given them again.
 
-What the store has in the GPU's memory too is copied from there (`nearby`), the rest from the
-slots.
+What the store has in the GPU's memory is copied from there (`nearby`), the rest from the slots.
+A block that is in that memory alone (`GPU_ONLY`) has no slot: where it is gone, or changed while
+it was copied, the load ends before it, and nothing was damaged.
 
 A prompt that another vLLM computes is loaded while it is being stored (`Arrivals`): the
 thread looks into the server's directory for what has come, leases and copies it, and does
@@ -33,9 +34,10 @@ from vllm.logger import init_logger
 
 from kvstore.device.flight import CHUNK_BYTES, Flight
 from kvstore.errors import KVStoreError
-from kvstore.types import ChainQuery
+from kvstore.types import GPU_ONLY, ChainQuery
 from kvstore_connectors.vllm.link import is_loss
-from kvstore_connectors.vllm.nearby import LOOK_S, Nearby
+from kvstore_connectors.vllm.nearby import Nearby
+from kvstore_connectors.vllm.shared import LOOK_S
 from kvstore_connectors.vllm.stats import ConnectorStats
 from kvstore_connectors.vllm.threads import outlive
 
@@ -87,7 +89,7 @@ class _Load:
 
 @dataclass(slots=True)
 class _Blocks:
-    """Blocks of one group, with one shard's slots and checksums of them."""
+    """Blocks of one group, with one shard's addresses and checksums of them."""
 
     group: int
     block_ids: Sequence[int]
@@ -106,15 +108,19 @@ class Loader:
         blocks: Sequence[Blocks],
         shard: int,
         on_done: Callable[[], None],
+        *,
+        expects: bool = True,
+        reader: bytes = b"",
     ) -> None:
         """`link` has a layout for each stored group, `blocks` are its blocks on `device`.
         `shard`: which of a load's addresses are for them. `on_done` is called, from a thread,
-        when `take_results` has news."""
+        when `take_results` has news. `expects`: whether there will be loads. `reader`: see
+        `reader_of`."""
         self._link = link
         self._device = device
         self._stream = device.stream()
         self._blocks = blocks
-        self._nearby = Nearby(device)
+        self._nearby = Nearby(device.vram if expects else None, blocks, reader)
         self._shard = shard
         self._on_done = on_done
         self._condition = threading.Condition()
@@ -185,7 +191,7 @@ class Loader:
         while True:
             with self._condition:
                 pause_s = LOOK_EVERY_S if self._arriving else None
-                if pause_s is None and self._nearby.open:
+                if pause_s is None and self._nearby.possible:
                     pause_s = LOOK_S
                 self._condition.wait_for(lambda: self._closing or self._queue, pause_s)
                 if self._closing:
@@ -195,7 +201,7 @@ class Loader:
                 self._get_on(load)
             for waiting in list(self._arriving):
                 self._get_on(waiting)
-            self._nearby.look()
+            self._nearby.look(self._link)
 
     def _count_error(self) -> None:
         with self._condition:
@@ -302,10 +308,15 @@ class Loader:
         """Whether all of these are loaded and right."""
         target, client = self._blocks[blocks.group], attached.client
         self._stream.wait_event(load.ready)
-        near = self._nearby.fill(self._stream, attached, target, blocks.block_ids, blocks.addresses)
+        near = self._nearby.fill(
+            self._stream, attached, target, blocks.block_ids, blocks.addresses, blocks.checksums
+        )
         if near and time.clock_gettime_ns(time.CLOCK_MONOTONIC) >= blocks.expires_ns:
             near = set()
         left = [index for index in range(len(blocks.block_ids)) if index not in near]
+        gone = [at for at, index in enumerate(left) if blocks.addresses[index] >= GPU_ONLY]
+        # What follows a block that cannot be had is not loaded.
+        stop = gone[0] if gone else len(left)
         step = max(1, CHUNK_BYTES // target.block_bytes)
         done, right = 0, True
 
@@ -327,11 +338,11 @@ class Loader:
                 self.stats.add(damaged_blocks=len(damaged))
 
         with Flight() as flight:
-            for start in range(0, len(left), step):
-                # What follows a bad block is not loaded.
+            for start in range(0, stop, step):
+                # Nor what follows a bad one.
                 if not right or self._closing:
                     break
-                part = left[start : start + step]
+                part = left[start : min(start + step, stop)]
                 slots = [
                     client.slot(blocks.addresses[i], target.block_bytes, epoch=load.job.epoch)
                     for i in part
@@ -343,9 +354,13 @@ class Loader:
             good = 0
         load.good += good
         load.nbytes += good * target.block_bytes
-        if near:
+        if near or gone:
+            loaded = [index for index in near if index < good]
+            straight = sum(blocks.addresses[index] >= GPU_ONLY for index in loaded)
             with self._condition:
-                self.stats.add(vram_blocks=sum(index < good for index in near))
+                self.stats.add(
+                    vram_blocks=len(loaded), straight_blocks=straight, straight_misses=len(gone)
+                )
         return good == len(blocks.block_ids)
 
     def _report(self, load: _Load) -> None:

@@ -12,6 +12,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from kvstore.types import NO_REUSE, LayoutSpec, Reuse
 from kvstore_connectors.vllm.adapters import Adapter
+from kvstore_connectors.vllm.hints import usual_reuse
 
 
 @dataclass(slots=True)
@@ -57,7 +58,9 @@ class StoreJob:
     """Publish blocks of one stored group that this step's forward pass completes.
 
     `parents[i]` is the key of the block before `keys[i]`, empty where there is none.
-    The blocks are kept from reuse until the job is reported or cancelled.
+    The blocks are kept from reuse until the job is reported or cancelled. `said`: what the
+    request says of their next use, None where it says nothing. `handed_over`: another vLLM is
+    to load them as soon as they are there.
     """
 
     job_id: int
@@ -66,7 +69,13 @@ class StoreJob:
     block_ids: list[int]
     keys: list[bytes]
     parents: list[bytes]
-    reuse: Reuse = NO_REUSE
+    said: Reuse | None = None
+    handed_over: bool = False
+
+    @property
+    def reuse(self) -> Reuse:
+        """What is known of their next use."""
+        return usual_reuse(self.request_id) if self.said is None else self.said
 
 
 @dataclass

@@ -22,7 +22,8 @@ class Wanted:
     """What of a prompt might be loaded: positions above `floor`, up to `limit`, tokens.
 
     `keys[block_tokens]`: keys of all blocks of that size up to `limit`. `reuse`: what the
-    request says of their next use. `urgency`: 0 to 100, of its being answered soon.
+    request says of their next use. `urgency`: 0 to 100, of its being answered soon. `rest`:
+    keys of the prompt's blocks of full attention behind that, which are not loaded.
     """
 
     keys: Mapping[int, list[bytes]]
@@ -30,6 +31,7 @@ class Wanted:
     floor: int
     reuse: Reuse = NO_REUSE
     urgency: int = NO_HINTS.priority
+    rest: Sequence[bytes] = ()
 
 
 @dataclass(slots=True)

@@ -8,7 +8,8 @@ copied and hashed: then the copy was finished before anyone was allowed to write
 A copy that raced with a cancellation is thrown away.
 
 The copies are the device's (`kvstore.device`); they begin after what the engine had launched
-when the job was ordered, which computes the blocks.
+when the job was ordered, which computes the blocks. What is handed over to another vLLM is copied
+into GPUs' memory too (`landing`).
 
 One call to the server publishes all that was copied since the last, of whichever
 jobs, and brings the slots for what comes next (`slots`).
@@ -30,10 +31,12 @@ from typing import TYPE_CHECKING
 from vllm.logger import init_logger
 
 from kvstore.device.flight import CHUNK_BYTES, Flight
-from kvstore.errors import KVStoreError, Unavailable
-from kvstore.types import CommitOutcome, Segment
+from kvstore.errors import DeviceStuck, KVStoreError, Unavailable
+from kvstore.types import CommitOutcome, Landing, Segment
+from kvstore_connectors.vllm.landing import LandingZone, Places
 from kvstore_connectors.vllm.link import is_loss
 from kvstore_connectors.vllm.metadata import JobReport
+from kvstore_connectors.vllm.shared import LOOK_S
 from kvstore_connectors.vllm.slots import Slot, SlotsAhead
 from kvstore_connectors.vllm.stats import ConnectorStats
 from kvstore_connectors.vllm.threads import outlive
@@ -108,6 +111,7 @@ class Saver:
         self._device = device
         self._stream = device.stream()
         self._groups = [_Group(number, each) for number, each in enumerate(blocks)]
+        self._landing = LandingZone(device)
         self._on_done = on_done
         self._condition = threading.Condition()
         self._queued_bytes = 0
@@ -184,6 +188,7 @@ class Saver:
             self._condition.notify_all()
         self._thread.join(timeout_s)
         if not self._thread.is_alive():
+            self._landing.close()
             self._stream.close()
 
     # With the lock held.
@@ -228,6 +233,7 @@ class Saver:
 
     def _run(self) -> None:
         while self._wait_for_work():
+            self._landing.look()
             self._work()
 
     def _work(self) -> None:
@@ -256,19 +262,23 @@ class Saver:
 
     def _wait_for_work(self) -> bool:
         """False when the thread is to end."""
-        with self._condition:
-            at_hand = any(len(group.slots) for group in self._groups)
-            self._condition.wait_for(
-                lambda: self._closing or self._next_group(), IDLE_S if at_hand else None
-            )
-            if self._closing:
-                return False
-            if self._next_group():
-                return True
-        with self._link.borrow() as attached:
-            for group in self._groups:
-                group.slots.give_back(attached)
-        return self._wait_for_work()
+        idle_until_s = time.monotonic() + IDLE_S
+        while True:
+            with self._condition:
+                at_hand = any(len(group.slots) for group in self._groups)
+                pause_s = max(0.0, idle_until_s - time.monotonic()) if at_hand else None
+                if self._landing.open:
+                    pause_s = LOOK_S if pause_s is None else min(LOOK_S, pause_s)
+                self._condition.wait_for(lambda: self._closing or self._next_group(), pause_s)
+                if self._closing:
+                    return False
+                if self._next_group():
+                    return True
+            self._landing.look()
+            if at_hand and time.monotonic() >= idle_until_s:
+                with self._link.borrow() as attached:
+                    for group in self._groups:
+                        group.slots.give_back(attached)
 
     def _save(self, group: _Group, parts: list[_Part]) -> bool:
         """Whether the blocks that got a slot are in the store now."""
@@ -292,13 +302,18 @@ class Saver:
         slots = group.slots.take(attached, layout, wanted)
         denied = wanted - len(slots)
         try:
-            self._copy(attached, group, parts, slots)
+            landed = self._copy(attached, layout, group, parts, slots)
+        except DeviceStuck as error:
+            # What may be written yet is given back by nobody but the end of the session, which
+            # does not make it another's (`landing`).
+            self._link.failed(attached, error)
+            raise
         except BaseException:
             group.slots.drop(attached, [slot for part in parts for slot in part.slots] + slots)
             raise
         # What was left over, and what a cancelled job wrote.
         group.slots.put_back(slots)
-        outcomes = self._commit(attached, layout, group, parts)
+        outcomes = self._commit(attached, layout, group, parts, landed)
         stored = outcomes.count(CommitOutcome.STORED)
         with self._condition:
             self.stats.add(
@@ -306,12 +321,19 @@ class Saver:
                 stored_bytes=stored * group.blocks.block_bytes,
                 denied_blocks=denied,
                 present_blocks=present + len(outcomes) - stored,
+                landed_blocks=sum(len(each.addresses) for each in landed),
             )
 
     def _copy(
-        self, attached: Attached, group: _Group, parts: list[_Part], slots: list[Slot]
-    ) -> None:
-        """Fill slots, taken from the end of `slots`, with the blocks of the parts."""
+        self,
+        attached: Attached,
+        layout: Layout,
+        group: _Group,
+        parts: list[_Part],
+        slots: list[Slot],
+    ) -> list[Landing]:
+        """Fill slots, taken from the end of `slots`, with the blocks of the parts; where else
+        they have been written."""
         places: list[tuple[_Part, int]] = []
         for part in parts:
             for index in range(min(part.stop - part.start, len(slots))):
@@ -319,6 +341,7 @@ class Saver:
                 part.checksums.append(0)
                 places.append((part, index))
         taken = [part.slots[index] for part, index in places]
+        granted = self._places_to_land(attached, layout, group, places)
 
         blocks = group.blocks
         step = max(1, CHUNK_BYTES // blocks.block_bytes)
@@ -328,10 +351,11 @@ class Saver:
                 part, index = places[place]
                 part.checksums[index] = checksum
 
-        def fill(views: list[memoryview]) -> None:
+        def fill(views: list[memoryview]) -> dict[str, list[int]]:
             for part in parts:
                 self._stream.wait_event(part.save.ready)
-            with Flight() as flight:
+            landing = self._landing.writing(self._stream, blocks, granted)
+            with landing as landed, Flight() as flight:
                 for start in range(0, len(places), step):
                     if attached.dropped or self._closing:
                         raise Unavailable("the connection was given up")
@@ -343,13 +367,40 @@ class Saver:
                     slots = [views[place] for place in indexes]
                     copies = self._stream.save(blocks, block_ids, slots)
                     flight.add(copies, partial(keep, indexes))
+            return landed
 
-        if taken:
-            ids, addresses = [slot.id for slot in taken], [slot.address for slot in taken]
-            attached.client.write_slots(ids, addresses, blocks.block_bytes, fill)
+        if not taken:
+            return []
+        ids, addresses = [slot.id for slot in taken], [slot.address for slot in taken]
+        landed = attached.client.write_slots(ids, addresses, blocks.block_bytes, fill)
+        return [Landing(gpu, addresses) for gpu, addresses in landed.items()]
+
+    def _places_to_land(
+        self,
+        attached: Attached,
+        layout: Layout,
+        group: _Group,
+        places: Sequence[tuple[_Part, int]],
+    ) -> list[Places]:
+        """Where else those blocks are to be written that are handed over."""
+        handed = [(p, i) for p, i in places if p.save.job.handed_over and not p.save.cancelled]
+        if not handed or not group.blocks.within or not self._landing.possible:
+            return []
+        slots = [part.slots[index].id for part, index in handed]
+        block_ids = [part.save.job.block_ids[part.start + index] for part, index in handed]
+        granted = self._landing.ask(attached, layout, slots, block_ids)
+        there = {block_id for each in granted for block_id in each.block_ids}
+        with self._condition:
+            self.stats.add(not_landed_blocks=len(block_ids) - len(there))
+        return granted
 
     def _commit(
-        self, attached: Attached, layout: Layout, group: _Group, parts: list[_Part]
+        self,
+        attached: Attached,
+        layout: Layout,
+        group: _Group,
+        parts: list[_Part],
+        landed: list[Landing],
     ) -> list[CommitOutcome]:
         """Publish what was copied of jobs that are still wanted."""
         segments: list[Segment] = []
@@ -364,7 +415,9 @@ class Saver:
         if not segments:
             return []
         try:
-            answer = attached.client.commit(layout, segments, ahead=group.slots.to_reserve)
+            answer = attached.client.commit(
+                layout, segments, ahead=group.slots.to_reserve, landed=landed
+            )
         except BaseException:
             group.slots.drop(attached, written)
             raise

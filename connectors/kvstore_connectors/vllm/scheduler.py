@@ -12,6 +12,8 @@ the server is attached to.
 
 Nothing here does I/O or waits, except for `IDLE_WAIT_S` in a step that has no work.
 Threads that have something to do are woken once a step.
+
+Methods with the names of vLLM's hooks are what vLLM calls: see `KVConnectorBase_V1`.
 """
 
 from __future__ import annotations
@@ -27,15 +29,14 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 from kvstore_connectors.vllm.acquire import AcquireQueue
 from kvstore_connectors.vllm.adapters import Adapter, AdapterBook
 from kvstore_connectors.vllm.groups import Bands
-from kvstore_connectors.vllm.handover import Coming, answer_for_decode
-from kvstore_connectors.vllm.held import Held, Taken
+from kvstore_connectors.vllm.handover import Coming, answer_for_decode, is_handed_over
+from kvstore_connectors.vllm.held import Held, parts_of
 from kvstore_connectors.vllm.hints import reuse_of
 from kvstore_connectors.vllm.leasing import ANSWER_GRACE_S, Leasing
 from kvstore_connectors.vllm.link import StoreLink
 from kvstore_connectors.vllm.metadata import (
     Arrivals,
     LoadJob,
-    LoadPart,
     StepMetadata,
     WorkerReport,
 )
@@ -46,6 +47,7 @@ from kvstore_connectors.vllm.storing import Storing
 from kvstore_connectors.vllm.tracked import Tracked, keys_of
 
 if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
@@ -53,6 +55,8 @@ if TYPE_CHECKING:
     from kvstore.types import LayoutSpec
 
 IDLE_WAIT_S = 0.002
+
+_HOST, _DISK = CacheHitSource.HOST, CacheHitSource.DISK
 
 STEPS_WAITED_FOR = 3
 """For workers to tell which weights an adapter has. What they have loaded before is told in
@@ -95,6 +99,8 @@ class SchedulerSide:
         self._bands = bands
         self._hash_tokens = bands.hash_tokens
         self._smallest_block = min(band.block_tokens for band in bands.bands)
+        self._seen_groups = bands.full[0].members if bands.full else ()
+        self._band_of = {member: band for band in bands.bands for member in band.members}
         self._handover_s = handover_timeout_ms / 1000
         self._loads = loads
         self._stores = stores
@@ -104,15 +110,21 @@ class SchedulerSide:
         # Requests of which it is not known what they are computed with.
         self._adapted: dict[str, _Adapted] = {}
         self._adapters = AdapterBook(workers)
+        # Those in which there were such requests.
         self._steps = 0
         self._orders = StoreOrders(workers, len(bands.groups), self._is_evicted)
         patience_s = acquire_timeout_ms / 1000 + ANSWER_GRACE_S
         self._leasing = Leasing(link, queue, bands, self._orders, self.stats, patience_s, follows)
         self._storing = Storing(bands, self._orders)
+        # What each step looks at, at hand.
+        self._prefill = queue.prefill
+        self._offering, self._has_states = self._storing.offering, self._storing.states
         # Leases of loads under way, also of requests that have been aborted. What follows
         # another vLLM has none here.
         self._loading: dict[str, Held | None] = {}
         self._dram_tokens: dict[str, int] = {}
+        # Whether a request has had an adapter.
+        self._lora = False
         # Requests that came since the last step.
         self._new: list[Tracked] = []
         self._known_generation = link.generation
@@ -121,10 +133,10 @@ class SchedulerSide:
         self._nothing = StepMetadata()
 
     def _is_evicted(self, group: int, key: bytes) -> bool:
-        """Whether it can be seen that the store has not got a block. Not of windows and
-        states."""
-        full = self._bands.full
-        return bool(full) and group in full[0].members and self._queue.holds(key) is False
+        """Whether it can be seen that the store has not got a block."""
+        if group in self._seen_groups:
+            return self._queue.holds(key) is False
+        return self._queue.lacks(self._band_of[group], key)
 
     def bind_pins(self, pins: Pins) -> None:
         """Nothing is stored before there is a way to keep blocks from being reused."""
@@ -133,9 +145,10 @@ class SchedulerSide:
     # -- requests ---------------------------------------------------------------
 
     def on_new_request(self, request: Request) -> None:
-        prompt = request.num_prompt_tokens
         # Those whose blocks have keys.
-        tokens = min(prompt, len(request.block_hashes) * self._hash_tokens)
+        tokens = len(request.block_hashes) * self._hash_tokens
+        if tokens > request.num_prompt_tokens:
+            tokens = request.num_prompt_tokens
         if tokens < self._smallest_block or request.resumable:
             # A session that goes on has no fixed prompt.
             return
@@ -148,19 +161,22 @@ class SchedulerSide:
         loadable = 0
         if self._loads and not request.skip_reading_prefix_cache:
             # vLLM needs one token to compute, to have something to sample from.
-            loadable = min(request.num_prompt_tokens - 1, tokens)
+            loadable = tokens - 1 if tokens == request.num_prompt_tokens else tokens
             loadable -= loadable % self._bands.alignment
-        coming = None
-        if loadable and request.kv_transfer_params is not None:
-            params, now_s = request.kv_transfer_params, time.monotonic()
-            coming = Coming.of(params, loadable, self._handover_s, now_s)
-        tracked = Tracked(request, tokens, loadable, not loadable, coming, adapter)
+        tracked = Tracked(request, tokens, loadable, not loadable, None, adapter)
         self._tracked[request.request_id] = tracked
         if self._stores:
             tracked.storable = True
-            self._storing.offering[request.request_id] = tracked
+            self._offering[request.request_id] = tracked
         if loadable:
             self._new.append(tracked)
+        params = request.kv_transfer_params
+        if params is not None:
+            tracked.handed_over = self._stores and is_handed_over(params)
+            if loadable:
+                now_s = time.monotonic()
+                tracked.coming = Coming.of(params, loadable, self._handover_s, now_s)
+        self._lora = self._lora or adapter is not None
 
     def _find_adapter(self, waiting: _Adapted) -> bool:
         """Whether it is known what the request is computed with: then it is like any other."""
@@ -189,7 +205,7 @@ class SchedulerSide:
     def update_state_after_alloc(
         self,
         request: Request,
-        get_block_ids: Callable[[], Sequence[Sequence[int]]],
+        blocks: KVCacheBlocks,
         num_external_tokens: int,
     ) -> None:
         tracked = self._tracked.get(request.request_id)
@@ -201,12 +217,17 @@ class SchedulerSide:
         held = self._leasing.take(tracked)
         position = tracked.local_tokens + num_external_tokens
         if held is None:
-            job = self._follow(tracked, position, get_block_ids())
+            job = self._follow(tracked, position, blocks.get_block_ids())
             from_dram = num_external_tokens
         else:
-            job = self._load(tracked, held, position, get_block_ids())
-            from_dram = max(0, held.dram_tokens - tracked.local_tokens)
-        meta = self._orders_for_next_step()
+            job = self._load(tracked, held, position, blocks.get_block_ids())
+            from_dram = held.dram_tokens - tracked.local_tokens
+        if tracked.local_tokens < self._smallest_block and self._stores:
+            # Of what vLLM has itself, some may have to be stored again.
+            self._storing.loaded(tracked, position, rest=held is not None and held.rest)
+        meta = self._meta
+        if meta is None:
+            meta = self._orders_for_next_step()
         meta.loads.append(job)
         if tracked.adapter is not None:
             meta.adapters[request.request_id] = tracked.adapter
@@ -233,60 +254,48 @@ class SchedulerSide:
     def _load(
         self, tracked: Tracked, held: Held, position: int, tables: Sequence[Sequence[int]]
     ) -> LoadJob:
-        return LoadJob(
-            request_id=tracked.request.request_id,
-            parts=[
-                part
-                for taken in held.taken
-                for part in self._parts(taken, tracked.local_tokens, position, tables)
-            ],
+        parts, expires_ns = held.parts, held.expires_ns
+        if position != held.tokens:
             # vLLM takes all that was offered or nothing. Were it to take less, windows
             # and states would be those of another position.
-            expires_ns=held.expires_ns if position == held.tokens else 0,
-            epoch=held.attached.epoch,
-        )
+            expires_ns = 0
+        if position != held.tokens or tracked.local_tokens != held.floor:
+            parts = parts_of(held.taken, tracked.local_tokens, position)
+        groups, loads = self._bands.groups, []
+        for load, first, last in parts:
+            load.block_ids = list(tables[groups[load.group]][first:last])
+            loads.append(load)
+        return LoadJob(tracked.request.request_id, loads, expires_ns, held.attached.epoch)
 
-    def _parts(
-        self, taken: Taken, local_tokens: int, position: int, tables: Sequence[Sequence[int]]
-    ) -> list[LoadPart]:
-        """Of a band's leased blocks, those that are to be filled, group by group."""
-        band = taken.band
-        first, last = band.span(position)
-        # What vLLM has of its own is shared, and must not be written.
-        first = max(first, local_tokens // band.block_tokens, taken.first)
-        leased = slice(first - taken.first, last - taken.first)
-        shards = len(taken.addresses) // len(band.members)
-        return [
-            LoadPart(
-                group=member,
-                block_ids=list(tables[self._bands.groups[member]][first:last]),
-                addresses=[each[leased] for each in taken.addresses[at : at + shards]],
-                checksums=[each[leased] for each in taken.checksums[at : at + shards]],
-            )
-            for at, member in zip(range(0, len(taken.addresses), shards), band.members, strict=True)
-            if first < last
-        ]
-
-    def hit_sources(self, request: Request, num_external_tokens: int) -> dict[CacheHitSource, int]:
+    def get_external_cache_hit_sources(
+        self, request: Request, num_external_tokens: int
+    ) -> dict[CacheHitSource, int]:
         """Where the tokens of the load just ordered came from."""
         from_dram = self._dram_tokens.pop(request.request_id, 0)
         if not num_external_tokens:
             return {}
         # The store counts how many blocks were in DRAM, not which: in a chain it
         # is the front that stays there longest.
-        host = min(from_dram, num_external_tokens)
-        split = {CacheHitSource.HOST: host, CacheHitSource.DISK: num_external_tokens - host}
-        return {source: tokens for source, tokens in split.items() if tokens}
+        if from_dram >= num_external_tokens:
+            return {_HOST: num_external_tokens}
+        if from_dram <= 0:
+            return {_DISK: num_external_tokens}
+        return {_HOST: from_dram, _DISK: num_external_tokens - from_dram}
 
-    def request_finished(self, request: Request) -> dict[str, Any] | None:
-        """What to hand over to a vLLM that decodes, where a proxy asks for that."""
+    def request_finished(
+        self, request: Request, block_ids: object
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """False, for blocks that are still read are pinned; and what to hand over to a vLLM
+        that decodes, where a proxy asks for that."""
         request_id = request.request_id
         tracked = self._tracked.pop(request_id, None)
         if tracked is not None:
             if not tracked.done:
                 self._leasing.end(tracked)
-            self._storing.end(tracked)
-            self._orders.ends(request_id)
+            tracked.storable = False
+            self._offering.pop(request_id, None)
+            if request_id in self._orders.of_request:
+                self._orders.ends(request_id)
             if tracked.loading:
                 # It goes on: vLLM holds its blocks until it is reported.
                 self._orders_for_next_step().unwanted.append(request_id)
@@ -295,11 +304,13 @@ class SchedulerSide:
         if self._adapted:
             self._adapted.pop(request_id, None)
         if request.kv_transfer_params is None:
-            return None
+            return False, None
         tokens = 0
         if tracked is not None and self._stores and self._link.up:
             tokens = min(tracked.prompt_tokens, request.num_prompt_tokens - 1)
-        return answer_for_decode(request.kv_transfer_params, self._bands.aligned(tokens))
+        return False, answer_for_decode(request.kv_transfer_params, self._bands.aligned(tokens))
+
+    request_finished_all_groups = request_finished
 
     # -- steps ------------------------------------------------------------------
 
@@ -309,22 +320,15 @@ class SchedulerSide:
             meta = self._meta = StepMetadata(salt=self._salt)
         return meta
 
-    def build_meta(self, output: SchedulerOutput) -> StepMetadata:
+    def build_connector_meta(self, output: SchedulerOutput) -> StepMetadata:
         """Orders for the workers, not to be changed. Most steps only decode, and have none:
         what they pass through here costs the engine most of all."""
-        self._steps += 1
-        if self._known_generation != self._link.generation:
-            self._known_generation = self._link.generation
-            self._orders.forget()
         if output.preempted_req_ids:
             self._preempted(output.preempted_req_ids)
         if self._adapted:
             self._look_for_adapters()
-        storing = self._storing
-        if (storing.offering or storing.states) and self._link.up:
-            stores = storing.jobs(output, self._tracked)
-            if stores:
-                self._orders_for_next_step().stores = stores
+        if (self._offering or self._has_states) and self._link.current is not None:
+            self._order_stores(output)
         if self._new:
             new, self._new = self._new, []
             self._leasing.foresee(new)
@@ -332,18 +336,30 @@ class SchedulerSide:
             self._queue.wake()
         tokens = output.total_num_scheduled_tokens
         if tokens >= LEAST_TOKENS:
-            self._orders_for_next_step().prefill = self._queue.prefill.begin(tokens)
+            self._orders_for_next_step().prefill = self._prefill.begin(tokens)
         elif not tokens:
             self._orders_for_next_step().idle = True
             self._wait_idle()
-        meta, self._meta = self._meta, None
-        if meta is None:
+        orders = self._meta
+        if orders is None:
             return self._nothing
-        for store in meta.stores:
-            adapter = self._tracked[store.request_id].adapter
-            if adapter is not None:
-                meta.adapters[store.request_id] = adapter
-        return meta
+        self._meta = None
+        return orders
+
+    def _order_stores(self, output: SchedulerOutput) -> None:
+        if self._known_generation != self._link.generation:
+            self._known_generation = self._link.generation
+            self._orders.forget()
+        stores = self._storing.jobs(output, self._tracked)
+        if not stores:
+            return
+        meta = self._orders_for_next_step()
+        meta.stores = stores
+        if self._lora:
+            for store in stores:
+                adapter = self._tracked[store.request_id].adapter
+                if adapter is not None:
+                    meta.adapters[store.request_id] = adapter
 
     def _preempted(self, request_ids: Collection[str]) -> None:
         """Their blocks are free for reuse in this very step."""
@@ -356,6 +372,7 @@ class SchedulerSide:
                 self._storing.begin_anew(tracked)
 
     def _look_for_adapters(self) -> None:
+        self._steps += 1
         for request_id, waiting in list(self._adapted.items()):
             # Too late for a load, but what is computed of it can be stored.
             if waiting.bypasses and self._find_adapter(waiting):
@@ -373,19 +390,21 @@ class SchedulerSide:
             for tracked in self._tracked.values()
         )
 
-    def update_output(self, output: KVConnectorOutput) -> None:
+    def update_connector_output(self, output: KVConnectorOutput) -> None:
         report = output.kv_connector_worker_meta
+        if output.failed_recving or output.invalid_block_ids:
+            self._store_what_failed()
         if output.finished_recving:
             self._loaded(output.finished_recving)
         # Not `isinstance`, which takes longer than all the rest for an abstract class.
         if type(report) is WorkerReport:
-            self._queue.prefill.end(report.prefill)
+            self._prefill.end(report.prefill)
             if report.jobs:
                 self._orders.reported(report.jobs)
             if report.adapters:
                 self._adapters.heard(report.adapters)
-        elif self._queue.prefill.begun:
-            self._queue.prefill.end(0)
+        elif self._prefill.begun:
+            self._prefill.end(0)
 
     def _loaded(self, request_ids: Collection[str]) -> None:
         """Loads that have ended, for better or worse."""
@@ -396,17 +415,28 @@ class SchedulerSide:
             tracked = self._tracked.get(request_id)
             if tracked is not None:
                 tracked.loading = False
-        if self._queue.news:
+        if self._queue.news and not self._tracked:
+            # There may be no next step, which would do it.
             self._queue.wake()
 
-    @property
-    def stores_pending(self) -> bool:
-        """Whether blocks are pinned, to be let go of by a step to come."""
-        return bool(self._orders)
+    def _store_what_failed(self) -> None:
+        """Of the loads under way some has failed, and will be computed. Which one is not said
+        in all cases; what the store has of the others is not stored twice."""
+        for request_id in self._loading:
+            tracked = self._tracked.get(request_id)
+            if tracked is not None and tracked.storable:
+                self._storing.begin_anew(tracked)
 
-    def blocks_are_coming_back(self) -> bool:
+    def get_kv_connector_stats(self) -> ConnectorStats | None:
+        return self.stats.take() if self.stats.data else None
+
+    def has_pending_push_work(self) -> bool:
+        """Whether blocks are pinned, to be let go of by a step to come."""
+        return bool(self._orders.pending)
+
+    def has_pending_block_frees(self) -> bool:
         """Whether finished requests' blocks are pinned only until their stores are done."""
-        return any(request_id not in self._tracked for request_id in self._orders.requests())
+        return not self._orders.of_request.keys() <= self._tracked.keys()
 
     def reset(self) -> None:
         """Forget all that was stored so far, as after a change of weights."""
@@ -439,4 +469,4 @@ class SchedulerSide:
     def is_quiet(self) -> bool:
         """Whether nothing is tracked, leased, loading or being stored."""
         requests = self._tracked or self._adapted or self._loading
-        return not (requests or self._orders or self._leasing.outstanding)
+        return not (requests or self._orders.pending or self._leasing.outstanding)

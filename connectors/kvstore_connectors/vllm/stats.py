@@ -31,6 +31,8 @@ COUNTERS = {
     "loaded_bytes": "Bytes of the blocks loaded.",
     "load_seconds": "Seconds spent loading.",
     "vram_blocks": "Blocks of those loaded that the store had in the GPU's memory.",
+    "straight_blocks": "Blocks of those loaded that were in the GPU's memory alone.",
+    "straight_misses": "Blocks leased in the GPU's memory alone that were gone by then.",
     "failed_loads": "Loads given up and recomputed: server lost, lease over, damaged bytes.",
     "damaged_blocks": "Blocks that arrived with the wrong checksum.",
     "stored_blocks": "Blocks written to the store.",
@@ -39,6 +41,8 @@ COUNTERS = {
     "present_blocks": "Blocks offered that the store already had or was just getting.",
     "denied_blocks": "Blocks the store had no space for.",
     "thread_errors": "Errors nobody foresaw, survived; each is in the log.",
+    "landed_blocks": "Blocks handed over that were written into a GPU's memory, once for each.",
+    "not_landed_blocks": "Blocks handed over of which none was: no place, or not reached.",
     "skipped_blocks": "Blocks not stored: too far behind, preempted, or no server.",
 }
 

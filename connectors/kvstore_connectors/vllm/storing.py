@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from kvstore_connectors.vllm.groups import Band, Bands
+from kvstore_connectors.vllm.hints import said_of
 from kvstore_connectors.vllm.metadata import StoreJob
 from kvstore_connectors.vllm.orders import StoreOrders
 from kvstore_connectors.vllm.tracked import Tracked, keys_of
@@ -23,7 +24,8 @@ NULL_BLOCK = 0
 
 
 class Storing:
-    """Called on the scheduler's thread only."""
+    """Called on the scheduler's thread only. `_order_run` is written out in one: it is what
+    every new prompt passes through, after an engine's step has emptied the caches."""
 
     def __init__(self, bands: Bands, orders: StoreOrders) -> None:
         self._bands = bands
@@ -31,14 +33,32 @@ class Storing:
         self._jobs: list[StoreJob] = []
         self.offering: dict[str, Tracked] = {}
         """Requests of whose prompts there is more to store, waiting ones too."""
+        self._only_full = not bands.partial
         self.states = any(band.rule.state for band in bands.bands)
         """Whether a step may complete something beside that."""
-        # Those of which the block tables say where they are.
+        # Those of which the block tables say where they are; how many hashes make a key of one
+        # of full attention.
         self._tabled = [
-            (number, band, band.block_tokens, band.rule.is_full)
+            (
+                number,
+                band,
+                band.block_tokens,
+                band.block_tokens // bands.hash_tokens if band.rule.is_full else 0,
+            )
             for number, band in enumerate(bands.bands)
             if not band.rule.state
         ]
+
+    def loaded(self, tracked: Tracked, position: int, *, rest: bool) -> None:
+        """All before `position` is being loaded, so full attention has it in the store; `rest`:
+        as it has the rest of the prompt."""
+        if rest and self._only_full:
+            self.offering.pop(tracked.request.request_id, None)
+        elif tracked.offered is None:
+            tracked.offered = [
+                position // band.block_tokens if band.rule.is_full else 0
+                for band in self._bands.bands
+            ]
 
     def begin_anew(self, tracked: Tracked) -> None:
         """It is computed again from its first token on."""
@@ -58,11 +78,10 @@ class Storing:
             return []
         offering = self.offering
         if offering:
-            for request_id, scheduled in output.num_scheduled_tokens.items():
-                tracked = offering.get(request_id)
-                if tracked is not None:
-                    computed = tracked.request.num_computed_tokens + scheduled
-                    self._order_computed(tracked, min(computed, tracked.prompt_tokens), state)
+            scheduled = output.num_scheduled_tokens
+            for request_id in list(offering) if len(offering) < len(scheduled) else scheduled:
+                if request_id in offering and request_id in scheduled:
+                    self._order_computed(offering[request_id], scheduled[request_id], state)
         for request_id, states in state.boundary_state_offloads.items():
             tracked = requests.get(request_id)
             if tracked is not None and tracked.storable:
@@ -72,44 +91,58 @@ class Storing:
         return jobs
 
     def _order_computed(
-        self, tracked: Tracked, computed: int, state: KVConnectorBlockState
+        self, tracked: Tracked, scheduled: int, state: KVConnectorBlockState
     ) -> None:
         """Store the blocks that this step completes, of all but states."""
         tables: Sequence[Sequence[int]] | None = None
+        computed, prompt = tracked.request.num_computed_tokens + scheduled, tracked.prompt_tokens
+        if computed > prompt:
+            computed = prompt
         offered = tracked.offered
         if offered is None:
             offered = tracked.offered = [0] * len(self._bands.bands)
-        for number, band, size, is_full in self._tabled:
+        for number, band, size, step in self._tabled:
             start, stop = offered[number], computed // size
             if start >= stop:
                 continue
-            tables = tables or state.get_block_ids(tracked.request.request_id)
             if tables is None:
-                return
+                tables = state.get_block_ids(tracked.request.request_id)
+                if tables is None:
+                    return
             offered[number] = stop
-            if is_full:
-                self._order_run(tracked, band, start, stop, tables)
+            if step:
+                self._order_run(tracked, band, step, start, stop, tables)
             else:
                 wanted = band.wanted(start, stop, self._resume_points(tracked))
                 if wanted:
                     self._order_some(tracked, band, wanted, tables)
-        if computed >= tracked.prompt_tokens:
+        if computed == prompt:
             del self.offering[tracked.request.request_id]
 
     def _order_run(
-        self, tracked: Tracked, band: Band, start: int, stop: int, tables: Sequence[Sequence[int]]
+        self,
+        tracked: Tracked,
+        band: Band,
+        step: int,
+        start: int,
+        stop: int,
+        tables: Sequence[Sequence[int]],
     ) -> None:
-        """Store blocks of full attention, which are all there."""
-        # From the block before on, for its key is the first one's parent.
-        parents = self._keys(tracked, band, start - 1 if start else 0, stop)
-        keys = parents[1:] if start else parents
-        if start:
-            del parents[-1]
-        else:
-            parents = [b"", *keys[:-1]]
+        """Store blocks of full attention, which are all there. `step`: hashes to a key."""
+        request = tracked.request
+        hashes = request.block_hashes if tracked.adapter is None else tracked.hashes()
+        # As `keys_of`; the key of the block before is the first one's parent.
+        keys = hashes[(start + 1) * step - 1 : stop * step : step]
+        parents = [hashes[start * step - 1] if start else b"", *keys[:-1]]
+        said = said_of(request)
         for member in band.members:
             block_ids = list(tables[self._bands.groups[member]][start:stop])
-            self._order(tracked, member, keys, parents, block_ids, kept=True)
+            job = self._orders.order(
+                request.request_id, member, keys, parents, block_ids, said, True,
+                tracked.handed_over,
+            )  # fmt: skip
+            if job is not None:
+                self._jobs.append(job)
 
     def _resume_points(self, tracked: Tracked) -> set[int]:
         junctions = (tracked.junction, tracked.request.shared_prefix_boundary)
@@ -135,7 +168,6 @@ class Storing:
                     [keys[place - first] for place in there],
                     [keys[place - 1 - first] if place else b"" for place in there],
                     [table[place] for place in there],
-                    kept=False,
                 )
 
     def _order_state(self, tracked: Tracked, group: int, block_id: int, position: int) -> None:
@@ -148,7 +180,7 @@ class Storing:
                 continue
             keys = self._keys(tracked, band, position // size - 1, position // size)
             # States are no chain: none is of use to the next.
-            self._order(tracked, members[0], keys, [b""], [block_id], kept=False)
+            self._order(tracked, members[0], keys, [b""], [block_id])
 
     def _keys(self, tracked: Tracked, band: Band, start: int, stop: int) -> list[bytes]:
         return keys_of(tracked, self._bands.hash_tokens, band.block_tokens, start, stop)
@@ -160,10 +192,11 @@ class Storing:
         keys: list[bytes],
         parents: list[bytes],
         block_ids: list[int],
-        kept: bool,
     ) -> None:
+        request = tracked.request
         job = self._orders.order(
-            tracked.request.request_id, member, keys, parents, block_ids, tracked.reuse, kept
-        )
+            request.request_id, member, keys, parents, block_ids, said_of(request), False,
+            tracked.handed_over,
+        )  # fmt: skip
         if job is not None:
             self._jobs.append(job)

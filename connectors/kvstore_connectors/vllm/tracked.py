@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kvstore.types import Reuse
 from kvstore_connectors.vllm.acquire import Ticket
 from kvstore_connectors.vllm.adapters import Adapter
 from kvstore_connectors.vllm.handover import Coming
 from kvstore_connectors.vllm.held import Held
-from kvstore_connectors.vllm.hints import reuse_of
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -24,7 +22,7 @@ class Tracked:
     on in the store, but windows or states do not. `coming`: what another vLLM is storing
     of it, as long as that is waited for. `adapter`: what it is computed with beside the
     model. `storable`: what is computed of it may be stored. `offered`: for each band, up to
-    which block it has been.
+    which block it has been. `handed_over`: another vLLM is to decode it.
     """
 
     request: Request
@@ -41,27 +39,20 @@ class Tracked:
     junction: int = 0
     storable: bool = False
     offered: list[int] | None = None
-    _reuse: Reuse | None = None
+    handed_over: bool = False
     _adapted: list[bytes] | None = None
 
-    @property
-    def reuse(self) -> Reuse:
-        """What the request says of the next use of its blocks."""
-        reuse = self._reuse
-        if reuse is None:
-            reuse = self._reuse = reuse_of(self.request)
-        return reuse
-
     def hashes(self) -> list[bytes]:
-        """Of what is computed of it so far, by its weights and all before; not a copy."""
+        """Of what is computed of it so far, by its weights and all before; not a copy. May be
+        called in any thread."""
         hashes: list[bytes] = self.request.block_hashes
         if self.adapter is None:
             return hashes
-        if self._adapted is None:
-            self._adapted = []
-        if len(self._adapted) < len(hashes):
-            self._adapted += self.adapter.keys(hashes[len(self._adapted) :])
-        return self._adapted
+        # Another thread may be here too: what it was given is not changed.
+        adapted = self._adapted or []
+        if len(adapted) < len(hashes):
+            adapted = self._adapted = adapted + self.adapter.keys(hashes[len(adapted) :])
+        return adapted
 
 
 def keys_of(

@@ -39,8 +39,9 @@ the load takes 543 ms without a wait, 28 ms with 1 ms, 25 ms with 2 ms and 22 ms
 
 class WorkerSide:
     """One rank. `link`: with this rank's own layouts. `geometries`: of each stored group.
-    `writes`: whether this rank stores, or another with equal KV does. `specs_for(salt)`: the
-    layouts. `adapters`: None where the engine has no LoRA."""
+    `writes`: whether this rank stores, or another with equal KV does. `loads`: whether the
+    engine loads at all. `specs_for(salt)`: the layouts. `adapters`: None where the engine has no
+    LoRA."""
 
     def __init__(
         self,
@@ -50,6 +51,7 @@ class WorkerSide:
         rank: int,
         shard: int,
         writes: bool,
+        loads: bool,
         specs_for: Callable[[str], Sequence[LayoutSpec]],
         adapters: LoadedAdapters | None,
     ) -> None:
@@ -59,6 +61,7 @@ class WorkerSide:
         self._geometries = geometries
         self._shard = shard
         self._writes = writes
+        self._loads = loads
         self._specs_for = specs_for
         self._salt = ""
         self._news = threading.Condition()
@@ -72,15 +75,19 @@ class WorkerSide:
         self._refused: set[str] = set()
         self._prefill = 0
 
-    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        """A KV cache that is not as configured is left alone: every order fails."""
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor], reader: bytes = b"") -> None:
+        """A KV cache that is not as configured is left alone: every order fails. `reader`: see
+        `reader_of`."""
         try:
             self._device = device = device_of(kv_caches)
             blocks = [blocks_of(device, kv_caches, each) for each in self._geometries]
         except (ConfigError, DeviceError) as error:
             logger.warning("KVStoreConnector is off: %s.", error)
             return
-        self._loader = Loader(self._link, device, blocks, self._shard, self._announce)
+        self._loader = Loader(
+            self._link, device, blocks, self._shard, self._announce,
+            expects=self._loads, reader=reader,
+        )  # fmt: skip
         self._saver = Saver(self._link, device, blocks, self._announce)
         self._link.wait_first_try()
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.metadata import entry_points
-from typing import Any
 
 from kvstore.config_keys import EVICTION_ENTRY_POINTS
 from kvstore.core.policies.arc import ARC
@@ -19,6 +18,7 @@ from kvstore.core.policies.gdsf import GDSF
 from kvstore.core.policies.lfu import LFU
 from kvstore.core.policies.lhd import LHD
 from kvstore.core.policies.lirs import LIRS
+from kvstore.core.policies.loading import PolicyError, load
 from kvstore.core.policies.lru import LRU
 from kvstore.core.policies.priority_lru import PriorityLRU
 from kvstore.core.policies.s3_fifo import S3FIFO
@@ -33,12 +33,12 @@ MakePolicy = Callable[[], EvictionPolicy]
 
 
 class _Policies(dict[str, MakePolicy]):
-    """Those of the project; another's is looked up when it is asked for."""
+    """Those of the project; another's is looked up when it is asked for. Raises `PolicyError`
+    for one that cannot be used."""
 
     def __missing__(self, name: str) -> MakePolicy:
-        for found in entry_points(group=EVICTION_ENTRY_POINTS, name=name):
-            make: Any = found.load()
-            return make  # type: ignore[no-any-return]
+        for declared in entry_points(group=EVICTION_ENTRY_POINTS, name=name):
+            return load(declared)
         raise KeyError(name)
 
 
@@ -60,4 +60,6 @@ POLICIES = _Policies({
         "worth": Worth,
 })  # fmt: skip
 
-__all__ = ["LRU", "POLICIES", "EvictionPolicy", "MakePolicy", "SessionState", "Use"]
+__all__ = [
+    "LRU", "POLICIES", "EvictionPolicy", "MakePolicy", "PolicyError", "SessionState", "Use",
+]  # fmt: skip

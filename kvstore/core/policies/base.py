@@ -12,8 +12,9 @@ the block nearest the root last, so that an order by recency puts children first
 A policy is not told its capacity: it is full whenever it is asked for candidates.
 What it remembers of replicas that left is bounded by what it holds then.
 
-`use`, `hint` and `miss` are knowledge that a policy may do without: a caller that has none
-never calls them. Time is what a policy is told in `use`, or else counted in calls.
+`use`, `hint` and `miss` are knowledge that a policy may do without, so they have bodies (a type
+checker takes a method without one for abstract): a caller that has none never calls them. Time
+is what a policy is told in `use`, or else counted in calls.
 """
 
 from __future__ import annotations
@@ -63,16 +64,19 @@ class EvictionPolicy(Protocol):
 
     def use(self, use: Use) -> None:
         """The calls that follow, up to the next one of these, are for this request."""
+        return
 
     def hint(
         self, session: Hashable, state: SessionState, expected_ms: float | None = None
     ) -> None:
         """What is known of a session that has made its latest request; `expected_ms`: in
         how long it is likely to make the next one. Of one that is not known nothing is."""
+        return
 
     def miss(self, stored_key: bytes) -> None:
         """A block that is not held was asked for and is about to be inserted, once
         there is room. May be said more than once."""
+        return
 
     def insert(self, replica: Replica) -> None:
         """A replica has come in; this counts as a use."""

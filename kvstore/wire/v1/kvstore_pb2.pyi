@@ -31,6 +31,7 @@ class Tier(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     TIER_UNSPECIFIED: _ClassVar[Tier]
     TIER_DRAM: _ClassVar[Tier]
     TIER_NVME: _ClassVar[Tier]
+    TIER_VRAM: _ClassVar[Tier]
 ERROR_CODE_UNSPECIFIED: ErrorCode
 BAD_REQUEST: ErrorCode
 BAD_KEY: ErrorCode
@@ -50,6 +51,7 @@ INTERNAL: ErrorCode
 TIER_UNSPECIFIED: Tier
 TIER_DRAM: Tier
 TIER_NVME: Tier
+TIER_VRAM: Tier
 
 class Layout(_message.Message):
     __slots__ = ("model", "revision", "dtype", "kv_layout", "block_tokens", "block_bytes", "rank", "world", "group", "backend", "codec")
@@ -180,16 +182,18 @@ class ChainPresence(_message.Message):
     def __init__(self, held: _Optional[int] = ..., in_dram: _Optional[int] = ...) -> None: ...
 
 class AcquireRequest(_message.Message):
-    __slots__ = ("chains", "wait_ms", "priority", "recompute")
+    __slots__ = ("chains", "wait_ms", "priority", "recompute", "reader")
     CHAINS_FIELD_NUMBER: _ClassVar[int]
     WAIT_MS_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     RECOMPUTE_FIELD_NUMBER: _ClassVar[int]
+    READER_FIELD_NUMBER: _ClassVar[int]
     chains: _containers.RepeatedCompositeFieldContainer[Chain]
     wait_ms: int
     priority: int
     recompute: Recompute
-    def __init__(self, chains: _Optional[_Iterable[_Union[Chain, _Mapping]]] = ..., wait_ms: _Optional[int] = ..., priority: _Optional[int] = ..., recompute: _Optional[_Union[Recompute, _Mapping]] = ...) -> None: ...
+    reader: bytes
+    def __init__(self, chains: _Optional[_Iterable[_Union[Chain, _Mapping]]] = ..., wait_ms: _Optional[int] = ..., priority: _Optional[int] = ..., recompute: _Optional[_Union[Recompute, _Mapping]] = ..., reader: _Optional[bytes] = ...) -> None: ...
 
 class Recompute(_message.Message):
     __slots__ = ("tokens_per_s",)
@@ -291,15 +295,41 @@ class Slots(_message.Message):
     expires_ns: int
     def __init__(self, first_slot: _Optional[int] = ..., addresses: _Optional[bytes] = ..., expires_ns: _Optional[int] = ...) -> None: ...
 
+class LandRequest(_message.Message):
+    __slots__ = ("layout_id", "slots", "not_on")
+    LAYOUT_ID_FIELD_NUMBER: _ClassVar[int]
+    SLOTS_FIELD_NUMBER: _ClassVar[int]
+    NOT_ON_FIELD_NUMBER: _ClassVar[int]
+    layout_id: bytes
+    slots: bytes
+    not_on: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, layout_id: _Optional[bytes] = ..., slots: _Optional[bytes] = ..., not_on: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class LandResponse(_message.Message):
+    __slots__ = ("landings",)
+    LANDINGS_FIELD_NUMBER: _ClassVar[int]
+    landings: _containers.RepeatedCompositeFieldContainer[Landing]
+    def __init__(self, landings: _Optional[_Iterable[_Union[Landing, _Mapping]]] = ...) -> None: ...
+
+class Landing(_message.Message):
+    __slots__ = ("gpu", "addresses")
+    GPU_FIELD_NUMBER: _ClassVar[int]
+    ADDRESSES_FIELD_NUMBER: _ClassVar[int]
+    gpu: str
+    addresses: bytes
+    def __init__(self, gpu: _Optional[str] = ..., addresses: _Optional[bytes] = ...) -> None: ...
+
 class CommitRequest(_message.Message):
-    __slots__ = ("layout_id", "segments", "reserve")
+    __slots__ = ("layout_id", "segments", "reserve", "landed")
     LAYOUT_ID_FIELD_NUMBER: _ClassVar[int]
     SEGMENTS_FIELD_NUMBER: _ClassVar[int]
     RESERVE_FIELD_NUMBER: _ClassVar[int]
+    LANDED_FIELD_NUMBER: _ClassVar[int]
     layout_id: bytes
     segments: _containers.RepeatedCompositeFieldContainer[Segment]
     reserve: int
-    def __init__(self, layout_id: _Optional[bytes] = ..., segments: _Optional[_Iterable[_Union[Segment, _Mapping]]] = ..., reserve: _Optional[int] = ...) -> None: ...
+    landed: _containers.RepeatedCompositeFieldContainer[Landing]
+    def __init__(self, layout_id: _Optional[bytes] = ..., segments: _Optional[_Iterable[_Union[Segment, _Mapping]]] = ..., reserve: _Optional[int] = ..., landed: _Optional[_Iterable[_Union[Landing, _Mapping]]] = ...) -> None: ...
 
 class Segment(_message.Message):
     __slots__ = ("parent", "keys", "slots", "checksums", "reuse")
@@ -416,7 +446,7 @@ class GetStatsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetStatsResponse(_message.Message):
-    __slots__ = ("uptime_seconds", "tiers", "sessions", "leases", "reservations", "acquired_positions", "acquired_hits", "acquired_hits_dram", "committed_blocks", "corrupt_blocks", "tenant_blocks")
+    __slots__ = ("uptime_seconds", "tiers", "sessions", "leases", "reservations", "acquired_positions", "acquired_hits", "acquired_hits_dram", "committed_blocks", "corrupt_blocks", "tenant_blocks", "vram")
     UPTIME_SECONDS_FIELD_NUMBER: _ClassVar[int]
     TIERS_FIELD_NUMBER: _ClassVar[int]
     SESSIONS_FIELD_NUMBER: _ClassVar[int]
@@ -428,6 +458,7 @@ class GetStatsResponse(_message.Message):
     COMMITTED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     CORRUPT_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     TENANT_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    VRAM_FIELD_NUMBER: _ClassVar[int]
     uptime_seconds: float
     tiers: _containers.RepeatedCompositeFieldContainer[TierStats]
     sessions: int
@@ -439,10 +470,11 @@ class GetStatsResponse(_message.Message):
     committed_blocks: int
     corrupt_blocks: int
     tenant_blocks: int
-    def __init__(self, uptime_seconds: _Optional[float] = ..., tiers: _Optional[_Iterable[_Union[TierStats, _Mapping]]] = ..., sessions: _Optional[int] = ..., leases: _Optional[int] = ..., reservations: _Optional[int] = ..., acquired_positions: _Optional[int] = ..., acquired_hits: _Optional[int] = ..., acquired_hits_dram: _Optional[int] = ..., committed_blocks: _Optional[int] = ..., corrupt_blocks: _Optional[int] = ..., tenant_blocks: _Optional[int] = ...) -> None: ...
+    vram: _containers.RepeatedCompositeFieldContainer[VramStats]
+    def __init__(self, uptime_seconds: _Optional[float] = ..., tiers: _Optional[_Iterable[_Union[TierStats, _Mapping]]] = ..., sessions: _Optional[int] = ..., leases: _Optional[int] = ..., reservations: _Optional[int] = ..., acquired_positions: _Optional[int] = ..., acquired_hits: _Optional[int] = ..., acquired_hits_dram: _Optional[int] = ..., committed_blocks: _Optional[int] = ..., corrupt_blocks: _Optional[int] = ..., tenant_blocks: _Optional[int] = ..., vram: _Optional[_Iterable[_Union[VramStats, _Mapping]]] = ...) -> None: ...
 
 class TierStats(_message.Message):
-    __slots__ = ("tier", "capacity_bytes", "used_bytes", "blocks", "evictions", "bytes_in", "bytes_out", "healthy", "stalled", "stalls")
+    __slots__ = ("tier", "capacity_bytes", "used_bytes", "blocks", "evictions", "bytes_in", "bytes_out", "healthy", "stalled", "stalls", "off_because")
     TIER_FIELD_NUMBER: _ClassVar[int]
     CAPACITY_BYTES_FIELD_NUMBER: _ClassVar[int]
     USED_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -453,6 +485,7 @@ class TierStats(_message.Message):
     HEALTHY_FIELD_NUMBER: _ClassVar[int]
     STALLED_FIELD_NUMBER: _ClassVar[int]
     STALLS_FIELD_NUMBER: _ClassVar[int]
+    OFF_BECAUSE_FIELD_NUMBER: _ClassVar[int]
     tier: Tier
     capacity_bytes: int
     used_bytes: int
@@ -463,7 +496,52 @@ class TierStats(_message.Message):
     healthy: bool
     stalled: bool
     stalls: int
-    def __init__(self, tier: _Optional[_Union[Tier, str]] = ..., capacity_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., blocks: _Optional[int] = ..., evictions: _Optional[int] = ..., bytes_in: _Optional[int] = ..., bytes_out: _Optional[int] = ..., healthy: bool = ..., stalled: bool = ..., stalls: _Optional[int] = ...) -> None: ...
+    off_because: str
+    def __init__(self, tier: _Optional[_Union[Tier, str]] = ..., capacity_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., blocks: _Optional[int] = ..., evictions: _Optional[int] = ..., bytes_in: _Optional[int] = ..., bytes_out: _Optional[int] = ..., healthy: bool = ..., stalled: bool = ..., stalls: _Optional[int] = ..., off_because: _Optional[str] = ...) -> None: ...
+
+class VramStats(_message.Message):
+    __slots__ = ("gpu", "capacity_bytes", "held_bytes", "used_bytes", "blocks", "hits", "copied_bytes", "landed_bytes", "landed_hits", "no_room_to_land", "no_share_to_land", "evictions", "extents_given_back", "short", "healthy", "off_because", "reads_straight", "not_straight_because", "straight_blocks", "bounced_blocks")
+    GPU_FIELD_NUMBER: _ClassVar[int]
+    CAPACITY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    HELD_BYTES_FIELD_NUMBER: _ClassVar[int]
+    USED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    HITS_FIELD_NUMBER: _ClassVar[int]
+    COPIED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LANDED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LANDED_HITS_FIELD_NUMBER: _ClassVar[int]
+    NO_ROOM_TO_LAND_FIELD_NUMBER: _ClassVar[int]
+    NO_SHARE_TO_LAND_FIELD_NUMBER: _ClassVar[int]
+    EVICTIONS_FIELD_NUMBER: _ClassVar[int]
+    EXTENTS_GIVEN_BACK_FIELD_NUMBER: _ClassVar[int]
+    SHORT_FIELD_NUMBER: _ClassVar[int]
+    HEALTHY_FIELD_NUMBER: _ClassVar[int]
+    OFF_BECAUSE_FIELD_NUMBER: _ClassVar[int]
+    READS_STRAIGHT_FIELD_NUMBER: _ClassVar[int]
+    NOT_STRAIGHT_BECAUSE_FIELD_NUMBER: _ClassVar[int]
+    STRAIGHT_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    BOUNCED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    gpu: str
+    capacity_bytes: int
+    held_bytes: int
+    used_bytes: int
+    blocks: int
+    hits: int
+    copied_bytes: int
+    landed_bytes: int
+    landed_hits: int
+    no_room_to_land: int
+    no_share_to_land: int
+    evictions: int
+    extents_given_back: int
+    short: bool
+    healthy: bool
+    off_because: str
+    reads_straight: bool
+    not_straight_because: str
+    straight_blocks: int
+    bounced_blocks: int
+    def __init__(self, gpu: _Optional[str] = ..., capacity_bytes: _Optional[int] = ..., held_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., blocks: _Optional[int] = ..., hits: _Optional[int] = ..., copied_bytes: _Optional[int] = ..., landed_bytes: _Optional[int] = ..., landed_hits: _Optional[int] = ..., no_room_to_land: _Optional[int] = ..., no_share_to_land: _Optional[int] = ..., evictions: _Optional[int] = ..., extents_given_back: _Optional[int] = ..., short: bool = ..., healthy: bool = ..., off_because: _Optional[str] = ..., reads_straight: bool = ..., not_straight_because: _Optional[str] = ..., straight_blocks: _Optional[int] = ..., bounced_blocks: _Optional[int] = ...) -> None: ...
 
 class ClearRequest(_message.Message):
     __slots__ = ()

@@ -79,6 +79,11 @@ class KVStoreStub(object):
                 request_serializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.ReserveRequest.SerializeToString,
                 response_deserializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.ReserveResponse.FromString,
                 _registered_method=True)
+        self.Land = channel.unary_unary(
+                '/kvstore.wire.v1.KVStore/Land',
+                request_serializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.LandRequest.SerializeToString,
+                response_deserializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.LandResponse.FromString,
+                _registered_method=True)
         self.Commit = channel.unary_unary(
                 '/kvstore.wire.v1.KVStore/Commit',
                 request_serializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.CommitRequest.SerializeToString,
@@ -168,7 +173,8 @@ class KVStoreServicer(object):
         """Pins the longest prefix of each chain that can be in DRAM within `wait_ms`,
         bringing blocks up from slower tiers, and answers when that is decided.
         Every block in the answer is in DRAM and stays there, unchanged, until the
-        lease ends. An item of which nothing is held gets an empty lease (id 0)
+        lease ends; but for those that, for a `reader`, are in a GPU's memory alone
+        (Lease.addresses). An item of which nothing is held gets an empty lease (id 0)
         that needs no release.
         NOT_FOUND (UNKNOWN_LAYOUT), INVALID_ARGUMENT (BAD_KEY, TOO_LARGE),
         UNAUTHENTICATED (NO_SESSION), RESOURCE_EXHAUSTED (TOO_MANY).
@@ -219,6 +225,19 @@ class KVStoreServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Land(self, request, context):
+        """Asks, for open slots, for places in the memory of GPUs where other sessions read
+        blocks of this layout: what is written there too, and named in the commit, they load
+        from there. For attached clients; see docs/attach.md. A slot has one place on a GPU,
+        which ends with it; asked again, the answer is the same.
+        FAILED_PRECONDITION (RESERVATION_EXPIRED), NOT_FOUND (UNKNOWN_LAYOUT),
+        INVALID_ARGUMENT (TOO_LARGE, a slot of another layout, a client of another host),
+        UNAUTHENTICATED (NO_SESSION).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Commit(self, request, context):
         """Publishes blocks that were written into reserved slots, and closes the slots:
         those of blocks that turn out to be there already are free again. From here
@@ -264,7 +283,8 @@ class KVStoreServicer(object):
         """Reads the blocks of a lease of this session as bytes, for clients that do
         not share the server's memory. One block is one or more consecutive
         messages of at most 1 MiB of data.
-        FAILED_PRECONDITION (LEASE_EXPIRED), PERMISSION_DENIED (FOREIGN_LEASE).
+        FAILED_PRECONDITION (LEASE_EXPIRED), PERMISSION_DENIED (FOREIGN_LEASE),
+        INVALID_ARGUMENT (a block that is in a GPU's memory alone).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -352,6 +372,11 @@ def add_KVStoreServicer_to_server(servicer, server):
                     servicer.Reserve,
                     request_deserializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.ReserveRequest.FromString,
                     response_serializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.ReserveResponse.SerializeToString,
+            ),
+            'Land': grpc.unary_unary_rpc_method_handler(
+                    servicer.Land,
+                    request_deserializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.LandRequest.FromString,
+                    response_serializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.LandResponse.SerializeToString,
             ),
             'Commit': grpc.unary_unary_rpc_method_handler(
                     servicer.Commit,
@@ -642,6 +667,33 @@ class KVStore(object):
             '/kvstore.wire.v1.KVStore/Reserve',
             kvstore_dot_wire_dot_v1_dot_kvstore__pb2.ReserveRequest.SerializeToString,
             kvstore_dot_wire_dot_v1_dot_kvstore__pb2.ReserveResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Land(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvstore.wire.v1.KVStore/Land',
+            kvstore_dot_wire_dot_v1_dot_kvstore__pb2.LandRequest.SerializeToString,
+            kvstore_dot_wire_dot_v1_dot_kvstore__pb2.LandResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -16,6 +16,7 @@ from kvstore.errors import (
     LeaseExpired,
     ReservationExpired,
 )
+from kvstore.types import GPU_ONLY, MAX_READER_BYTES
 from tests.integration.client.conftest import Server, block, key, layout_of, until_nothing_is_held
 
 
@@ -57,6 +58,20 @@ def test_a_lease_reads_the_held_prefix(
         lease.renew()
     lease.release()
     assert client.stats().leases == 0
+
+
+def test_a_reader_that_reads_nowhere_is_given_blocks_in_host_memory(
+    client: Any, layout: kvstore.Layout, chain: list[bytes]
+) -> None:
+    with client.acquire(layout, chain, reader=b"engine") as lease:
+        assert [lease.read(index) for index in range(lease.held)] == [
+            block(number, layout.block_bytes) for number in range(3)
+        ]
+    (grant,) = client.acquire_many([ChainQuery([layout.id], chain)], 0, reader=b"engine")
+    assert max(grant.addresses) < GPU_ONLY
+    client.release([grant.lease_id])
+    with pytest.raises(BadRequest):
+        client.acquire(layout, chain, reader=bytes(MAX_READER_BYTES + 1))
 
 
 def test_a_lease_on_nothing_needs_no_release(client: Any, layout: kvstore.Layout) -> None:

@@ -26,6 +26,7 @@ from kvstore.errors import (
     Unavailable,
 )
 from kvstore.local import copy
+from kvstore.local.attachment import Attachment
 from kvstore.local.directory import STALE_AFTER_NS
 from tests.integration.client.conftest import (
     Server,
@@ -43,6 +44,28 @@ def test_nobody_there_is_unavailable_at_once(driver: Callable[..., Any], tmp_pat
         with pytest.raises(Unavailable):
             driver(endpoint, timeout_s=5)
         assert time.monotonic() - started < 4
+
+
+def test_who_comes_while_the_server_starts_shares_its_memory_all_the_same(
+    server: Server, driver: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There was no attach socket yet, and a moment later gRPC answered."""
+    connect, tries = Attachment.connect, count()
+
+    def late(*args: Any, **kwargs: Any) -> Attachment:
+        if not next(tries):
+            raise Unavailable("not yet") from FileNotFoundError()
+        return connect(*args, **kwargs)
+
+    monkeypatch.setattr(Attachment, "connect", late)
+    client = driver(server.socket)
+    try:
+        assert client.is_local
+        layout = layout_of(client, 5000)
+        client.put(layout, key(1), block(1, 5000))
+        assert client.get(layout, key(1)) == block(1, 5000)
+    finally:
+        client.close()
 
 
 def test_a_killed_and_restarted_server_is_found_again(

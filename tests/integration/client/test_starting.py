@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import kvstore
+from kvstore.cli.connection import endpoint_of
+from kvstore.errors import Untrusted
 from tests.integration.client.conftest import Server
 
 SMALL = ["--dram-capacity", "16MiB", "--dram-extent", "4MiB", "--nvme-capacity", "0", "--admin", ""]
@@ -65,3 +70,37 @@ def test_an_example_does_what_it_says(example: str, server: Server) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "shared memory" in done.stdout or "sums: [0.0, 16384.0, 32768.0, 49152.0]" in done.stdout
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a directory away")
+@pytest.mark.parametrize("attach", [True, False], ids=["attach", "gRPC alone"])
+def test_a_server_in_another_users_directory_is_used_only_where_it_is_named(
+    driver: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, attach: bool
+) -> None:
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    # Not the test's own directory, in which the server's name would be too long.
+    with tempfile.TemporaryDirectory() as shared:
+        monkeypatch.setattr(tempfile, "tempdir", shared)
+        directory = Path(shared) / f"kvstore-{os.getuid()}"
+        directory.mkdir(mode=0o700)
+        path = directory / "kvstore.sock"
+        server = Server(directory)
+        server.arguments[1] = server.socket = str(path)
+        server.start()
+        try:
+            if not attach:
+                Path(f"{path}.attach").unlink()
+            unnamed = argparse.Namespace(endpoint=None, config=None)
+            driver(None).close()
+            assert endpoint_of(unnamed) == str(path)
+            os.chown(directory, 1001, 1001)
+            with pytest.raises(Untrusted, match="another user"):
+                driver(None)
+            with pytest.raises(Untrusted, match="another user"):
+                endpoint_of(unnamed)
+            driver(str(path)).close()
+            assert endpoint_of(argparse.Namespace(endpoint=str(path), config=None)) == str(path)
+            with pytest.raises(Untrusted, match="another user"):
+                kvstore.ensure_server(path)
+        finally:
+            server.kill()

@@ -98,6 +98,7 @@ async def test_every_documented_metric_is_live_and_every_live_one_documented(
     documented = set(re.findall(r"^\| `(kvstore_\w+)`", OPERATIONS.read_text(), re.MULTILINE))
     gpu = StandInGpu(tmp_path / "gpu.json", 1 << 30)
     sizes = {"nvme__capacity": "256MiB", "dram__capacity": "2MiB", "vram__gpus": gpu.name}
+    sizes["vram__gpudirect"] = "true"
     async with (
         serving(tmp_path, **sizes) as app,
         stub_for(tcp_target(app)) as stub,

@@ -13,6 +13,7 @@ import pytest
 
 import kvstore_server.attach
 from kvstore.wire.columns import unpack_numbers
+from kvstore_server.endpoint import GrpcEndpoint
 from tests.integration.server.harness import (
     BLOCK_BYTES,
     MIB,
@@ -221,3 +222,19 @@ async def test_descriptors_sent_by_a_client_are_not_kept(tmp_path: Path) -> None
                 kept += [name] * os.path.samestat(os.stat(f"/proc/self/fd/{name}"), same)
         os.close(mine)
         assert len(kept) == 1, "the client's own, and no other"
+
+
+@in_loop
+async def test_who_is_answered_over_grpc_finds_the_attach_socket(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a client that comes while the server starts would take it for one elsewhere."""
+    answers = GrpcEndpoint.start
+
+    async def start(endpoint: GrpcEndpoint) -> None:
+        RawAttachment(tmp_path / "k.sock.attach").close()
+        await answers(endpoint)
+
+    monkeypatch.setattr(GrpcEndpoint, "start", start)
+    async with serving(tmp_path) as app:
+        assert app.config.attach_path == tmp_path / "k.sock.attach"

@@ -18,6 +18,7 @@ from kvstore.clock import ManualClock
 from kvstore.types import LayoutSpec
 from kvstore.wire.columns import pack_numbers
 from kvstore.wire.v1 import kvstore_pb2 as pb
+from kvstore_server.calls import SERVICE_NAME
 from kvstore_server.limits import MAX_BLOCKS, MAX_CHAINS, MAX_KEYS
 from tests.integration.server.harness import (
     BLOCK_BYTES,
@@ -130,6 +131,8 @@ async def test_bad_requests_have_their_documented_errors(tmp_path: Path) -> None
         assert await refused(lookup(strange)) == ("UNKNOWN_LAYOUT", Status.NOT_FOUND)
         impatient = pb.AcquireRequest(chains=[chain], wait_ms=60_001)
         assert (await refused(stub.Acquire(impatient, metadata=session)))[0] == "BAD_REQUEST"
+        talkative = pb.AcquireRequest(reader=bytes(65))
+        assert (await refused(stub.Acquire(talkative, metadata=session)))[0] == "BAD_REQUEST"
         huge = pb.Layout(model="m", dtype="x", block_tokens=1, block_bytes=MIB + 1)
         assert (await refused(register(stub, huge)))[0] == "BAD_REQUEST"
         empty = pb.Layout()
@@ -185,6 +188,20 @@ async def test_an_oversized_message_is_refused_and_the_connection_goes_on(tmp_pa
         request = pb.LookupRequest(chains=[pb.Chain(keys=bytes(17 << 20))])
         assert (await refused(stub.Lookup(request)))[1] is Status.RESOURCE_EXHAUSTED
         assert (await stub.GetServerInfo(pb.GetServerInfoRequest())).max_keys == MAX_KEYS
+
+
+@in_loop
+@pytest.mark.parametrize("name", ["Lookup", "Read"])
+async def test_what_is_no_request_is_the_callers_mistake_and_not_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    async with serving(tmp_path) as app, grpc.aio.insecure_channel(tcp_target(app)) as channel:
+        # One call that is answered with a message, and one with a stream.
+        call: Any = channel.unary_unary if name == "Lookup" else channel.unary_stream
+        answer = call(f"/{SERVICE_NAME}/{name}")(b"\xff" * 16)
+        wrong = answer if name == "Lookup" else answer.read()
+        assert await refused(wrong) == ("BAD_REQUEST", Status.INVALID_ARGUMENT)
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
 @in_loop
@@ -594,6 +611,13 @@ async def test_layouts_that_differ_by_their_codec_are_not_the_same(tmp_path: Pat
         assert coded != await register(stub)
         unknown = register(stub, pb.Layout(**fields, codec="fp9"))
         assert (await refused(unknown))[0] == "BAD_REQUEST"
+
+
+@in_loop
+async def test_no_refusal_is_longer_than_a_client_takes(tmp_path: Path) -> None:
+    async with serving(tmp_path) as app, stub_for(tcp_target(app)) as stub:
+        endless = register(stub, pb.Layout(**_fields(LAYOUT), codec="x" * MIB))
+        assert await refused(endless) == ("BAD_REQUEST", Status.INVALID_ARGUMENT)
 
 
 def _fields(message: Any) -> dict[str, Any]:

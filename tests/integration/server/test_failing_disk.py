@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from kvstore.client.sync import Client
+from kvstore.errors import Unavailable
 from kvstore.tiers.nvme_fsck import check
 from kvstore.types import TierStats
 from tests.integration.server.blocks import ask, connected, content, key, kill, store
@@ -130,6 +131,23 @@ def test_a_drive_that_hangs_costs_misses_until_it_answers(faults: Faults, tmp_pa
         # For some seconds it is taken for as slow as it just was.
         eventually(lambda: len(ask(client, layout, SAFE)) == len(SAFE), 30)
         assert nvme(client).stalls == 1
+
+
+def test_calls_that_need_a_drive_that_hangs_end_in_time(faults: Faults, tmp_path: Path) -> None:
+    with connected(tmp_path, *SIZES) as (_, client, layout):
+        store(client, layout, SAFE)
+        client.flush(True)
+        store(client, layout, FRESH)
+        faults.begin("hang")
+        for _ in range(3):
+            began = time.monotonic()
+            with pytest.raises(Unavailable):
+                client.flush(timeout_s=0.5)
+            assert time.monotonic() - began < 2
+        assert client.get(layout, key(FRESH[0])) == content(FRESH[0]), "memory is served"
+        faults.end("hang")
+        eventually(lambda: not nvme(client).stalled)
+        client.flush()
 
 
 @pytest.mark.slow

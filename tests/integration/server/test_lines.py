@@ -248,6 +248,30 @@ def done(app: App, method: str) -> int:
 
 
 @in_loop
+async def test_the_memory_for_parts_of_calls_is_bounded_over_all_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "MAX_KEPT_BYTES", 1 << 20)
+    monkeypatch.setattr(limits, "CALL_TIMEOUT_S", 60.0)
+    half = frames.HEAD.pack(1 << 20, 6) + b"Lookup" + bytes(600 << 10)
+    async with (
+        serving(tmp_path) as app,
+        line_to(app) as (first, _),
+        line_to(app) as (second, _),
+        line_to(app) as (other, _),
+    ):
+        lines = app._attach.lines
+        await in_thread(first.socket.sendall, half)
+        await eventually(lambda: lines.kept_bytes == len(half), 5)
+        with pytest.raises((EOFError, ConnectionError)):
+            await in_thread(second.socket.sendall, half[: 500 << 10])
+            await in_thread(second.read)
+        assert (await info(other)).max_keys, "small calls go on"
+        first.socket.close()
+        await eventually(lambda: lines.kept_bytes == 0, 5)
+
+
+@in_loop
 async def test_a_client_that_does_not_read_is_not_called_on_for_more(tmp_path: Path) -> None:
     async with serving(tmp_path) as app, line_to(app) as (line, _), line_to(app) as (other, _):
         line.socket.setblocking(False)

@@ -19,6 +19,7 @@ import pytest
 from kvstore.wire.v1 import kvstore_pb2 as pb
 from kvstore.wire.v1.kvstore_pb2_grpc import KVStoreStub
 from tests.integration.server.harness import Daemon, daemon
+from tests.unit.device.gpus import StandInGpu
 
 HOLDER = """
 import sys, time
@@ -44,6 +45,28 @@ async def hold(socket_path, local):
 
 asyncio.run(hold(sys.argv[1], sys.argv[2] == "local"))
 """
+
+STOPPED_EARLY = """
+import os, signal, sys
+from kvstore.cli.serve import main
+
+class AskedToStop:
+    def find_spec(self, name, *_):
+        if name == "kvstore_server.run":
+            os.kill(os.getpid(), int(sys.argv[1]))
+
+sys.meta_path.insert(0, AskedToStop())
+sys.exit(main(["--nvme-capacity", "0", "--socket", sys.argv[2]]))
+"""
+
+
+@pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_stop_while_the_server_is_imported_is_no_failure(
+    tmp_path: Path, asked: signal.Signals
+) -> None:
+    command = [sys.executable, "-c", STOPPED_EARLY, str(int(asked)), str(tmp_path / "k.sock")]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
 
 
 def stats(server: Daemon) -> Any:
@@ -226,7 +249,10 @@ def test_the_commands_for_people_work_on_a_running_server(tmp_path: Path) -> Non
         return subprocess.run(command, capture_output=True, text=True, timeout=30)
 
     device = "modelled:h100+gen4-nvme"
-    with daemon(tmp_path, "--device", device) as server:
+    gpu = StandInGpu(tmp_path / "gpu", 1 << 30)
+    gpu.say(refuses=["straight"])
+    gpus = ("--vram-gpus", f"{gpu.name},stand-in:/none", "--vram-gpudirect", "true")
+    with daemon(tmp_path, "--device", device, *gpus) as server:
         server.wait_ready()
         endpoint = ("--endpoint", str(server.socket_path))
         shown = json.loads(kvstore("status", "--json", *endpoint).stdout)
@@ -234,7 +260,15 @@ def test_the_commands_for_people_work_on_a_running_server(tmp_path: Path) -> Non
         assert shown["admin"] == server.state["admin"]
         assert [tier["tier"] for tier in shown["tiers"]] == ["dram", "nvme"]
         assert shown["device"] == device
-        assert device in kvstore("status", *endpoint).stdout
+        there, refused = shown["vram"]
+        assert (there["healthy"], there["capacity_bytes"]) == (True, 4 << 30)
+        assert not there["reads_straight"]
+        assert not refused["healthy"]
+        assert refused["off_because"] == "there is no /none that says what the GPU is like"
+        for_people = kvstore("status", *endpoint).stdout
+        assert device in for_people
+        assert "stand-in:/none is off: there is no /none" in for_people
+        assert f"nothing is read straight into {gpu.name}: the GPU refuses straight" in for_people
         assert kvstore("flush", *endpoint).stdout == "0 blocks written\n"
         assert kvstore("flush", "--drop", *endpoint).stdout == "0 blocks written\n"
         assert kvstore("clear", *endpoint).returncode == os.EX_USAGE

@@ -6,7 +6,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
+from contextlib import closing
 from io import StringIO
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,12 +18,16 @@ from rich.console import Console
 
 from kvstore.device.cuda import CudaDriver
 from kvstore.errors import NoDevice
+from kvstore.tiers.nvme_disk import direct_io_works
 from kvstore_benchmarks.figures import machine
 from kvstore_benchmarks.gpu import __main__ as command
 from kvstore_benchmarks.gpu import engine, main, measure
-from tests.gpu import test_copies
+from kvstore_benchmarks.gpu.drive import from_drive
+from kvstore_benchmarks.gpu.rig import Rig
+from tests.gpu import test_copies, test_drive
 from tests.unit.device.cupy_standin import Machine, Torch
 from tests.unit.device.fakes import FakeDriver
+from tests.unit.device.test_cufile import Place
 
 SMALL = measure.Options(
     nbytes=1 << 19,
@@ -30,6 +38,11 @@ SMALL = measure.Options(
     moved=1 << 20,
     extent_bytes=1 << 17,
     computing_s=0.001,
+    directory=Path(tempfile.gettempdir()),
+)
+
+needs_o_direct = pytest.mark.skipif(
+    not direct_io_works(Path(tempfile.gettempdir())), reason="no O_DIRECT for temporary files"
 )
 
 
@@ -47,6 +60,10 @@ def test_every_size_is_measured_both_ways_and_nothing_is_left() -> None:
     for one in figures["blocks"].values():
         assert one["pinned"]
         assert all(one[way]["ratio"] > 0 for way in ("to_gpu", "to_host"))
+    assert len(figures["coded"]) == 4
+    for one in figures["coded"].values():
+        assert all(one[way]["ratio"] > 0 for way in ("to_gpu", "to_host"))
+    assert "run_coding" in driver.calls
     assert figures["moved"]["nbytes"] >= SMALL.moved
     assert figures["moved"]["wrong_blocks"] == 0
     assert all(one["moved"] > 0 for one in figures["computing"].values())
@@ -99,7 +116,7 @@ def test_the_whole_command_runs_and_its_table_comes_last(
     monkeypatch.setattr(command, "QUICK", SMALL)
     monkeypatch.setattr(command, "run_tests", lambda: 0)
     monkeypatch.setenv("COLUMNS", "120")
-    assert command.main(["--quick"]) == 0
+    assert command.main(["--quick", "--dir", tempfile.gettempdir()]) == 0
     out = capsys.readouterr().out
     assert "(stand-in, " in out
     assert "connector, outermost" in out
@@ -109,12 +126,93 @@ def test_the_whole_command_runs_and_its_table_comes_last(
     assert not gpu.driver.wrong
 
 
+def read_from_drive(gpu: Machine, directory: Path) -> dict[str, Any]:
+    with closing(Rig(CudaDriver(0, lambda: 0), 1 << 19, 1 << 17)) as rig:
+        figures = from_drive(rig, directory, 1 << 17, 1)
+    assert not gpu.driver.wrong
+    assert not gpu.cufile.left
+    assert not list(directory.iterdir())
+    return figures
+
+
+@needs_o_direct
+def test_a_drive_is_read_straight_and_by_way_of_the_host(gpu: Machine, tmp_path: Path) -> None:
+    figures = read_from_drive(gpu, tmp_path)
+    assert figures["by_host"] > 0
+    assert figures["straight"] > 0
+    assert figures["wrong"] == 0
+    assert not figures["reason"]
+
+
+@needs_o_direct
+@pytest.mark.parametrize("call", ["driver_open", "handle_register", "buf_register"])
+def test_where_a_drive_cannot_be_read_straight_the_reason_is_given(
+    gpu: Machine, tmp_path: Path, call: str
+) -> None:
+    gpu.cufile.refuses = call
+    figures = read_from_drive(gpu, tmp_path)
+    assert figures["by_host"] > 0
+    assert figures["straight"] is None
+    assert f"{call}: not supported" in figures["reason"]
+
+
+@needs_o_direct
+def test_a_straight_read_that_falls_short_is_not_a_figure(gpu: Machine, tmp_path: Path) -> None:
+    gpu.cufile.reads = "nothing"
+    figures = read_from_drive(gpu, tmp_path)
+    assert figures["straight"] is None
+    assert "cuFile read 0 of" in figures["reason"]
+
+
+@needs_o_direct
+def test_bytes_of_a_drive_that_arrive_wrong_are_counted(gpu: Machine, tmp_path: Path) -> None:
+    read = gpu.cufile.read
+
+    def elsewhere(handle: int, address: int, nbytes: int, offset: int, to: int) -> int:
+        return read(handle, address, nbytes, offset - 4096, to)
+
+    gpu.cufile.read = elsewhere  # type: ignore[method-assign]
+    assert read_from_drive(gpu, tmp_path)["wrong"] == 2 * 4
+
+
+@needs_o_direct
+def test_the_test_of_drives_holds_on_a_stand_in(gpu: Machine, tmp_path: Path) -> None:
+    test_drive.test_what_is_read_straight_from_a_drive_is_what_is_there(
+        CudaDriver(0, lambda: 0), tmp_path
+    )
+    gpu.cufile.refuses = "handle_register"
+    with pytest.raises(pytest.skip.Exception, match="not supported"):
+        test_drive.test_what_is_read_straight_from_a_drive_is_what_is_there(
+            CudaDriver(0, lambda: 0), tmp_path
+        )
+
+
+@needs_o_direct
+def test_the_tests_of_straight_reads_hold_on_a_stand_in(
+    gpu: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(test_drive, "LENGTHS", (1, 240, 241, 4096, 5000, 1 << 14))
+    monkeypatch.setattr(test_drive, "SLOT_BYTES", 1 << 14)
+    monkeypatch.setattr(test_drive, "FILE_BYTES", 1 << 17)
+    vram: Any = SimpleNamespace(make=lambda nbytes: Place(gpu, nbytes))
+    driver = CudaDriver(0, lambda: 0)
+    test_drive.test_checksums_taken_on_the_gpu_are_those_of_the_host(driver)
+    test = test_drive.test_blocks_read_straight_by_threads_are_delivered_and_damage_is_seen
+    test(driver, vram, tmp_path)
+    gpu.cufile.refuses = "handle_register"
+    with pytest.raises(pytest.skip.Exception, match="not supported"):
+        test(driver, vram, tmp_path)
+    assert not gpu.driver.wrong
+    assert not gpu.cufile.left
+    assert not gpu.driver.on_host
+
+
 def test_a_test_that_fails_there_fails_the_command(
     gpu: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(command, "QUICK", SMALL)
     monkeypatch.setattr(command, "run_tests", lambda: 1)
-    assert command.main(["--quick"]) == 1
+    assert command.main(["--quick", "--dir", tempfile.gettempdir()]) == 1
 
 
 def test_the_tests_are_found_without_the_projects_settings(
@@ -130,6 +228,15 @@ def test_the_tests_are_found_without_the_projects_settings(
 def test_the_tests_for_a_gpu_hold_on_a_stand_in(gpu: Machine, way: str, pinned: bool) -> None:
     driver = CudaDriver(0, lambda: 0)
     test_copies.test_what_is_saved_is_loaded_elsewhere(driver, "odd", way, pinned)
+    assert not gpu.driver.wrong
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [("one piece", "fp8", "bfloat16"), ("layers", "int4", "float16"), ("odd", "int4", "float32")],
+)
+def test_the_test_of_coding_holds_on_a_stand_in(gpu: Machine, kind: tuple[str, str, str]) -> None:
+    test_copies.test_coded_blocks_are_the_references_bytes(CudaDriver(0, lambda: 0), *kind)
     assert not gpu.driver.wrong
 
 

@@ -6,9 +6,7 @@ from typing import Any
 
 import pytest
 
-from kvstore.types import Tier
 from kvstore_benchmarks.transfers import main
-from kvstore_benchmarks.transfers.devices import Modelled
 from kvstore_benchmarks.transfers.main import Options
 
 
@@ -53,21 +51,3 @@ def test_tenants_get_their_shares_and_all_of_it_alone(drive: dict[str, Any]) -> 
     assert drive["tenants"]["ratio"] == pytest.approx(3.0, rel=0.05)
     assert drive["tenants"]["a_alone_part"] > 0.95
     assert drive["tenants"]["b_alone_part"] > 0.95
-
-
-def test_the_drive_that_is_calculated_shares_its_bandwidth() -> None:
-    from kvstore.core.transfers import Batch, Transfer, TransferClass, Wish
-
-    def batch(number: int, nbytes: int) -> Batch:
-        wish = Wish(TransferClass.DEMAND)
-        return Batch([Transfer(number, nbytes, Tier.DRAM, "", wish)], 1, 0, 0.0, 1)
-
-    device = Modelled(1e9, 0.001)
-    device.begin(batch(1, 1_000_000))
-    device.begin(batch(2, 3_000_000))
-    [first] = device.wait(10**12)
-    [second] = device.wait(10**12)
-    assert first.at_ns == pytest.approx(3e6, rel=1e-3)
-    assert second.at_ns == pytest.approx(5e6, rel=1e-3)
-    assert device.wait(second.at_ns + 500) == []
-    assert device.now_ns() == pytest.approx(second.at_ns + 500, abs=2)

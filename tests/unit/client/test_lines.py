@@ -24,7 +24,8 @@ from kvstore.errors import (
     TooLarge,
     Unavailable,
 )
-from kvstore.local.attach import Attachment, ErrorReply, encode_reply
+from kvstore.local.attach import ErrorReply, encode_reply
+from kvstore.local.attachment import Attachment
 from kvstore.wire import frames
 from kvstore.wire.v1 import kvstore_pb2 as pb
 

@@ -129,7 +129,13 @@ def test_failures_of_grpc_itself_have_a_type_too(
     ],
 )
 def test_endpoints_are_told_apart(text: str, target: str, path: str | None) -> None:
-    assert parse_endpoint(text) == (target, path)
+    assert parse_endpoint(text) == (target, path, False)
+
+
+def test_only_a_server_that_nobody_named_has_to_be_ones_own() -> None:
+    found = parse_endpoint(None)
+    assert found.own
+    assert not parse_endpoint(found.socket_path).own
 
 
 @pytest.mark.parametrize("text", ["", "host", "host:", ":1", "h:0", "h:65536", "unix:rel", "a/b"])

@@ -6,10 +6,10 @@ import hashlib
 import itertools
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import xxhash
 
@@ -23,17 +23,20 @@ from kvstore.types import (
     CommitAnswer,
     CommitOutcome,
     Hints,
+    Landing,
     LayoutSpec,
     LeaseGrant,
     Segment,
     SlotGrant,
 )
-from kvstore_connectors.vllm.acquire import Ticket, TicketState
+from kvstore_connectors.vllm.acquire import Ticket, TicketState, Want
 from kvstore_connectors.vllm.groups import Band, Bands, Rule
-from kvstore_connectors.vllm.held import Held, Taken
+from kvstore_connectors.vllm.held import Held, Taken, parts_of
 from kvstore_connectors.vllm.link import Attached
 from kvstore_connectors.vllm.positions import Wanted
 from kvstore_connectors.vllm.prefill import PrefillMeter
+
+T = TypeVar("T")
 
 BLOCK_TOKENS = 4
 FAR_NS = 1 << 62
@@ -119,9 +122,20 @@ def step(
 def outcome(**fields: Any) -> Any:
     """What the workers report after a step."""
     defaults: dict[str, Any] = {
-        "finished_recving": set(), "finished_sending": set(), "kv_connector_worker_meta": None,
+        "finished_recving": set(), "finished_sending": set(), "failed_recving": None,
+        "invalid_block_ids": set(), "kv_connector_worker_meta": None,
     }  # fmt: skip
     return SimpleNamespace(**(defaults | fields))
+
+
+class FakeBlocks:
+    """What vLLM has allocated for a request: a table of each group."""
+
+    def __init__(self, *tables: list[int]) -> None:
+        self._tables = tables
+
+    def get_block_ids(self) -> tuple[list[int], ...]:
+        return self._tables
 
 
 class FakePins:
@@ -179,6 +193,8 @@ class FakeQueue:
         self.prefill = PrefillMeter()
         self.seen: int | None = None
         """Tokens that a look without a call shows."""
+        self.gone: set[bytes] = set()
+        """Keys of windows and states that it shows not to be there."""
 
     def peek(self, wanted: Wanted) -> int | None:
         return self.seen
@@ -186,14 +202,17 @@ class FakeQueue:
     def holds(self, key: bytes) -> bool | None:
         return None if self.seen is None else PLACES[key] * BLOCK_TOKENS < self.seen
 
-    def submit(self, wanted: Wanted) -> Ticket:
+    def lacks(self, band: Band, key: bytes) -> bool:
+        return key in self.gone
+
+    def submit(self, want: Want) -> Ticket:
         now_s = time.monotonic()
-        ticket = Ticket(wanted, now_s, now_s, TicketState.SENT)
+        ticket = Ticket(want, now_s, now_s, TicketState.SENT, wanted=want())
         self.tickets.append(ticket)
         return ticket
 
-    def foresee(self, wanted: Wanted) -> None:
-        self.foreseen.append(wanted)
+    def foresee(self, want: Want) -> None:
+        self.foreseen.append(want())
 
     news = False
 
@@ -219,11 +238,13 @@ class FakeQueue:
         full: int | None = None,
         from_dram: int | None = None,
         expires_ns: int = FAR_NS,
+        rest: bool = False,
     ) -> None:
         """`held`, `full`, `from_dram`: blocks. The i-th block of layout n of a band lies
         at 1000 n + i, its checksum is 5000 n + i."""
         if ticket.state is TicketState.CANCELLED:
             return
+        assert ticket.wanted is not None
         world = len(self._link.specs) // len(self._bands.groups)
         tokens = held * BLOCK_TOKENS
         taken = []
@@ -247,7 +268,9 @@ class FakeQueue:
             lease_ids=[next(_numbers) + 1] if held else [],
             expires_ns=expires_ns,
             taken=taken,
+            parts=parts_of(taken, ticket.wanted.floor, tokens),
             attached=attached(self._link.specs),
+            rest=rest,
         )
         ticket.state = TicketState.ANSWERED
         self.out |= dict.fromkeys(ticket.held.lease_ids, ticket.held)
@@ -285,6 +308,10 @@ class FakeStore:
         self.prefetched: list[ChainQuery] = []
         self.acquired: list[list[ChainQuery]] = []
         self.hints: list[Hints] = []
+        self.readers: list[bytes] = []
+        """Whom each acquire named."""
+        self.reads: list[tuple[bytes, list[bytes]]] = []
+        """What was said to be read on a GPU: the reader, and layouts."""
         self.slots: dict[int, bytearray] = {}
         self.leases: set[int] = set()
         self.reported: list[int] = []
@@ -306,6 +333,11 @@ class FakeStore:
         self.expires_ns = FAR_NS
         self.on_gpu: Callable[[str], VramGrant] | None = None
         """What it has of a GPU's memory."""
+        self.lands: Callable[[Sequence[int], Sequence[str]], list[Landing]] | None = None
+        """What it grants there for slots, but for GPUs that are not reached."""
+        self.landed: dict[int, bytes] = {}
+        """By place that a commit said is written, the key of the block of its slot."""
+        self._slot_of: dict[int, int] = {}
 
     def connect(self) -> FakeStore:
         self._pass("connect")
@@ -348,16 +380,29 @@ class FakeStore:
         in_dram = itertools.takewhile(lambda key: key not in self.behind, found)
         return ChainPresence(len(found), len(list(in_dram)))
 
+    def watch(self, layout_ids: Sequence[bytes]) -> Callable[[bytes], bool | None]:
+        def holds(key: bytes) -> bool | None:
+            seen = self.peek(layout_ids, (key,))
+            return None if seen is None else seen.held > 0
+
+        return holds
+
     def prefetch_many(self, chains: Sequence[ChainQuery], within_ms: int = 0) -> int:
         self._pass("prefetch")
         self.prefetched += chains
         return len(chains)
 
     def acquire_many(
-        self, chains: Sequence[ChainQuery], wait_ms: int, hints: Hints = NO_HINTS
+        self,
+        chains: Sequence[ChainQuery],
+        wait_ms: int,
+        hints: Hints = NO_HINTS,
+        *,
+        reader: bytes = b"",
     ) -> list[LeaseGrant]:
         self._pass("acquire")
         self.hints.append(hints)
+        self.readers.append(reader)
         self.acquired.append(list(chains))
         return [self._grant(chain) for chain in chains]
 
@@ -404,9 +449,33 @@ class FakeStore:
         self.reserved |= {first + i: address for i, address in enumerate(addresses)}
         return SlotGrant(first, addresses, self.expires_ns)
 
-    def commit(self, layout: Layout, segments: Sequence[Segment], *, ahead: int) -> CommitAnswer:
+    def land(
+        self, layout: Layout, slots: Sequence[int], *, not_on: Collection[str] = ()
+    ) -> list[Landing]:
+        self._pass("land")
+        if self.lands is None:
+            raise BadRequest("nothing lands here")
+        landings = self.lands(slots, sorted(not_on))
+        for each in landings:
+            self._slot_of |= dict(zip(each.addresses, slots, strict=True))
+        return landings
+
+    def commit(
+        self,
+        layout: Layout,
+        segments: Sequence[Segment],
+        *,
+        ahead: int,
+        landed: Sequence[Landing] = (),
+    ) -> CommitAnswer:
         self._pass("commit")
         outcomes = []
+        keys = {
+            slot: key for each in segments for slot, key in zip(each.slots, each.keys, strict=True)
+        }
+        for address in (address for each in landed for address in each.addresses):
+            if self._slot_of[address] in keys:
+                self.landed[address] = keys[self._slot_of[address]]
         for segment in segments:
             entries = zip(segment.keys, segment.slots, segment.checksums, strict=True)
             for key, slot, checksum in entries:
@@ -423,7 +492,8 @@ class FakeStore:
         for slot in slots:
             self.reserved.pop(slot, None)
 
-    def vram(self, gpu: str, layout_ids: Sequence[bytes]) -> VramGrant:
+    def vram(self, gpu: str, layout_ids: Sequence[bytes], *, reader: bytes = b"") -> VramGrant:
+        self.reads.append((reader, list(layout_ids)))
         self._pass("vram")
         if self.on_gpu is None:
             raise BadRequest("no memory on this GPU")
@@ -441,12 +511,12 @@ class FakeStore:
         slots: Sequence[int],
         addresses: Sequence[int],
         nbytes: int,
-        write: Callable[[list[memoryview]], None],
-    ) -> None:
+        write: Callable[[list[memoryview]], T],
+    ) -> T:
         if self.before_slot is not None:
             self.before_slot()
         if not all(slot in self.reserved for slot in slots):
             raise LeaseExpired("of an earlier session")
         views = [memoryview(self.slots[address]) for address in addresses]
         assert all(view.nbytes == nbytes for view in views)
-        write(views)
+        return write(views)

@@ -83,7 +83,7 @@ def test_what_is_remembered_of_adapters_is_bounded(monkeypatch: pytest.MonkeyPat
 
 def told(world: World, number: int = 1, identity: bytes = A) -> None:
     report = WorkerReport(adapters={number: {0: identity}})
-    world.side.update_output(outcome(kv_connector_worker_meta=report))
+    world.side.update_connector_output(outcome(kv_connector_worker_meta=report))
 
 
 def arrive(world: World, seed: int = 0) -> FakeRequest:
@@ -106,7 +106,7 @@ def test_a_known_adapter_is_loaded_and_stored_under_keys_of_its_own() -> None:
     world.alloc(request, 2 * BLOCK_TOKENS, [1, 2, 3, 4, 5])
     meta = world.meta()
     assert meta.adapters == {request.request_id: Adapter(1, "/p", A)}
-    world.side.update_output(outcome(finished_recving={request.request_id}))
+    world.side.update_connector_output(outcome(finished_recving={request.request_id}))
     request.num_computed_tokens = 2 * BLOCK_TOKENS
     meta = world.compute(request, 2 * BLOCK_TOKENS + 1, [1, 2, 3, 4, 5])
     (job,) = meta.stores

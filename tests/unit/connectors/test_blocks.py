@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from kvstore.device import cuda
+from kvstore.device.base import Coding
 from kvstore.device.gpu import GpuDevice, Tuning
 from kvstore.device.host import HostDevice
 from kvstore.errors import ConfigError, DeviceFull, DriverTooOld, NoDevice
@@ -20,6 +21,7 @@ from tests.unit.connectors.test_copies import PIECE, data, eventually
 from tests.unit.connectors.test_copies import Rank as CopyingRank
 from tests.unit.connectors.test_worker import LOAD, STORE, Rank
 from tests.unit.device.fakes import FakeDriver
+from tests.unit.device.round_trips import coded
 
 
 class Tensor(torch.Tensor):
@@ -78,9 +80,10 @@ def test_a_device_that_cannot_be_used_fails_orders_and_nothing_else(
     rank.side.close()
 
 
-def rank_on_gpu(driver: FakeDriver) -> CopyingRank:
+def rank_on_gpu(driver: FakeDriver, coding: Coding | None = None) -> CopyingRank:
     tuning = Tuning(step_bytes=4 * 2 * PIECE)
-    rank = CopyingRank(device=GpuDevice(driver, tuning, pin_in_background=False))
+    device = GpuDevice(driver, tuning, pin_in_background=False)
+    rank = CopyingRank(device=device, coding=coding)
     driver.on_gpu[rank.memory.data_ptr()] = rank.memory.nbytes
     return rank
 
@@ -104,6 +107,28 @@ def test_what_a_gpu_has_is_stored_and_loaded() -> None:
     assert not results.failed_blocks
     assert rank.store.blocks == stored
     assert [rank.bytes_of(block) for block in range(20)] == datas
+    assert not driver.wrong
+    rank.close()
+
+
+@pytest.mark.parametrize("by_kernel", [True, False])
+def test_what_a_gpu_codes_is_stored_coded_and_comes_back_within_bounds(by_kernel: bool) -> None:
+    coding = Coding("int4", "bfloat16" if not by_kernel else "float16")
+    driver = FakeDriver()
+    driver.has_coding = by_kernel
+    rank = rank_on_gpu(driver, coding)
+    rank.layers.view(torch.float16 if by_kernel else torch.bfloat16).normal_()
+    exact = {block: rank.bytes_of(block) for block in range(40, 60)}
+    rank.saver.submit(rank.store_job(1, list(exact)))
+    eventually(rank.saver.has_reports)
+    expected = {bytes([1, block]): coded(each, coding) for block, each in exact.items()}
+    assert rank.store.blocks == expected
+    assert rank.load(rank.load_job(list(expected.values()), list(range(20)))) == []
+    for block, was in zip(range(20), exact.values(), strict=True):
+        now = rank.bytes_of(block)
+        assert now != was
+        assert coded(now, coding) == coded(was, coding)
+    assert ("run_coding" in driver.calls) == by_kernel
     assert not driver.wrong
     rank.close()
 

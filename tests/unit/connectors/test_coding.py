@@ -7,16 +7,19 @@ from typing import Any
 import torch
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheGroupSpec
 
+from kvstore.device.base import Coding, Piece
 from kvstore.types import LayoutSpec
-from kvstore_connectors.vllm.coding import coded
+from kvstore_connectors.vllm.blocks import Geometry
+from kvstore_connectors.vllm.coding import coded, coded_by_gpu
 from kvstore_connectors.vllm.config import ConnectorConfig
 from tests.unit.connectors.test_layout import LAYERS, cache, recurrent
 
 SPEC = LayoutSpec("m", "bfloat16", 32, 12288)
+GEOMETRY = Geometry((Piece(0, 12288, 12288),), 4, 32, 4 * 12288)
 
 
 def codecs(specs: list[LayoutSpec], config: Any) -> list[str]:
-    return [spec.codec for spec in coded(specs, "fp8", config)]
+    return [spec.codec for spec in coded(specs, "fp8", config, by_gpu=False)]
 
 
 def test_attention_in_floats_is_coded() -> None:
@@ -42,5 +45,26 @@ def test_blocks_of_broken_groups_stay_exact() -> None:
 
 def test_nothing_is_coded_unless_it_is_asked_for() -> None:
     for extra in ({}, {"codec": "none"}):
-        assert coded([SPEC], ConnectorConfig.parse(extra).codec, cache()) == [SPEC]
+        codec = ConnectorConfig.parse(extra).codec
+        for by_gpu in (True, False):
+            assert coded([SPEC], codec, cache(), by_gpu=by_gpu) == [SPEC]
+        assert coded_by_gpu([GEOMETRY], [SPEC], codec, cache()) == [GEOMETRY]
     assert ConnectorConfig.parse({"codec": "int4"}).codec == "int4"
+
+
+def test_what_a_gpu_codes_is_another_layout_of_so_many_bytes_to_the_store() -> None:
+    """Exact ones to the store: it must not code them once more."""
+    (spec,) = coded([SPEC], "int4", cache(), by_gpu=True)
+    assert (spec.codec, spec.block_bytes) == ("", 12288 * 9 // 32)
+    by_store = coded([SPEC], "int4", cache(), by_gpu=False)[0]
+    fp8 = coded([SPEC], "fp8", cache(), by_gpu=True)[0]
+    assert len({each.layout_id for each in (SPEC, spec, by_store, fp8)}) == 4
+
+
+def test_a_gpu_is_told_to_code_what_its_layouts_say_is_coded() -> None:
+    (geometry,) = coded_by_gpu([GEOMETRY], [SPEC], "fp8", cache())
+    assert geometry.coding == Coding("fp8", "bfloat16")
+    (spec,) = coded([SPEC], "fp8", cache(), by_gpu=True)
+    assert geometry.coding.nbytes(geometry.block_bytes) == spec.block_bytes
+    assert coded_by_gpu([GEOMETRY], [SPEC], "fp8", recurrent("align")) == [GEOMETRY]
+    assert coded([SPEC], "fp8", recurrent("align"), by_gpu=True) == [SPEC]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 import xxhash
 
 from kvstore.device.adversarial import AdversarialDevice
-from kvstore.device.base import Device, Piece
+from kvstore.device.base import Coding, Device, Piece
 from kvstore.device.host import HostDevice
 from kvstore.errors import BadRequest, Unavailable
 from kvstore.types import ChainQuery, LeaseGrant
@@ -32,7 +33,7 @@ from kvstore_connectors.vllm.metadata import (
 from kvstore_connectors.vllm.saver import Saver
 from tests.unit.connectors.fakes import FAR_NS, FakeStore, spec
 
-BLOCKS, PIECE = 64, 32
+BLOCKS, PIECE = 64, 64
 GEOMETRY = Geometry(
     pieces=(Piece(0, PIECE, PIECE), Piece(BLOCKS * PIECE, PIECE, PIECE)),
     num_blocks=BLOCKS,
@@ -48,18 +49,21 @@ class Rank:
         self,
         groups: int = 1,
         device: Device | None = None,
-        loader: type[Loader] = Loader,
+        loader: Callable[..., Loader] = Loader,
         saver: type[Saver] = Saver,
         where: str = "cpu",
+        coding: Coding | None = None,
     ) -> None:
         device = device or HostDevice()
         self.store = FakeStore()
         self.memory = torch.arange(2 * BLOCKS * PIECE, dtype=torch.int32).to(torch.uint8).to(where)
         layers = self.memory.view(2, BLOCKS, PIECE)
         tensors = {"0": layers[0], "1": layers[1]}
-        blocks = [blocks_of(device, tensors, GEOMETRY) for _ in range(groups)]
+        geometry = replace(GEOMETRY, coding=coding)
+        blocks = [blocks_of(device, tensors, geometry) for _ in range(groups)]
         self.layers = layers
-        specs = [spec(block_bytes=2 * PIECE, group=group) for group in range(groups)]
+        nbytes = blocks[0].block_bytes
+        specs = [spec(block_bytes=nbytes, group=group) for group in range(groups)]
         self.link = StoreLink(self.store.connect, specs, "test")
         self.link.start()
         assert self.link.wait_attached(5)

@@ -50,7 +50,7 @@ def arrive(world: World, params: Any, seed: int = 0) -> FakeRequest:
 
 
 def answered(world: World, request: FakeRequest) -> dict[str, Any] | None:
-    return world.side.request_finished(request)  # type: ignore[arg-type]
+    return world.side.request_finished(request, ())[1]  # type: ignore[arg-type]
 
 
 def test_decode_loads_a_prompt_while_it_is_being_stored(world: World, clock: Clock) -> None:
@@ -67,9 +67,9 @@ def test_decode_loads_a_prompt_while_it_is_being_stored(world: World, clock: Clo
     assert job.arrivals.block_ids == [2, 3, 4]
     assert job.arrivals.keys == request.block_hashes[1:4]
     assert (job.epoch, job.arrivals.patience_s) == (b"epoch", 1.0)
-    sources = world.side.hit_sources(request, 3 * BLOCK_TOKENS)  # type: ignore[arg-type]
+    sources = world.side.get_external_cache_hit_sources(request, 3 * BLOCK_TOKENS)  # type: ignore[arg-type]
     assert sources == {CacheHitSource.HOST: 3 * BLOCK_TOKENS}
-    world.side.update_output(outcome(finished_recving={request.request_id}))
+    world.side.update_connector_output(outcome(finished_recving={request.request_id}))
     world.alloc(request, 0, [1, 2, 3, 4, 5])
     assert not world.meta().unwanted
     world.finish(request)
@@ -98,7 +98,7 @@ def test_an_abort_ends_the_wait_for_what_is_still_to_come(world: World) -> None:
     world.finish(request)
     assert world.meta().unwanted == [request.request_id]
     assert not world.side.is_quiet()
-    world.side.update_output(outcome(finished_recving={request.request_id}))
+    world.side.update_connector_output(outcome(finished_recving={request.request_id}))
     assert world.quiet()
 
 
@@ -234,7 +234,7 @@ def test_a_thousand_hand_overs_cancelled_at_any_point_leave_nothing(
             world.meta()
         world.finish(request)
         world.meta()
-        world.side.update_output(outcome(finished_recving={request.request_id}))
+        world.side.update_connector_output(outcome(finished_recving={request.request_id}))
     assert world.quiet()
 
 

@@ -94,10 +94,18 @@ def test_leases_and_stores_bring_what_their_request_says() -> None:
     world.side.on_new_request(request)
     world.match(request)
     asked = world.queue.tickets[0].wanted
+    assert asked is not None
     assert (asked.reuse, asked.urgency) == (reuse_of(request), 70)
     (job,) = world.compute(request, 2 * BLOCK_TOKENS, [1, 2]).stores
     assert job.reuse == reuse_of(request)
     assert job.reuse.priority == 70
+
+
+def test_of_a_request_that_says_nothing_its_name_is_all_that_is_known() -> None:
+    world = World()
+    (job,) = world.compute(world.request(), 2 * BLOCK_TOKENS, [1, 2]).stores
+    assert job.said is None
+    assert job.reuse == Reuse(request=job.request_id.encode())
 
 
 def test_every_part_of_a_long_prompt_is_asked_for_with_what_its_request_says() -> None:

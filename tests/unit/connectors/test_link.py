@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import logging
+import os
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 
 import pytest
 
 from kvstore.errors import TooMany, Unavailable
 from kvstore_connectors.vllm import link as link_module
 from kvstore_connectors.vllm.acquire import AcquireQueue, Ticket, TicketState
-from kvstore_connectors.vllm.link import StoreLink
+from kvstore_connectors.vllm.config import ConnectorConfig
+from kvstore_connectors.vllm.link import StoreLink, connector_of
 from kvstore_connectors.vllm.positions import Wanted
 from tests.unit.connectors.fakes import BLOCK_TOKENS, FULL, FakeStore, prefills_at, spec
 
@@ -77,6 +82,38 @@ def test_no_server_makes_nobody_wait_and_one_line_of_log(
     # vLLM's loggers may pass records on: each is counted once.
     warnings = {id(r) for r in caplog.records if r.levelno >= logging.WARNING}
     assert len(warnings) == 1
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a directory away")
+def test_another_users_directory_at_the_default_is_no_store_and_one_line_of_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    directory = tmp_path / f"kvstore-{os.getuid()}"
+    directory.mkdir()
+    os.chown(directory, 1001, 1001)
+    tries = 0
+
+    def connect() -> link_module.StoreClient:
+        nonlocal tries
+        tries += 1
+        return connector_of(ConnectorConfig())()
+
+    logger = logging.getLogger("vllm.kvstore")
+    logger.addHandler(caplog.handler)
+    link = StoreLink(connect, [spec()], "test")
+    try:
+        link.start()
+        assert not link.wait_first_try(30)
+        eventually(lambda: tries > 3)
+    finally:
+        link.close()
+        logger.removeHandler(caplog.handler)
+    warnings = {id(r): r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING}
+    (warning,) = warnings.values()
+    assert "another user" in warning
+    assert not list(directory.iterdir())
 
 
 def test_starting_waits_for_a_server_that_is_coming_and_not_for_one_that_is_not(
@@ -155,7 +192,7 @@ def test_other_layouts_are_registered_before_they_are_used(
 
 
 def submit(queue: AcquireQueue, *keys: bytes) -> Ticket:
-    ticket = queue.submit(wanted(*keys))
+    ticket = queue.submit(lambda: wanted(*keys))
     queue.wake()
     return ticket
 
@@ -170,7 +207,7 @@ def test_what_is_urgent_is_asked_for_first_and_nothing_else_as_urgently(
     urgencies = [50, 20, 60, 50, 90, 0]
     keys = [bytes([urgency]) * 32 for urgency in urgencies]
     tickets = [
-        queue.submit(wanted(key, urgency=urgency))
+        queue.submit(partial(wanted, key, urgency=urgency))
         for key, urgency in zip(keys, urgencies, strict=True)
     ]
     queue.start()
@@ -217,12 +254,12 @@ def test_of_what_is_foreseen_that_is_prefetched_which_is_held_and_not_in_memory(
     store.blocks = dict.fromkeys((b"a", b"b", b"c"), bytes(64))
     store.behind = {b"b"}
     for keys in ((b"a",), (b"a", b"b", b"x"), (b"y",), (b"b", b"c")):
-        queue.foresee(wanted(*keys))
+        queue.foresee(partial(wanted, *keys))
     queue.wake()
     eventually(lambda: len(store.prefetched) == 2)
     assert sorted(chain.keys for chain in store.prefetched) == [[b"a", b"b"], [b"b", b"c"]]
     store.error = Unavailable("gone")
-    queue.foresee(wanted(b"b"))
+    queue.foresee(lambda: wanted(b"b"))
     queue.wake()
     eventually(lambda: queue.errors == 1)
 
@@ -241,6 +278,33 @@ def test_an_answer_nobody_waits_for_any_more_gives_its_lease_back(
     queue.cancel(kept)
     queue.wake()
     eventually(lambda: store.calls.count("release") and not store.leases)
+
+
+def test_only_what_can_be_seen_to_be_gone_counts_as_lacking(
+    store: FakeStore, queue: AcquireQueue, link: StoreLink
+) -> None:
+    (band,) = FULL.bands
+    store.blocks = {b"a": bytes(64)}
+    assert not queue.lacks(band, b"b"), "nobody can see"
+    store.shows_directory = True
+    assert queue.lacks(band, b"b")
+    assert not queue.lacks(band, b"a")
+    link.close()
+    assert not queue.lacks(band, b"b"), "nobody is there"
+
+
+def test_a_prompt_that_nobody_can_ask_for_holds_up_no_other(
+    store: FakeStore, queue: AcquireQueue
+) -> None:
+    def broken() -> Wanted:
+        raise RuntimeError("a bug")
+
+    store.blocks = {b"a": bytes(64)}
+    broken_one = queue.submit(broken)
+    other = submit(queue, b"a")
+    eventually(lambda: other.state is TicketState.ANSWERED)
+    assert broken_one.state is TicketState.FAILED
+    assert queue.errors == 1
 
 
 def test_a_lost_server_answers_every_ticket(

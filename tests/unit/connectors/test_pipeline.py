@@ -29,10 +29,11 @@ class Pipeline:
         self.registered: list[Any] = []
         monkeypatch.setattr(module, "connector_of", lambda config: self.store.connect)
         self.scheduler = KVStoreConnector(configured(0), KVConnectorRole.SCHEDULER, STAGES[0])
-        self.workers = [self._worker(rank) for rank in range(2)]
         # vLLM's own, of a process.
         self.group: Any = None
         monkeypatch.setattr(module, "get_kv_transfer_group", lambda: self.group)
+        monkeypatch.setattr(module, "has_kv_transfer_group", lambda: self.group is not None)
+        self.workers = [self._worker(rank) for rank in range(2)]
 
     def _worker(self, rank: int) -> KVStoreConnector:
         worker = KVStoreConnector(configured(rank), KVConnectorRole.WORKER, STAGES[rank])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from typing import Any
 
@@ -11,12 +12,13 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 from kvstore_connectors.vllm import leasing as module
 from kvstore_connectors.vllm.acquire import TicketState
 from kvstore_connectors.vllm.groups import Bands, Rule
-from kvstore_connectors.vllm.metadata import JobReport, StepMetadata, WorkerReport
+from kvstore_connectors.vllm.metadata import JobReport, StepMetadata, StoreJob, WorkerReport
 from kvstore_connectors.vllm.orders import KnownKeys
 from kvstore_connectors.vllm.scheduler import SchedulerSide
 from tests.unit.connectors.fakes import (
     BLOCK_TOKENS,
     FULL,
+    FakeBlocks,
     FakeLink,
     FakePins,
     FakeQueue,
@@ -57,13 +59,13 @@ class World:
         return self.side.get_num_new_matched_tokens(request, computed)  # type: ignore[arg-type]
 
     def alloc(self, request: FakeRequest, external: int, *blocks: list[int]) -> None:
-        self.side.update_state_after_alloc(request, lambda: blocks, external)  # type: ignore[arg-type]
+        self.side.update_state_after_alloc(request, FakeBlocks(*blocks), external)  # type: ignore[arg-type]
 
     def finish(self, request: FakeRequest) -> None:
-        self.side.request_finished(request)  # type: ignore[arg-type]
+        self.side.request_finished(request, ())  # type: ignore[arg-type]
 
     def meta(self, *args: Any, **kwargs: Any) -> StepMetadata:
-        return self.side.build_meta(step(*args, **kwargs))
+        return self.side.build_connector_meta(step(*args, **kwargs))
 
     def compute(self, request: FakeRequest, tokens: int, *blocks: list[int]) -> StepMetadata:
         meta = self.meta({request.request_id: tokens}, blocks={request.request_id: blocks})
@@ -72,7 +74,7 @@ class World:
 
     def report(self, *job_ids: int, lost: bool = False, workers: int = 1) -> None:
         jobs = {job_id: JobReport(workers, lost) for job_id in job_ids}
-        self.side.update_output(outcome(kv_connector_worker_meta=WorkerReport(jobs)))
+        self.side.update_connector_output(outcome(kv_connector_worker_meta=WorkerReport(jobs)))
 
     def quiet(self) -> bool:
         self.side.check_integrity()
@@ -247,7 +249,7 @@ def test_the_lease_of_a_load_lasts_until_the_load_is_reported(world: World) -> N
     world.meta()
     world.alloc(request, 0, [1, 2, 3, 4, 5])
     assert len(world.queue.out) == 1
-    world.side.update_output(outcome(finished_recving={request.request_id}))
+    world.side.update_connector_output(outcome(finished_recving={request.request_id}))
     assert not world.queue.out
 
 
@@ -260,7 +262,7 @@ def test_an_abort_while_loading_keeps_the_lease_until_the_copy_has_ended(world: 
     world.meta()
     world.finish(request)
     assert len(world.queue.out) == 1
-    world.side.update_output(outcome(finished_recving={request.request_id}))
+    world.side.update_connector_output(outcome(finished_recving={request.request_id}))
     assert world.quiet()
 
 
@@ -307,10 +309,36 @@ def test_a_failed_load_is_not_tried_again_until_the_request_is_preempted(world: 
     world.queue.answer(world.queue.tickets[0], 4)
     world.match(request)
     world.alloc(request, 4 * BLOCK_TOKENS, [1, 2, 3, 4, 5])
-    world.side.update_output(outcome(finished_recving={request.request_id}))
+    world.side.update_connector_output(outcome(finished_recving={request.request_id}))
     assert world.match(request) == (0, False)
     request.num_preemptions = 1
     assert world.match(request) == (None, False)
+
+
+def test_an_answer_before_what_the_engine_has_counts_for_nothing() -> None:
+    """vLLM's metrics refuse amounts below zero, and with that end every request."""
+    world = World(bands=bands_with(Rule(), Rule(window=2 * BLOCK_TOKENS)))
+    request = world.request()
+    world.match(request, 2 * BLOCK_TOKENS)
+    world.queue.answer(world.queue.tickets[0], 0)
+    world.finish(request)
+    assert "unneeded_blocks" not in world.side.stats.data
+    assert world.quiet()
+
+
+def test_a_lease_on_less_than_a_request_can_begin_after_is_given_back() -> None:
+    """vLLM's groups that are not stored may align hits to more than a block."""
+    bands = dataclasses.replace(FULL, alignment=2 * BLOCK_TOKENS)
+    world = World(bands=bands)
+    request = world.request()
+    world.match(request)
+    (ticket,) = world.queue.tickets
+    world.queue.answer(ticket, 1)
+    assert ticket.held is not None
+    ticket.held.tokens = bands.aligned(ticket.held.tokens)
+    assert world.match(request) == (0, False)
+    world.finish(request)
+    assert world.quiet()
 
 
 def test_another_connector_chosen_for_the_load_ends_our_lease(world: World) -> None:
@@ -352,7 +380,7 @@ def test_hits_are_attributed_to_the_tier_they_came_from(world: World) -> None:
     world.queue.answer(world.queue.tickets[0], 4, from_dram=3)
     world.match(request, BLOCK_TOKENS)
     world.alloc(request, 3 * BLOCK_TOKENS, [1, 2, 3, 4, 5])
-    sources = world.side.hit_sources(request, 3 * BLOCK_TOKENS)  # type: ignore[arg-type]
+    sources = world.side.get_external_cache_hit_sources(request, 3 * BLOCK_TOKENS)  # type: ignore[arg-type]
     assert sources == {CacheHitSource.HOST: 2 * BLOCK_TOKENS, CacheHitSource.DISK: BLOCK_TOKENS}
 
 
@@ -485,6 +513,14 @@ def test_chunks_store_each_full_prompt_block_once_with_its_parent(world: World) 
     assert [job.parents for job in jobs] == [[b""], keys[:1], keys[1:2]]
 
 
+@pytest.mark.parametrize("params", [None, {"do_remote_decode": True}, {"do_remote_decode": "yes"}])
+def test_what_another_vllm_is_to_decode_is_stored_as_such(world: World, params: Any) -> None:
+    request = FakeRequest(list(range(2 * BLOCK_TOKENS + 1)), kv_transfer_params=params)
+    world.side.on_new_request(request)  # type: ignore[arg-type]
+    (job,) = world.compute(request, 2 * BLOCK_TOKENS + 1, [10, 11, 12]).stores
+    assert job.handed_over == (params == {"do_remote_decode": True})
+
+
 def test_decoded_tokens_are_not_stored(world: World) -> None:
     request = world.request(tokens=BLOCK_TOKENS + 1)
     world.compute(request, BLOCK_TOKENS + 1, [10, 11])
@@ -503,6 +539,56 @@ def test_blocks_known_in_the_store_are_not_stored_again(world: World) -> None:
     assert job.block_ids == [3, 4]
     twin = world.request()
     assert not world.compute(twin, 4 * BLOCK_TOKENS + 1, [6, 7, 8, 9, 10]).stores
+
+
+def test_what_is_loaded_is_not_looked_for_again_when_it_comes_to_storing(world: World) -> None:
+    """It was leased a moment ago; and where all of a prompt is there, nothing is ordered."""
+    for rest, stored in ((False, [4]), (True, [])):
+        world.queue.seen = None
+        request = world.request(tokens=4 * BLOCK_TOKENS, seed=rest)
+        world.match(request)
+        world.queue.answer(world.queue.tickets[-1], 3, rest=rest)
+        world.match(request)
+        world.alloc(request, 3 * BLOCK_TOKENS, [1, 2, 3, 4])
+        world.side.update_connector_output(outcome(finished_recving={request.request_id}))
+        request.num_computed_tokens = 3 * BLOCK_TOKENS
+        # As if nothing were there any more.
+        world.queue.seen = 0
+        world.side._orders.forget()
+        jobs = world.compute(request, BLOCK_TOKENS, [1, 2, 3, 4]).stores
+        assert [block_id for job in jobs for block_id in job.block_ids] == stored
+
+
+@pytest.mark.parametrize(
+    "said", [{"failed_recving": {"r"}}, {"invalid_block_ids": {2}}], ids=["request", "blocks"]
+)
+def test_what_could_not_be_loaded_is_stored_when_it_is_computed(
+    world: World, said: dict[str, Any]
+) -> None:
+    request = world.request()
+    world.match(request)
+    world.queue.answer(world.queue.tickets[0], 4, rest=True)
+    world.match(request)
+    world.alloc(request, 4 * BLOCK_TOKENS, [1, 2, 3, 4, 5])
+    world.queue.seen = 0
+    world.side.update_connector_output(outcome(**said))
+    world.side.update_connector_output(outcome(finished_recving={request.request_id}))
+    (job,) = world.compute(request, 4 * BLOCK_TOKENS + 1, [1, 2, 3, 4, 5]).stores
+    assert job.block_ids == [1, 2, 3, 4]
+
+
+def test_what_was_loaded_before_a_reset_is_not_stored_after_it_though_it_failed(
+    world: World,
+) -> None:
+    request = world.request()
+    world.match(request)
+    world.queue.answer(world.queue.tickets[0], 3)
+    world.match(request)
+    world.alloc(request, 3 * BLOCK_TOKENS, [1, 2, 3, 4, 5])
+    world.side.reset()
+    ended = {request.request_id}
+    world.side.update_connector_output(outcome(finished_recving=ended, invalid_block_ids={3}))
+    assert not world.compute(request, 4 * BLOCK_TOKENS + 1, [1, 2, 3, 4, 5]).stores
 
 
 def test_what_a_worker_lost_is_stored_when_it_comes_up_again(world: World) -> None:
@@ -555,16 +641,47 @@ def test_what_the_store_is_seen_to_have_evicted_is_stored_again(loads: bool) -> 
     assert again.block_ids == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("loads", [True, False], ids=["asks", "only stores"])
+@pytest.mark.parametrize("rule", [Rule(window=2 * BLOCK_TOKENS), Rule(state=True)], ids=str)
+def test_windows_and_states_that_the_store_has_evicted_are_stored_again(
+    rule: Rule, loads: bool
+) -> None:
+    """They are evicted each by itself; without them what is there of the rest is of no use."""
+    world = World(bands=bands_with(Rule(), rule), loads=loads)
+
+    def compute(request: FakeRequest) -> list[StoreJob]:
+        mine = request.request_id
+        tables = ([1, 2, 3, 4, 5], [] if rule.state else [11, 12, 13, 14, 15])
+        at = 4 * BLOCK_TOKENS
+        states = {mine: [(1, 14, at)]} if rule.state else {}
+        return world.meta({mine: at + 1}, blocks={mine: tables}, states=states).stores
+
+    first = world.request()
+    full, partial = compute(first)
+    assert (full.group, partial.group, partial.block_ids[-1]) == (0, 1, 14)
+    world.report(full.job_id, partial.job_id)
+    twin = world.request()
+    if loads:
+        world.match(twin)
+        world.queue.answer(world.queue.tickets[0], 0, full=4)
+        assert world.match(twin) == (0, False)
+    else:
+        assert not compute(world.request()), "there"
+        world.queue.gone.add(partial.keys[-1])
+    (again,) = compute(twin)
+    assert (again.group, again.keys) == (1, partial.keys)
+
+
 def test_blocks_are_pinned_only_while_a_store_reads_them(world: World) -> None:
     request = world.request()
     (job,) = world.compute(request, 4 * BLOCK_TOKENS, [1, 2, 3, 4]).stores
-    assert not world.side.blocks_are_coming_back()
+    assert not world.side.has_pending_block_frees()
     world.finish(request)
-    assert world.side.blocks_are_coming_back()
-    assert world.side.stores_pending
+    assert world.side.has_pending_block_frees()
+    assert world.side.has_pending_push_work()
     assert world.pins.held == {1: 1, 2: 1, 3: 1, 4: 1}
     world.report(job.job_id)
-    assert not world.side.blocks_are_coming_back()
+    assert not world.side.has_pending_block_frees()
     assert world.quiet()
     twin = world.request()
     world.compute(twin, 4 * BLOCK_TOKENS, [5, 6, 7, 8])
@@ -752,7 +869,7 @@ def test_a_thousand_random_requests_leak_nothing(seed: int) -> None:
             request.num_computed_tokens = rng.choice((0, BLOCK_TOKENS))
         workers = len(world.link.specs) // len(bands.groups)
         reports = {job_id: JobReport(workers, rng.random() < 0.2) for job_id in ended}
-        world.side.update_output(
+        world.side.update_connector_output(
             outcome(
                 finished_recving=loaded,
                 kv_connector_worker_meta=WorkerReport(reports) if reports else None,
@@ -760,7 +877,7 @@ def test_a_thousand_random_requests_leak_nothing(seed: int) -> None:
         )
         world.side.check_integrity()
     assert world.quiet()
-    assert not world.side.blocks_are_coming_back()
+    assert not world.side.has_pending_block_frees()
 
 
 def test_the_engines_prefill_is_measured_from_step_to_step(world: World) -> None:
@@ -771,5 +888,5 @@ def test_the_engines_prefill_is_measured_from_step_to_step(world: World) -> None
     assert world.queue.prefill.tokens_per_s == 0.0, "the end of another step"
     assert world.compute(request, 1, [1]).prefill == 0, "a step that decodes"
     report = WorkerReport(prefill=meta.prefill)
-    world.side.update_output(outcome(kv_connector_worker_meta=report))
+    world.side.update_connector_output(outcome(kv_connector_worker_meta=report))
     assert world.queue.prefill.tokens_per_s > 0.0

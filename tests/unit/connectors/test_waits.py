@@ -6,7 +6,9 @@ that events allow. Rivals' connectors have corrupted KV for want of one such wai
 
 from __future__ import annotations
 
+import contextlib
 import random
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -17,12 +19,16 @@ import torch
 
 from kvstore.device import flight
 from kvstore.device.adversarial import AdversarialDevice, Temper
+from kvstore.device.vram_stand_in import StandInVram
 from kvstore.errors import DeviceError, Unavailable
-from kvstore_connectors.vllm import loader, saver
+from kvstore_connectors.vllm import landing, loader, saver
 from tests.unit.connectors.test_copies import BLOCKS, PIECE, Rank, eventually
+from tests.unit.connectors.test_landing import Ground, handed_over
+from tests.unit.device.gpus import StandInGpu
 from tests.unit.device.planting import waits, without
 
 NAMES = ("wait_event", "finish")
+MODULES = (loader, saver, flight, landing)
 BLOCK_BYTES = 2 * PIECE
 
 
@@ -34,11 +40,13 @@ class Modules:
         self.loader = changed if changed and "loader" in name else loader
         self.saver = changed if changed and "saver" in name else saver
         self.flight = changed if changed and "flight" in name else flight
+        self.landing = changed if changed and "landing" in name else landing
 
     def rank(self, device: AdversarialDevice, monkeypatch: pytest.MonkeyPatch) -> Rank:
         for module in (self.loader, self.saver):
             monkeypatch.setattr(module, "Flight", self.flight.Flight)
             monkeypatch.setattr(module, "CHUNK_BYTES", 4 * BLOCK_BYTES)
+        monkeypatch.setattr(self.saver, "LandingZone", self.landing.LandingZone)
         return Rank(device=device, loader=self.loader.Loader, saver=self.saver.Saver)
 
 
@@ -46,7 +54,7 @@ def right(modules: Modules, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether all bytes are, whatever the device does."""
     return all(
         scenario(modules, AdversarialDevice(seed, temper), monkeypatch)
-        for scenario in (stores, loads, fails_to_load, fails_to_store)
+        for scenario in (stores, loads, fails_to_load, fails_to_store, lands, fails_to_land)
         for temper in Temper
         for seed in range(3)
     )
@@ -130,13 +138,63 @@ def fails_to_store(
     return reports[1].lost and not rank.store.blocks and slots == {b"\x77" * BLOCK_BYTES}
 
 
+def lands(modules: Modules, device: AdversarialDevice, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Blocks that the engine is still computing are written to where another GPU's readers look
+    as soon as they are committed."""
+    with tempfile.TemporaryDirectory() as folder, _ground(folder) as ground:
+        device.vram = StandInVram(ground.gpu.name)
+        rank = modules.rank(device, monkeypatch)
+        ground.serve(rank.store)
+        seen: list[bytes] = []
+
+        def look(call: str) -> None:
+            if call == "commit":
+                seen.extend(map(ground.at, ground.granted.values()))
+
+        rank.store.on_call = look
+        content = torch.randint(0, 256, rank.memory.shape, dtype=torch.uint8)
+        device.compute(lambda: rank.memory.copy_(content))
+        block_ids = random.sample(range(BLOCKS), 12)
+        rank.saver.submit(handed_over(rank, 1, block_ids))
+        eventually(rank.saver.take_reports)
+        layers = content.view(2, BLOCKS, PIECE)
+        wanted = [bytes(layers[:, block].reshape(-1).tolist()) for block in block_ids]
+        rank.close()
+    return seen == wanted and len(rank.store.landed) == len(block_ids)
+
+
+def fails_to_land(
+    modules: Modules, device: AdversarialDevice, monkeypatch: pytest.MonkeyPatch
+) -> bool:
+    """A store fails half way; its places are given back and become somebody else's."""
+    with tempfile.TemporaryDirectory() as folder, _ground(folder) as ground:
+        device.vram = StandInVram(ground.gpu.name)
+        rank = modules.rank(device, monkeypatch)
+        ground.serve(rank.store)
+
+        def refused(*_: Any) -> Any:
+            raise DeviceError("refused")
+
+        monkeypatch.setattr(rank.saver._stream, "save", refused)
+        rank.saver.submit(handed_over(rank, 1, list(range(12))))
+        eventually(rank.saver.take_reports)
+        ground.fill(0x55)
+        device.settle()
+        rank.close()
+        return {byte for place in ground.granted.values() for byte in ground.at(place)} == {0x55}
+
+
+def _ground(folder: str) -> contextlib.closing[Ground]:
+    return contextlib.closing(Ground(StandInGpu(Path(folder) / "gpu.json", 1 << 20)))
+
+
 def test_with_all_its_waits_it_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
     assert right(Modules(), monkeypatch)
 
 
 @pytest.mark.parametrize(
     ("module", "line"),
-    [(module, line) for module in (loader, saver, flight) for line in waits(module, *NAMES)],
+    [(module, line) for module in MODULES for line in waits(module, *NAMES)],
 )
 def test_without_any_one_wait_it_is_not(
     module: ModuleType, line: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -146,5 +204,5 @@ def test_without_any_one_wait_it_is_not(
 
 def test_the_waits_are_found() -> None:
     """For the engine, before a load and before a store; for copies that arrive, and for
-    those that are given up."""
-    assert [len(waits(module, *NAMES)) for module in (loader, saver, flight)] == [1, 1, 2]
+    those that are given up; for those that land."""
+    assert [len(waits(module, *NAMES)) for module in MODULES] == [1, 1, 2, 1]

@@ -38,6 +38,7 @@ class Rank:
             rank=0,
             shard=0,
             writes=writes,
+            loads=True,
             specs_for=lambda salt: [spec(block_bytes=64 + len(salt))],
             adapters=adapters,
         )

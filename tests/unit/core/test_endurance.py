@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from kvstore.core.endurance import FEW, HOUR_NS, WEIGHED, Endurance, Weight
+from kvstore.core.places.endurance import FEW, HOUR_NS, WEIGHED, Endurance, Weight
 from kvstore.types import ChainQuery, Tier
 from tests.simulation.model import SLOT, Shell, chain, layout, make_planner
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.core import promotion
 from kvstore.core.catalog import Replica
-from kvstore.core.landing import ONE_IN, PART, Landing
+from kvstore.core.places import promotion
+from kvstore.core.places.landing import ONE_IN, PART, Landing
+from kvstore.core.places.promotion import DramOrder
 from kvstore.core.policies import POLICIES, SessionState, Use
-from kvstore.core.promotion import DramOrder
 from kvstore.types import OUTPUT, ChainQuery, CommitOutcome, Reuse, Segment, Tier
 from tests.simulation.model import Shell, chain, layout, make_planner
 from tests.unit.core.policies.harness import replica

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from kvstore.core.learned import (
+from kvstore.core.links.learned import (
     FEW,
     REMEMBERED,
     SAMPLED_NS,

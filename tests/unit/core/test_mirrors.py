@@ -7,7 +7,9 @@ import random
 import pytest
 
 from kvstore.core.actions import Action, Mirrored, Unmirrored
-from kvstore.core.mirrors import CALM_NS, SETTLES_NS, Mirrors, MirrorWork
+from kvstore.core.catalog import Layout
+from kvstore.core.places.mirrors import Mirrors, MirrorWork
+from kvstore.core.places.vram_room import CALM_NS, SETTLES_NS
 from kvstore.core.space import Space
 from kvstore.types import PutOutcome
 from tests.simulation.model import SLOT, Shell, chain, layout, make_planner
@@ -27,7 +29,8 @@ class Gpu(Shell):
         self.open: set[int] = set()
         self.client = self.session(1)
         self.lid = self.planner.register_layout("t", layout())
-        self.mirrors.reads(self.planner.catalog.layout("t", self.lid))
+        self.reader = self.session(2)
+        self.mirrors.reads(self.layout, self.reader)
         take = self.planner.take_actions
 
         def noting(now_ns: int) -> list[Action]:
@@ -37,6 +40,10 @@ class Gpu(Shell):
             return actions
 
         self.planner.take_actions = noting  # type: ignore[method-assign]
+
+    @property
+    def layout(self) -> Layout:
+        return self.planner.catalog.layout("t", self.lid)
 
     def note(self, action: object) -> None:
         match action:
@@ -50,6 +57,11 @@ class Gpu(Shell):
     def store(self, keys: list[bytes], lid: bytes | None = None) -> None:
         outcomes = self.put(self.client, lid or self.lid, keys)
         assert set(outcomes) == {PutOutcome.STORED}
+
+    def warm(self, keys: list[bytes]) -> list[int]:
+        """Store what is hot then: where it lies in DRAM."""
+        self.store(keys)
+        return self.use(keys)
 
     def use(self, keys: list[bytes], times: int = 2, lid: bytes | None = None) -> list[int]:
         """Where they lie in DRAM."""
@@ -73,6 +85,8 @@ class Gpu(Shell):
         return work
 
     def end(self, work: MirrorWork, *, well: bool = True) -> None:
+        if work.opens:
+            self.mirrors.opened()
         for mirror in work.copies:
             self.mirrors.ended(mirror, well=well)
         self.run()
@@ -99,15 +113,14 @@ def test_what_is_asked_for_again_is_copied_and_named() -> None:
 
 def test_nothing_is_copied_for_nobody() -> None:
     gpu = Gpu()
-    layout_ = gpu.planner.catalog.layout("t", gpu.lid)
     gpu.store(chain(1, 3))
-    gpu.mirrors.reads_no_more(layout_)
+    gpu.mirrors.reads_no_more(gpu.layout, gpu.reader)
     gpu.use(chain(1, 3), times=5)
     assert gpu.mirrors.idle
-    gpu.mirrors.reads(layout_)
+    gpu.mirrors.reads(gpu.layout, gpu.reader)
     gpu.use(chain(1, 3))
     assert len(gpu.work().copies) == 3
-    gpu.mirrors.reads_no_more(layout_)
+    gpu.mirrors.reads_no_more(gpu.layout, gpu.reader)
     assert len(gpu.work().closes) == 1, "who comes next finds the GPU as it was"
     assert gpu.mirrors.idle
     assert not gpu.table
@@ -116,8 +129,7 @@ def test_nothing_is_copied_for_nobody() -> None:
 def test_a_mirror_goes_before_its_slot_in_dram_is_anothers() -> None:
     gpu = Gpu(dram_slots=4)
     keys = chain(1, 4)
-    gpu.store(keys)
-    gpu.use(keys)
+    gpu.warm(keys)
     gpu.work()
     assert len(gpu.table) == 4
     gpu.store(chain(2, 4))
@@ -128,8 +140,7 @@ def test_a_mirror_goes_before_its_slot_in_dram_is_anothers() -> None:
 def test_what_is_cleared_while_it_is_leased_is_named_no_more() -> None:
     gpu = Gpu()
     keys = chain(1, 2)
-    gpu.store(keys)
-    gpu.use(keys)
+    gpu.warm(keys)
     gpu.work()
     gpu.acquire(gpu.client, [gpu.lid], keys)
     gpu.planner.clear("t")
@@ -141,8 +152,7 @@ def test_what_is_cleared_while_it_is_leased_is_named_no_more() -> None:
 def test_what_goes_while_it_is_copied_is_never_named() -> None:
     gpu = Gpu()
     keys = chain(1, 2)
-    gpu.store(keys)
-    gpu.use(keys)
+    gpu.warm(keys)
     work = gpu.begin()
     gpu.planner.clear("t")
     gpu.run()
@@ -154,8 +164,7 @@ def test_what_goes_while_it_is_copied_is_never_named() -> None:
 
 def test_a_copy_that_fails_leaves_nothing_behind() -> None:
     gpu = Gpu()
-    gpu.store(chain(1, 2))
-    gpu.use(chain(1, 2))
+    gpu.warm(chain(1, 2))
     gpu.end(gpu.begin(), well=False)
     assert not gpu.table
     assert gpu.mirrors.space.used_bytes == 0
@@ -180,8 +189,7 @@ def test_what_is_used_more_takes_the_place_of_what_is_used_less() -> None:
 def test_memory_that_others_need_is_given_back_until_they_have_it() -> None:
     gpu = Gpu(slots=12, reserve=2 * EXTENT)
     keys = chain(1, 12)
-    gpu.store(keys)
-    gpu.use(keys)
+    gpu.warm(keys)
     while gpu.work():
         gpu.use(keys, times=1)
     assert len(gpu.table) == 12
@@ -197,8 +205,7 @@ def test_memory_that_others_need_is_given_back_until_they_have_it() -> None:
 
 def test_after_pressure_nothing_is_taken_for_a_while() -> None:
     gpu = Gpu(reserve=EXTENT)
-    gpu.store(chain(1, 4))
-    gpu.use(chain(1, 4))
+    gpu.warm(chain(1, 4))
     assert not gpu.work(free=0)
     gpu.use(chain(1, 4))
     assert not gpu.work()
@@ -211,8 +218,7 @@ def test_after_pressure_nothing_is_taken_for_a_while() -> None:
 
 def test_an_extent_that_there_is_no_memory_for_is_forgotten() -> None:
     gpu = Gpu()
-    gpu.store(chain(1, 4))
-    gpu.use(chain(1, 4))
+    gpu.warm(chain(1, 4))
     work = gpu.begin()
     for mirror in work.copies:
         gpu.mirrors.ended(mirror, well=False)
@@ -228,12 +234,11 @@ def test_an_extent_that_there_is_no_memory_for_is_forgotten() -> None:
 
 def test_a_layout_that_has_nothing_gets_its_first_extent_from_another() -> None:
     gpu = Gpu(slots=8)
-    gpu.store(chain(1, 8))
-    gpu.use(chain(1, 8))
+    gpu.warm(chain(1, 8))
     while gpu.work():
         gpu.use(chain(1, 8), times=1)
     other = gpu.planner.register_layout("t", layout("n", slots=2))
-    gpu.mirrors.reads(gpu.planner.catalog.layout("t", other))
+    gpu.mirrors.reads(gpu.planner.catalog.layout("t", other), gpu.reader)
     gpu.store(chain(2, 2), other)
     gpu.use(chain(2, 2), lid=other)
     work = gpu.work()
@@ -242,8 +247,7 @@ def test_a_layout_that_has_nothing_gets_its_first_extent_from_another() -> None:
 
 def test_a_lost_gpu_leaves_nothing_behind() -> None:
     gpu = Gpu()
-    gpu.store(chain(1, 4))
-    gpu.use(chain(1, 4))
+    gpu.warm(chain(1, 4))
     gpu.work()
     gpu.mirrors.lost()
     gpu.run()
@@ -289,3 +293,12 @@ def test_whatever_happens_in_whatever_order_the_table_is_right(seed: int) -> Non
             assert resident is not None
             assert mirror is not None
             assert mirror.block is resident.block
+
+
+def test_that_others_lack_memory_is_not_said_for_ever() -> None:
+    gpu = Gpu()
+    gpu.warm(chain(1, 3))
+    gpu.work()
+    gpu.begin(0)
+    assert gpu.mirrors.idle
+    assert not gpu.mirrors.short, "nobody looks any more"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvstore.core import leases as leases_module
+from kvstore.core.calls import acquires as acquires_module
 from kvstore.core.lifecycle import State
 from kvstore.errors import (
     BadRequest,
@@ -325,7 +325,7 @@ def test_a_commit_that_makes_no_sense_publishes_nothing(shell: Shell) -> None:
 def test_many_segments_cost_a_bounded_walk_over_their_ancestors(
     shell: Shell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvstore.core.reservations.MAX_TOUCHED", 5)
+    monkeypatch.setattr("kvstore.core.calls.reservations.MAX_TOUCHED", 5)
     client, lid = shell.session(1), a_layout(shell)
     ring, line = chain(1, 4), chain(2, 4)
     shell.commit(client, lid, ring, shell.slots(client, lid, 4), parent=ring[3])
@@ -600,7 +600,7 @@ def test_parents_in_a_ring_do_not_hold_their_slots_for_ever(dram_only: Shell) ->
 def test_the_blocks_a_session_holds_are_bounded(
     shell: Shell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(leases_module, "MAX_LEASED", 6)
+    monkeypatch.setattr(acquires_module, "MAX_LEASED", 6)
     client, lid, keys = shell.session(1), a_layout(shell), chain(1, 4)
     shell.put(client, lid, keys)
     grant = shell.acquire(client, [lid], keys).answer[0]  # type: ignore[index]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvstore.core.pulse import ENDS, Pulse
+from kvstore.core.links.pulse import ENDS, Pulse
 
 MS = 1_000_000
 

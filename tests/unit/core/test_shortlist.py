@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kvstore.core.catalog import Replica
-from kvstore.core.shortlist import PASSED_A_FIND, Shortlist, Verdict
+from kvstore.core.places.shortlist import BARREN, PASSED_A_FIND, SCANNED, Shortlist, Verdict
 from tests.unit.core.policies.harness import replica
 
 
@@ -111,3 +111,22 @@ def test_who_is_in_use_is_named_once_so_that_it_need_not_be_met_again() -> None:
     order.saved(19)
     found, in_use = order.shortlist.find(iter(order.order), order._may_go)
     assert found is not None and found.address == 19 and in_use == [order.all[0]]
+
+
+def test_an_order_that_has_nobody_to_leave_is_not_walked_for_each_that_asks() -> None:
+    order = Order(SCANNED + 10)
+    assert {order.leaves() for _ in range(BARREN)} == {None}
+    assert order.judged == SCANNED
+    order.saved(SCANNED + 5)
+    assert order.leaves() == SCANNED + 5, "written meanwhile, further on than was looked"
+    order.clean.add(order.all[7])
+    assert [order.leaves(), order.leaves()] == [None, 7], "after a while it is looked again"
+
+
+def test_when_others_may_leave_than_before_an_order_is_walked_at_once() -> None:
+    order = Order(SCANNED + 10)
+    assert order.leaves() is None
+    order.clean = set(order.all)
+    assert order.leaves() is None
+    order.shortlist.reordered()
+    assert order.leaves() == 0

@@ -4,7 +4,11 @@ all of `device.cuda` runs, on a GPU that is as hostile as CUDA lets it be."""
 from __future__ import annotations
 
 import ctypes
+import fcntl
+import mmap
+import os
 import sys
+import threading
 from collections.abc import Iterable
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -13,10 +17,14 @@ import numpy as np
 import pytest
 import torch
 
-from kvstore.device.gpu import Addresses
+from kvstore.device import cuda
+from kvstore.device.checksum_kernel import CHAIN_KERNEL, SUMS_KERNEL
+from kvstore.device.gpu_driver import Addresses
+from kvstore.device.kernels import COPY_KERNEL
 from kvstore.errors import DeviceFull
 from tests.unit.device.fakes import FakeDriver, FakeEvent, FakeStream
 
+CHECKSUM_KERNELS = (SUMS_KERNEL, CHAIN_KERNEL)
 RELAXED = "relaxed"
 _POINTER = ctypes.c_void_p
 _BATCH = ctypes.CFUNCTYPE(
@@ -38,13 +46,18 @@ class Machine:
         self.driver = driver
         self.batched = batched
         self.batches = 0
-        self.launches = 0
+        self.launches: list[str] = []
+        self.speaks = threading.local()
+        """`here`: whether the thread does, to the GPU."""
+        self.cufile = CuFile(driver, self.speaks)
         self._streams: dict[int, FakeStream] = {0: driver._engine}
         self._events: dict[int, FakeEvent] = {}
-        self._in_stream = 0
+        self._inside = threading.local()
         self._function = _BATCH(self._batch)
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        # No thread has spoken to this GPU yet.
+        monkeypatch.setattr(cuda, "_here", threading.local())
         cupy, bindings = ModuleType("cupy"), ModuleType("cuda.bindings")
         cupy.cuda = SimpleNamespace(  # type: ignore[attr-defined]
             runtime=Runtime(self),
@@ -53,12 +66,15 @@ class Machine:
             Stream=lambda non_blocking: Stream(self),
             Event=lambda block, disable_timing: SimpleNamespace(ptr=self._new_event()),
         )
-        cupy.RawKernel = lambda *_, **__: Kernel(self)  # type: ignore[attr-defined]
+        cupy.RawModule = lambda **_: SimpleNamespace(  # type: ignore[attr-defined]
+            get_function=lambda name: Kernel(self, name)
+        )
         bindings.driver = SimpleNamespace(  # type: ignore[attr-defined]
             CUstreamCaptureMode=SimpleNamespace(CU_STREAM_CAPTURE_MODE_RELAXED=RELAXED),
             cuThreadExchangeStreamCaptureMode=lambda mode: (0, "global"),
             cuGetProcAddress=lambda *_: (0, self._batch_address(), 0),
         )
+        bindings.cufile = self.cufile  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, "cupy", cupy)
         monkeypatch.setitem(sys.modules, "cuda", ModuleType("cuda"))
         monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
@@ -77,13 +93,32 @@ class Machine:
     def event(self, number: int) -> FakeEvent:
         return self._events[number]
 
-    def launch(self, table: int, count: int) -> None:
-        self.launches += 1
-        self.driver.run_kernel(table, count, self.stream(self._in_stream))
+    def launch(self, name: str, table: int, count: int, kind: int | None) -> None:
+        self.launches.append(name)
+        stream = self.stream(self._in_stream)
+        if kind is None:
+            assert name == COPY_KERNEL
+            self.driver.run_kernel(table, count, stream)
+        else:
+            self.driver.run_coding(name, kind, table, count, stream)
+
+    def take_checksum(self, name: str, from_: int, nbytes: int, to: int) -> None:
+        self.launches.append(name)
+        stream = self.stream(self._in_stream)
+        if name == SUMS_KERNEL:
+            self.driver.take_sums(from_, nbytes, to, stream)
+        else:
+            self.driver.chain_sums(from_, nbytes, to, stream)
 
     def inside(self, handle: int) -> int:
-        before, self._in_stream = self._in_stream, handle
+        """What this thread launches goes into the stream. The one before."""
+        before = self._in_stream
+        self._inside.stream = handle
         return before
+
+    @property
+    def _in_stream(self) -> int:
+        return getattr(self._inside, "stream", 0)
 
     def _new_event(self) -> int:
         number = 1 + len(self._events)
@@ -126,16 +161,114 @@ class Stream:
 
 
 class Kernel:
-    def __init__(self, machine: Machine) -> None:
+    def __init__(self, machine: Machine, name: str) -> None:
         self._machine = machine
+        self._name = name
 
-    def compile(self) -> None:
-        pass
+    def __call__(
+        self, grid: tuple[int, ...], threads: tuple[int], arguments: tuple[Any, ...]
+    ) -> None:
+        if self._name in CHECKSUM_KERNELS:
+            assert {each.dtype for each in arguments} == {np.dtype(np.uint64)}
+            self._machine.take_checksum(self._name, *(int(each) for each in arguments))
+            return
+        table, count, *kind = arguments
+        assert table.dtype == np.uint64
+        assert {each.dtype for each in (count, *kind)} == {np.dtype(np.uint32)}
+        told = int(kind[0]) if kind else None
+        self._machine.launch(self._name, int(table), int(count), told)
 
-    def __call__(self, grid: tuple[int], threads: tuple[int], arguments: tuple[Any, Any]) -> None:
-        table, count = arguments
-        assert (table.dtype, count.dtype) == (np.uint64, np.uint32)
-        self._machine.launch(int(table), int(count))
+
+class CuFileError(Exception):
+    pass
+
+
+class CuFile:
+    """`refuses`: a call that says that this file or GPU is not for it. `left`: what was opened
+    or registered and is still. `reads`: what becomes of a read: "" for all of it, "short" for a
+    page at a time, "nothing", "error", "untold". `spoils`: whether it arrives damaged."""
+
+    cuFileError = CuFileError
+    BoolConfigParameter = SimpleNamespace(PROPERTIES_ALLOW_COMPAT_MODE=1)
+    FileHandleType = SimpleNamespace(OPAQUE_FD=1)
+
+    def __init__(self, driver: FakeDriver, speaks: threading.local) -> None:
+        self.refuses = ""
+        self.reads = ""
+        self.spoils = False
+        self.left: list[object] = []
+        self.ways_round = True
+        self.registered = 0
+        self._driver = driver
+        self._speaks = speaks
+        self._described = SimpleNamespace(handle=SimpleNamespace(), ptr=77)
+        self._files: dict[int, os.stat_result] = {}
+
+    def set_parameter_bool(self, parameter: int, value: bool) -> None:
+        assert not self.left, "what is set after the driver is opened counts for nothing"
+        assert parameter == 1
+        self.ways_round = value
+
+    def driver_open(self) -> None:
+        self._enter("driver_open", "driver")
+
+    def driver_close(self) -> None:
+        self.left.remove("driver")
+        assert not self.left, "what is registered goes before the driver"
+
+    def Descr(self) -> Any:
+        return self._described
+
+    def handle_register(self, described: int) -> int:
+        assert described == self._described.ptr
+        descriptor: int = self._described.handle.fd
+        assert os.O_DIRECT & fcntl.fcntl(descriptor, fcntl.F_GETFL)
+        if descriptor in self.left:
+            raise CuFileError("handle_register: already registered")
+        self._enter("handle_register", descriptor)
+        self.registered += 1
+        self._files[descriptor] = os.fstat(descriptor)
+        return descriptor
+
+    def handle_deregister(self, handle: int) -> None:
+        self._check(handle)
+        self.left.remove(handle)
+
+    def buf_register(self, address: int, nbytes: int, flags: int) -> None:
+        assert self._driver._inside(address, nbytes, self._driver.on_gpu)
+        self._enter("buf_register", address)
+
+    def buf_deregister(self, address: int) -> None:
+        assert self._driver._inside(address, 1, self._driver.on_gpu)
+        self.left.remove(address)
+
+    def read(self, handle: int, address: int, nbytes: int, offset: int, to: int) -> int | None:
+        assert {handle, address} <= set(self.left)
+        assert not self.ways_round
+        assert getattr(self._speaks, "here", False), "cuFile needs a context of the GPU"
+        assert not (offset | nbytes | to) % mmap.PAGESIZE
+        self._check(handle)
+        if self.reads == "error":
+            raise ValueError("5 is not a valid OpError")
+        if self.reads == "nothing":
+            return 0
+        pages = mmap.mmap(-1, mmap.PAGESIZE if self.reads == "short" else nbytes)
+        got = os.preadv(handle, [pages], offset)
+        assert self._driver._inside(address + to, got, self._driver.on_gpu)
+        if self.spoils:
+            pages[got // 2] ^= 1
+        ctypes.memmove(address + to, bytes(pages), got)
+        return None if self.reads == "untold" else got
+
+    def _check(self, handle: int) -> None:
+        """It is still the file's that was registered."""
+        now, then = os.fstat(handle), self._files[handle]
+        assert (now.st_ino, now.st_dev) == (then.st_ino, then.st_dev)
+
+    def _enter(self, call: str, what: object) -> None:
+        if self.refuses == call:
+            raise CuFileError(f"{call}: not supported")
+        self.left.append(what)
 
 
 class Runtime:
@@ -162,6 +295,7 @@ class Runtime:
 
     def setDevice(self, device: int) -> None:
         assert device == 0
+        self._machine.speaks.here = True
 
     def eventRecord(self, event: int, stream: int) -> None:
         self._machine.record(event, stream)
@@ -171,6 +305,12 @@ class Runtime:
 
     def eventSynchronize(self, event: int) -> None:
         self._driver.synchronize(self._machine.event(event))
+
+    def streamSynchronize(self, stream: int) -> None:
+        self._driver.drain(self._machine.stream(stream))
+
+    def streamQuery(self, stream: int) -> int:
+        return 0 if self._driver.is_over(self._machine.stream(stream)) else 600
 
     def memcpyAsync(self, to: int, from_: int, nbytes: int, kind: int, stream: int) -> None:
         ends = (np.array([each], np.uint64) for each in (to, from_, nbytes))

@@ -16,10 +16,15 @@ from typing import Any
 
 import numpy as np
 
+from kvstore.device import codec
 from kvstore.device.adversarial import Temper
-from kvstore.device.gpu import Addresses
+from kvstore.device.checksum_kernel import LANES, RESULT_BYTES, sums_bytes
+from kvstore.device.coding_kernels import DTYPES, ENCODE_KERNEL, GROUPS_BYTES
+from kvstore.device.gpu_driver import Addresses
 from kvstore.device.kernels import RUN_BYTES
 from kvstore.errors import DeviceError, DeviceFull, DeviceLost
+from kvstore.types import CODECS, GROUP, coded_bytes, element_bytes
+from tests.unit.device import xxh3
 
 
 class FakeEvent:
@@ -34,12 +39,16 @@ class FakeStream:
 
 
 class FakeDriver:
-    """`refuses`: calls that raise `DeviceFull`. `fails_after`: calls until it is lost."""
+    """`refuses`: calls that raise `DeviceFull`. `fails_after`: calls until it is lost.
+    `hangs`: whoever asks whether something is over is told that it is not."""
 
     def __init__(self, seed: int = 0, temper: Temper = Temper.LATE) -> None:
         self.has_kernel = True
+        self.has_coding = True
+        self.has_checksum = True
         self.refuses: set[str] = set()
         self.fails_after: int | None = None
+        self.hangs = False
         self.calls: list[str] = []
         self.copies: list[int] = []
         """Sizes that the copy engines moved."""
@@ -70,7 +79,7 @@ class FakeDriver:
             while self._one():
                 pass
 
-    # -- gpu.Driver ---------------------------------------------------------------
+    # -- gpu_driver.Driver ---------------------------------------------------------------
 
     def new_stream(self) -> FakeStream:
         self._call("new_stream")
@@ -99,6 +108,19 @@ class FakeDriver:
             while not event.past:
                 assert self._one(), "waits for something that is never reached"
 
+    def drain(self, stream: FakeStream) -> None:
+        self._call("drain")
+        with self._lock:
+            while stream.queue:
+                assert self._one(), "waits for something that is never reached"
+
+    def is_over(self, stream: FakeStream) -> bool:
+        self._call("is_over")
+        with self._lock:
+            if not self.hangs:
+                self._one()
+            return not stream.queue
+
     def copy(self, to: Addresses, from_: Addresses, sizes: Addresses, stream: FakeStream) -> None:
         self._call("copy")
         runs = list(zip(to.tolist(), from_.tolist(), sizes.tolist(), strict=True))
@@ -115,6 +137,64 @@ class FakeDriver:
             array = np.frombuffer((ctypes.c_ubyte * (count * RUN_BYTES)).from_address(table))
             runs = array.view(np.uint64).reshape(-1, 3).tolist()
             self._copy_runs(runs, by_link=False)
+
+        with self._lock:
+            self._put(stream, run)
+
+    def can_code(self) -> bool:
+        return self.has_coding
+
+    def run_coding(
+        self, kernel: str, kind: int, table: int, count: int, stream: FakeStream
+    ) -> None:
+        self._call("run_coding")
+        coding = divmod(kind, len(DTYPES))
+        name, dtype = list(CODECS)[coding[0]], DTYPES[coding[1]]
+
+        def run() -> None:
+            self._check(table, count * GROUPS_BYTES, self.on_host)
+            array = np.frombuffer((ctypes.c_ubyte * (count * GROUPS_BYTES)).from_address(table))
+            for row in self._random.sample(array.view(np.uint64).reshape(-1, 4).tolist(), count):
+                self._code(kernel, name, dtype, *row)
+
+        with self._lock:
+            self._put(stream, run)
+
+    def enter(self) -> None:
+        self._call("enter")
+
+    def can_checksum(self) -> bool:
+        return self.has_checksum
+
+    def run_checksum(self, from_: int, nbytes: int, sums: int, to: int, stream: FakeStream) -> None:
+        self._call("run_checksum")
+        self.take_sums(from_, nbytes, sums, stream)
+        self.chain_sums(sums, nbytes, to, stream)
+
+    def take_sums(self, from_: int, nbytes: int, sums: int, stream: FakeStream) -> None:
+        """The first kernel."""
+        assert from_ % 16 == 0
+        taken = 8 * LANES * ((nbytes - 1) // 1024 + 1)
+        assert taken <= sums_bytes(nbytes)
+
+        def run() -> None:
+            self._check(from_, nbytes, self.on_gpu)
+            self._check(sums, taken, self.on_gpu)
+            data = np.frombuffer(ctypes.string_at(from_, nbytes), np.uint8)
+            ctypes.memmove(sums, xxh3.rows(data).tobytes(), taken)
+
+        with self._lock:
+            self._put(stream, run)
+
+    def chain_sums(self, sums: int, nbytes: int, to: int, stream: FakeStream) -> None:
+        """The second, of what the first has left by then."""
+        taken = 8 * LANES * ((nbytes - 1) // 1024 + 1)
+
+        def run() -> None:
+            self._check(sums, taken, self.on_gpu)
+            self._check(to, RESULT_BYTES, self.on_host)
+            rows = np.frombuffer(ctypes.string_at(sums, taken), np.uint64)
+            ctypes.memmove(to, xxh3.chained(rows.reshape(-1, LANES)).tobytes(), RESULT_BYTES)
 
         with self._lock:
             self._put(stream, run)
@@ -202,6 +282,27 @@ class FakeDriver:
                 for end in ends:
                     self._check(*end, self.on_gpu)
             ctypes.memmove(to, from_, nbytes)
+
+    def _code(
+        self, kernel: str, name: str, dtype: str, raw: int, scales: int, codes: int, groups: int
+    ) -> None:
+        """A run of groups, as the reference does a block of them."""
+        raw_bytes = groups * GROUP * element_bytes(dtype)
+        codes_bytes = groups * GROUP * CODECS[name] // 8
+        scales_bytes = coded_bytes(name, dtype, raw_bytes) - codes_bytes
+        ends = [(raw, raw_bytes), (scales, scales_bytes), (codes, codes_bytes)]
+        for end in ends:
+            self._check(*end, self.on_gpu)
+        block, *parts = (memoryview(ctypes.string_at(*end)) for end in ends)
+        if kernel == ENCODE_KERNEL:
+            coded = bytearray(scales_bytes + codes_bytes)
+            codec.encode(name, dtype, block, memoryview(coded))
+            ctypes.memmove(scales, bytes(coded[:scales_bytes]), scales_bytes)
+            ctypes.memmove(codes, bytes(coded[scales_bytes:]), codes_bytes)
+        else:
+            back = bytearray(raw_bytes)
+            codec.decode(name, dtype, memoryview(b"".join(parts)), memoryview(back))
+            ctypes.memmove(raw, bytes(back), raw_bytes)
 
     def _check(self, address: int, nbytes: int, memory: dict[int, Any]) -> None:
         if not self._inside(address, nbytes, memory):

@@ -11,8 +11,19 @@ from types import ModuleType
 
 
 def waits(module: ModuleType, *names: str) -> list[int]:
-    """The lines of statements `something.NAME(...)`, alone or within a call of theirs."""
+    """The lines of calls `something.NAME(...)` or `NAME(...)`."""
     return sorted({node.lineno for node in _calls(_tree(module), names)})
+
+
+def with_waits(module: ModuleType, name: str) -> list[int]:
+    """The lines of statements `with something.NAME(...)`."""
+    tree = _tree(module)
+    calls = {id(call) for call in _calls(tree, (name,))}
+    return sorted(
+        node.lineno
+        for node in ast.walk(tree)
+        if isinstance(node, ast.With) and any(id(item.context_expr) in calls for item in node.items)
+    )
 
 
 def without(module: ModuleType, line: int, names: tuple[str, ...], folder: Path) -> ModuleType:
@@ -55,18 +66,16 @@ def _tree(module: ModuleType) -> ast.Module:
 
 def _calls(tree: ast.Module, names: tuple[str, ...]) -> Iterator[ast.Call]:
     for node in ast.walk(tree):
-        if (
-            isinstance(node, ast.Call)
-            and isinstance(node.func, ast.Attribute)
-            and node.func.attr in names
-        ):
+        if isinstance(node, ast.Call) and _name(node) in names:
             yield node
 
 
 def _is_wait(node: object, line: int, names: tuple[str, ...]) -> bool:
-    return (
-        isinstance(node, ast.Call)
-        and node.lineno == line
-        and isinstance(node.func, ast.Attribute)
-        and node.func.attr in names
-    )
+    return isinstance(node, ast.Call) and node.lineno == line and _name(node) in names
+
+
+def _name(call: ast.Call) -> str:
+    match call.func:
+        case ast.Attribute(attr=name) | ast.Name(id=name):
+            return name
+    return ""

@@ -44,7 +44,7 @@ class Libraries:
             Stream=lambda non_blocking: SimpleNamespace(ptr=5),
             Event=lambda block, disable_timing: SimpleNamespace(ptr=7),
         )
-        cupy.RawKernel = lambda *_, **__: SimpleNamespace(compile=lambda: None)  # type: ignore[attr-defined]
+        cupy.RawModule = lambda **_: SimpleNamespace(get_function=lambda name: name)  # type: ignore[attr-defined]
         relaxed = SimpleNamespace(CU_STREAM_CAPTURE_MODE_RELAXED="relaxed")
         bindings.driver = SimpleNamespace(  # type: ignore[attr-defined]
             CUstreamCaptureMode=relaxed,

@@ -12,13 +12,15 @@ import numpy as np
 import pytest
 import xxhash
 
+from kvstore.device import codec
 from kvstore.device.adversarial import AdversarialDevice, Temper
-from kvstore.device.base import Copies, Device, Memory, Piece
+from kvstore.device.base import Coding, Copies, Device, Memory, Piece
 from kvstore.device.flight import Flight
 from kvstore.device.gpu import GpuDevice, Tuning
 from kvstore.device.host import HostDevice
-from kvstore.errors import DeviceError, DeviceFull, DeviceLost
+from kvstore.errors import DeviceError, DeviceFull, DeviceLost, DeviceStuck
 from tests.unit.device.fakes import FakeDriver
+from tests.unit.device.round_trips import coded
 
 BLOCKS = 24
 SHAPES = {
@@ -88,21 +90,25 @@ def sums(datas: list[bytes]) -> list[int]:
     return [xxhash.xxh3_64_intdigest(each) for each in datas]
 
 
+def elsewhere(made: Made, nbytes: int, count: int) -> tuple[np.ndarray[Any, Any], list[int]]:
+    """Other memory of the device, and where so many blocks lie in it."""
+    size = count * nbytes
+    other = made.driver.give_kv_cache(size) if made.driver else np.zeros(size, np.uint8)
+    return other, [other.ctypes.data + index * nbytes for index in range(count)]
+
+
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("temper", Temper)
 def test_what_lies_on_the_device_is_loaded_from_there(kind: str, name: str, temper: Temper) -> None:
     for seed in range(4):
         made = make(kind, seed, temper)
         blocks = made.blocks(name)
-        nbytes = blocks.block_bytes
-        size = 11 * nbytes
-        other = made.driver.give_kv_cache(size) if made.driver else np.zeros(size, np.uint8)
-        other[:] = np.frombuffer(random.Random(seed).randbytes(size), np.uint8)
+        other, addresses = elsewhere(made, blocks.block_bytes, 11)
+        other[:] = np.frombuffer(random.Random(seed).randbytes(other.size), np.uint8)
         made.launch(lambda made=made: made.memory.fill(0xEE))
         stream = made.device.stream()
         stream.wait_event(made.device.computed())
         ids = random.Random(seed).sample(range(BLOCKS), 11)
-        addresses = [other.ctypes.data + index * nbytes for index in range(11)]
         with Flight() as flight:
             flight.add(stream.load_within(blocks, ids[:7], addresses[:7]), lambda got: None)
             flight.add(stream.load_within(blocks, ids[7:], addresses[7:]), lambda got: None)
@@ -110,6 +116,32 @@ def test_what_lies_on_the_device_is_loaded_from_there(kind: str, name: str, temp
         assert b"".join(got) == other.tobytes()
         made.settle()
         assert [bytes_of(made.memory, name, block) for block in ids] == got
+        stream.close()
+        made.device.close()
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("temper", Temper)
+def test_what_was_computed_is_saved_to_where_others_load_it(
+    kind: str, name: str, temper: Temper
+) -> None:
+    for seed in range(4):
+        made = make(kind, seed, temper)
+        blocks = made.blocks(name)
+        other, addresses = elsewhere(made, blocks.block_bytes, 11)
+        content = np.frombuffer(random.Random(seed).randbytes(ROOM), np.uint8)
+        made.launch(lambda made=made, content=content: np.copyto(made.memory, content))
+        stream = made.device.stream()
+        stream.wait_event(made.device.computed())
+        ids = random.Random(seed).sample(range(BLOCKS), 11)
+        with Flight() as flight:
+            flight.add(stream.save_within(blocks, ids[:7], addresses[:7]), lambda got: None)
+            flight.add(stream.save_within(blocks, ids[7:], addresses[7:]), lambda got: None)
+        saved = other.tobytes()
+        assert saved == b"".join(bytes_of(content, name, block) for block in ids)
+        made.launch(lambda made=made: made.memory.fill(0xEE))
+        made.settle()
+        assert other.tobytes() == saved
         stream.close()
         made.device.close()
 
@@ -160,6 +192,116 @@ def test_what_was_computed_is_saved_and_loaded_again(kind: str, name: str, tempe
             assert not made.driver.on_host
             assert not made.driver.registered
             assert len(made.driver.on_gpu) == 1
+
+
+CODINGS = [Coding("fp8", "bfloat16"), Coding("int4", "float16"), Coding("int4", "float32")]
+IN_GROUPS = [Piece(7 * 4, 5 * 128, 128), Piece(BLOCKS * 640 + 32, 400, 384)]
+"""Of 32 elements; not where the GPU would have them."""
+APART = [Piece(0, 64, 40), Piece(BLOCKS * 64, 88, 88)]
+"""A group lies in two of these."""
+CODED_ROOM = BLOCKS * 1100
+
+
+def coded_on(kind: str, seed: int, temper: Temper) -> Made:
+    made = make(kind, seed, temper)
+    if made.driver is not None:
+        made.memory = made.driver.give_kv_cache(CODED_ROOM)
+        made.driver.has_coding = "processor" not in kind
+    else:
+        made.memory = np.zeros(CODED_ROOM, np.uint8)
+    return made
+
+
+@pytest.mark.parametrize("coding", CODINGS)
+@pytest.mark.parametrize("pieces", [IN_GROUPS, APART])
+@pytest.mark.parametrize("kind", [*KINDS, "gpu, by the processor"])
+def test_coded_blocks_are_the_same_bytes_on_each_device(
+    kind: str, pieces: list[Piece], coding: Coding
+) -> None:
+    """The reference's, in slots and in the KV cache."""
+    for seed, temper in enumerate(Temper):
+        made = coded_on(kind, seed, temper)
+        memory = Memory(made.memory.ctypes.data, CODED_ROOM, made.memory)
+        blocks: Any = made.device.blocks(memory, pieces, BLOCKS, coding)
+        raw = [random.Random(seed + block).randbytes(sum(p.nbytes for p in pieces))
+               for block in range(BLOCKS)]  # fmt: skip
+        expected = [coded(each, coding) for each in raw]
+        made.launch(lambda made=made, raw=raw: put(made.memory, pieces, raw))
+        stream = made.device.stream()
+        stream.wait_event(made.device.computed())
+        saved = slots(BLOCKS, blocks.block_bytes)
+        assert stream.save(blocks, range(BLOCKS), saved).finish() == sums(expected)
+        assert [bytes(slot) for slot in saved] == expected
+        made.launch(lambda made=made: made.memory.fill(0xEE))
+        stream.wait_event(made.device.computed())
+        stream.load(blocks, range(BLOCKS), saved).finish()
+        back = np.full(CODED_ROOM, 0xEE, np.uint8)
+        put(back, pieces, [decoded(each, coding, len(raw[0])) for each in expected])
+        assert made.memory.tobytes() == back.tobytes()
+        stream.close()
+        made.device.close()
+        assert made.driver is None or not made.driver.wrong
+
+
+def put(memory: np.ndarray[Any, Any], pieces: list[Piece], blocks: list[bytes]) -> None:
+    for number, block in enumerate(blocks):
+        at = 0
+        for piece in pieces:
+            start = piece.offset + number * piece.stride
+            part = block[at : at + piece.nbytes]
+            memory[start : start + piece.nbytes] = np.frombuffer(part, np.uint8)
+            at += piece.nbytes
+
+
+def decoded(stored: bytes, coding: Coding, nbytes: int) -> bytes:
+    into = bytearray(nbytes)
+    codec.decode(*coding, memoryview(stored), memoryview(into))
+    return bytes(into)
+
+
+@pytest.mark.parametrize("kind", ["host", "adversarial", "gpu, kernel", "gpu, copies"])
+def test_coded_blocks_lie_coded_in_the_gpus_own_memory(kind: str) -> None:
+    coding = CODINGS[0]
+    made = coded_on(kind, 0, Temper.ANY)
+    memory = Memory(made.memory.ctypes.data, CODED_ROOM, made.memory)
+    blocks: Any = made.device.blocks(memory, IN_GROUPS, BLOCKS, coding)
+    other, addresses = elsewhere(made, blocks.block_bytes, 2)
+    raw = [random.Random(number).randbytes(512) for number in range(2)]
+    put(made.memory, IN_GROUPS, raw)
+    stream = made.device.stream()
+    stream.save_within(blocks, [0, 1], addresses).finish()
+    assert other.tobytes() == b"".join(coded(each, coding) for each in raw)
+    assert blocks.within
+    made.memory[:] = 0xEE
+    stream.load_within(blocks, [0, 1], addresses).finish()
+    back = np.full(CODED_ROOM, 0xEE, np.uint8)
+    put(back, IN_GROUPS, [decoded(coded(each, coding), coding, 512) for each in raw])
+    assert made.memory.tobytes() == back.tobytes()
+
+
+def test_coded_blocks_in_the_gpus_own_memory_are_left_alone_without_a_kernel() -> None:
+    """What reads them falls back to the host's memory."""
+    made = coded_on("gpu, by the processor", 0, Temper.ANY)
+    memory = Memory(made.memory.ctypes.data, CODED_ROOM, made.memory)
+    blocks = made.device.blocks(memory, IN_GROUPS, BLOCKS, CODINGS[0])
+    assert not blocks.within
+    with pytest.raises(DeviceError, match="no kernel"):
+        made.device.stream().load_within(blocks, [0], [made.memory.ctypes.data])
+
+
+def test_a_gpu_without_memory_to_spare_leaves_coding_to_the_processor() -> None:
+    made = coded_on("gpu, kernel", 0, Temper.ANY)
+    memory = Memory(made.memory.ctypes.data, CODED_ROOM, made.memory)
+    blocks: Any = made.device.blocks(memory, IN_GROUPS, BLOCKS, CODINGS[0])
+    assert made.driver is not None
+    made.driver.refuses.add("allocate")
+    raw = random.Random(0).randbytes(512)
+    put(made.memory, IN_GROUPS, [raw])
+    (slot,) = slots(1, blocks.block_bytes)
+    for _ in range(2):
+        made.device.stream().save(blocks, [0], [slot]).finish()
+        assert bytes(slot) == coded(raw, CODINGS[0])
+    assert "run_coding" not in made.driver.calls
 
 
 @pytest.mark.parametrize("finished", ["unfinished", "no event"])
@@ -282,6 +424,42 @@ def test_after_an_error_nothing_is_under_way(kind: str, call: str, save: bool) -
     assert failed or (call in ("run_kernel", "wait") and not kernel)
 
 
+@pytest.mark.parametrize("kind", ["gpu, copies", "gpu, kernel"])
+@pytest.mark.parametrize("stuck", [{0}, {1}, {0, 1}])
+def test_what_cannot_be_waited_for_is_said_to_be_and_its_stream_copies_no_more(
+    kind: str, stuck: set[int]
+) -> None:
+    """Of a stream's two each is waited for, whatever has become of the other."""
+    made = make(kind, 1, Temper.LATE)
+    blocks = made.blocks("layers")
+    driver = made.driver
+    assert driver is not None
+    stream: Any = made.device.stream()
+    mine = slots(BLOCKS, blocks.block_bytes)
+    stream.save(blocks, range(BLOCKS), mine).finish()
+    stream.wait_event(made.device.computed())
+    both, drained, real = (stream.link, stream.gathering), [], driver.drain
+
+    def drain(one: Any) -> None:
+        drained.append(both.index(one))
+        if drained[-1] in stuck:
+            raise DeviceError("no answer")
+        real(one)
+
+    driver.drain = drain  # type: ignore[method-assign]
+    driver.refuses.add("!record")
+    with pytest.raises(DeviceStuck):
+        stream.save(blocks, range(BLOCKS), mine)
+    assert drained == [0, 1]
+    driver.refuses.clear()
+    for again in (stream.save, stream.load):
+        with pytest.raises(DeviceStuck):
+            again(blocks, range(BLOCKS), mine)
+    stream.close()
+    assert isinstance(made.device, GpuDevice)
+    assert stream in made.device.open_streams, "nothing that it uses is given back"
+
+
 @pytest.mark.parametrize("kind", KINDS[2:])
 def test_a_gpu_that_disappears_is_an_error_at_whichever_call(kind: str) -> None:
     lost = 0
@@ -335,3 +513,10 @@ def test_an_error_on_landing_finishes_the_others() -> None:
         flight.add(Failing("first", DeviceFull("no")), lambda got: None)
         flight.add(Failing("second", DeviceError("no")), lambda got: None)
     assert finished == ["first", "second"]
+    finished.clear()
+    with pytest.raises(DeviceStuck), Flight() as flight:
+        flight.add(Failing("first", DeviceFull("no")), lambda got: None)
+        flight.add(Failing("second", DeviceStuck("no")), lambda got: None)
+        flight.add(Failing("third", DeviceError("no")), lambda got: None)
+        raise ValueError("mine")
+    assert finished == ["first", "second", "third"]

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from contextlib import closing
 from pathlib import Path
 from types import ModuleType
 
-import numpy as np
 import pytest
 
 from kvstore.device import cuda
 from kvstore.device.adversarial import Temper
-from kvstore.device.base import Memory, Piece
+from kvstore.device.base import Coding
+from kvstore.device.coding_kernels import DECODE_KERNEL, ENCODE_KERNEL
 from kvstore.device.gpu import GpuDevice, Tuning
+from kvstore.device.kernels import COPY_KERNEL
 from tests.unit.device.cupy_standin import Machine
 from tests.unit.device.fakes import FakeDriver
 from tests.unit.device.planting import waits, without
-from tests.unit.device.test_planted import BLOCK_BYTES, BLOCKS, LAYERS, PIECE, _slots
+from tests.unit.device.round_trips import BLOCK_BYTES, round_trip
 
 NAMES = ("eventRecord", "streamWaitEvent", "eventSynchronize")
-PIECES = [Piece(layer * BLOCKS * PIECE, PIECE, PIECE) for layer in range(LAYERS)]
 
 
 def right(module: ModuleType, monkeypatch: pytest.MonkeyPatch, *, batched: bool = True) -> bool:
@@ -36,27 +35,14 @@ def _round_trip(
     module: ModuleType, monkeypatch: pytest.MonkeyPatch, machine: Machine, kernel_below: int
 ) -> bool:
     machine.install(monkeypatch)
-    driver = machine.driver
     tuning = Tuning(kernel_below=kernel_below, step_bytes=2 * BLOCK_BYTES)
-    gpu = GpuDevice(module.CudaDriver(0, lambda: 0), tuning, pin_in_background=False)
-    memory = driver.give_kv_cache(BLOCKS * BLOCK_BYTES)
-    blocks = gpu.blocks(Memory(memory.ctypes.data, len(memory), memory), PIECES, BLOCKS)
-    content = np.random.default_rng(1).integers(0, 256, len(memory), np.uint8)
-    driver.launch(lambda: np.copyto(memory, content))
-    saved = _slots()
-    with closing(gpu.stream()) as out, closing(gpu.stream()) as into:
-        out.wait_event(gpu.computed())
-        out.save(blocks, range(BLOCKS), saved).finish()
-        by_layer = content.reshape(LAYERS, BLOCKS, PIECE)
-        good = all(bytes(slot) == by_layer[:, block].tobytes() for block, slot in enumerate(saved))
-        driver.launch(lambda: memory.fill(0xEE))
-        into.wait_event(gpu.computed())
-        into.load(blocks, range(BLOCKS), saved).finish()
-        good &= memory.tobytes() == content.tobytes()
-        driver.settle()
+    device = GpuDevice(module.CudaDriver(0, lambda: 0), tuning, pin_in_background=False)
+    good = round_trip(machine.driver, device, seed=1)
+    good = round_trip(machine.driver, device, 2, Coding("fp8", "float16")) and good
     assert machine.batches if machine.batched else not machine.batches
-    assert bool(machine.launches) == bool(kernel_below)
-    return good and memory.tobytes() == content.tobytes() and not driver.wrong
+    assert (COPY_KERNEL in machine.launches) == bool(kernel_below)
+    assert {ENCODE_KERNEL, DECODE_KERNEL} <= set(machine.launches)
+    return good
 
 
 @pytest.mark.parametrize("batched", [True, False])

@@ -12,6 +12,7 @@ import pytest
 
 from kvstore.errors import BadRequest, InternalError, Unavailable
 from kvstore.local.arena import Arena
+from kvstore.types import GPU_ONLY
 from tests.unit.local.attach_server import EXTENT_BYTES, sealed_memfd
 
 
@@ -100,6 +101,18 @@ def test_a_range_that_leaves_its_extent_is_refused(files: Files, offset: int, nb
         with pytest.raises(BadRequest):
             view(-4096, 16, writable=False)
     assert files.asked == []
+
+
+@pytest.mark.parametrize("address", [GPU_ONLY, GPU_ONLY | 4096, (1 << 64) - 4096])
+def test_a_block_in_a_gpus_memory_alone_is_at_no_address_here(files: Files, address: int) -> None:
+    arena = Arena(EXTENT_BYTES, files.fetch)
+    with pytest.raises(BadRequest, match="GPU"):
+        arena.view(address, 16, writable=False)
+    with pytest.raises(BadRequest, match="GPU"):
+        arena.view_mapped(address, 16, writable=True)
+    with pytest.raises(BadRequest, match="GPU"):
+        arena.views([0, address], 16, writable=False)
+    assert files.asked == [0]
 
 
 def test_views_of_many_addresses_are_those_of_each(files: Files) -> None:

@@ -28,6 +28,7 @@ from kvstore.local.attach import (
 REQUESTS = [
     AttachRequest(1), MapRequest(0), MapRequest((1 << 64) - 1), MapRequest(7, "GPU-1"),
     VramRequest("GPU-1", ()), VramRequest("GPU-1", (bytes(16), b"\xff" * 16)),
+    VramRequest("GPU-1", (bytes(16),), bytes(range(64))),
 ]  # fmt: skip
 REPLIES = [
     Attached(b"s" * 16, b"epoch", 1 << 26, "alice"),
@@ -50,6 +51,17 @@ def test_a_reply_survives_the_wire(reply: Reply) -> None:
 def test_the_messages_are_those_of_the_specification() -> None:
     assert json.loads(encode_request(AttachRequest(1))) == {"op": "attach", "protocol": 1}
     assert json.loads(encode_request(MapRequest(7))) == {"op": "map", "extent": 7}
+    assert json.loads(encode_request(VramRequest("GPU-1", (b"\1" * 16,)))) == {
+        "op": "vram",
+        "gpu": "GPU-1",
+        "layouts": ["01" * 16],
+    }
+    assert json.loads(encode_request(VramRequest("GPU-1", (), b"\2"))) == {
+        "op": "vram",
+        "gpu": "GPU-1",
+        "layouts": [],
+        "reader": "02",
+    }
     assert json.loads(encode_reply(Attached(b"\1" * 16, b"\2", 4096, "t"))) == {
         "op": "attached",
         "session": "01" * 16,
@@ -84,6 +96,8 @@ def test_the_messages_are_those_of_the_specification() -> None:
         b'{"op":"vram","gpu":"GPU-1","layouts":"00"}',
         b'{"op":"vram","gpu":"GPU-1","layouts":["0g"]}',
         b'{"op":"vram","gpu":"GPU-1","layouts":[7]}',
+        b'{"op":"vram","gpu":"GPU-1","layouts":[],"reader":7}',
+        b'{"op":"vram","gpu":"GPU-1","layouts":[],"reader":"0g"}',
         b'{"op":"map","extent":7}' + b" " * MAX_DATAGRAM_BYTES,
     ],
 )

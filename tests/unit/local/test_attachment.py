@@ -13,7 +13,6 @@ import pytest
 from kvstore.errors import BadRequest, InternalError, NoTenant, Unavailable
 from kvstore.local.attach import (
     Attached,
-    Attachment,
     AttachRequest,
     ErrorReply,
     ExtentReply,
@@ -21,6 +20,7 @@ from kvstore.local.attach import (
     Request,
     encode_reply,
 )
+from kvstore.local.attachment import Attachment
 from tests.unit.local.attach_server import EXTENT_BYTES, SESSION, AttachServer, sealed_memfd
 
 

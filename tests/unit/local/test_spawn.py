@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.errors import BadRequest, Unavailable
+from kvstore.errors import BadRequest, Unavailable, Untrusted
 from kvstore.local import spawn
 from kvstore.local.attach import attach_path
 from tests.unit.local.attach_server import AttachServer
+from tests.unit.local.test_ownership import ANOTHER, as_root, listen_as_another
 
 STAND_IN = """
 import os, socket, sys, time
@@ -157,6 +158,39 @@ def test_the_socket_of_a_dead_server_does_not_stop_a_new_one(stand_in: Path) -> 
         # to try is what matters here.
         spawn.ensure_server(stand_in, timeout_s=30)
     assert len(starts(stand_in)) == 1
+
+
+@as_root
+def test_nothing_is_started_or_attached_to_in_another_users_directory(tmp_path: Path) -> None:
+    path = str(tmp_path / "s")
+    os.chown(tmp_path, ANOTHER, ANOTHER)
+    with pytest.raises(Untrusted, match="another user"):
+        spawn.ensure_server(path)
+    with AttachServer(attach_path(path)), pytest.raises(Untrusted, match="another user"):
+        spawn.ensure_server(path)
+    assert not list(tmp_path.glob("s.l*"))
+
+
+@as_root
+def test_another_users_server_is_refused_at_once(tmp_path: Path) -> None:
+    path = str(tmp_path / "s")
+    with AttachServer(attach_path(path)) as server:
+        listen_as_another(server._listener)
+        with pytest.raises(Untrusted, match=f"user {ANOTHER}'s"):
+            spawn.ensure_server(path)
+
+
+@pytest.mark.parametrize("suffix", [spawn.LOG_SUFFIX, spawn.LOCK_SUFFIX])
+def test_a_link_in_a_files_place_is_neither_written_nor_quoted(stand_in: Path, suffix: str) -> None:
+    stand_in.parent.mkdir()
+    secret = stand_in.parent / "mine"
+    secret.write_text("precious")
+    Path(f"{stand_in}{suffix}").symlink_to(secret)
+    with pytest.raises(Unavailable, match="cannot start a server") as raised:
+        spawn.ensure_server(stand_in, ["--fail"], timeout_s=30)
+    assert secret.read_text() == "precious"
+    assert "precious" not in str(raised.value)
+    assert "precious" not in spawn._log_tail(str(stand_in))
 
 
 def test_a_path_too_long_for_a_socket_is_a_bad_request() -> None:

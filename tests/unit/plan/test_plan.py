@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from kvstore.cli.main import main
 from kvstore.core.cost import REFERENCE
 from kvstore.errors import BadRequest
 from kvstore.parts import load_parts
-from kvstore.plan.demand import Demand, Held, from_numbers, from_trace
+from kvstore.plan.curve import Held
+from kvstore.plan.demand import Demand, from_numbers, from_trace
 from kvstore.plan.machine import Engine
 from kvstore.plan.report import Wishes, as_json, make
 from kvstore.plan.sizes import Point, Prices, Sizing, knee
@@ -145,8 +147,7 @@ def test_no_nvme_has_no_wear() -> None:
 def test_every_computed_figure_shows_its_formula() -> None:
     for section in make(Sizing(engine(), demand(), PRICES), wishes()):
         for figure in section.figures:
-            given = section.key == "demand" or figure.key == "hits_dram"
-            assert figure.formula or given, figure.key
+            assert figure.formula or isinstance(figure.value, str), figure.key
 
 
 def test_a_curve_is_read_between_its_points() -> None:
@@ -184,6 +185,10 @@ def test_the_command_plans_for_a_trace(tmp_path: Path, capsys: pytest.CaptureFix
     plan = json.loads(capsys.readouterr().out)
     assert plan["demand"]["requests_per_s"] == 100
     assert plan["demand"]["most_hits"] == pytest.approx(1 - (4 + 50 * 8) / (200 * 12), abs=1e-4)
+    assert "notes" not in plan["demand"]
+    assert main(["plan", str(path), "--json", "--block-tokens", "64"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert "in blocks of 64 tokens, not the trace's of 16" in str(plan["demand"]["notes"])
 
 
 @pytest.mark.parametrize(
@@ -193,6 +198,9 @@ def test_the_command_plans_for_a_trace(tmp_path: Path, capsys: pytest.CaptureFix
         (["plan", *STATED, "--model", "lama"], "no model 'lama'"),
         (["plan", "trace.jsonl", "--reuse-s", "3"], "--reuse-s itself"),
         (["plan", *STATED, "--ssd", "gen6"], "no SSD 'gen6'"),
+        (["plan", *STATED, "--policy", "worth"], "--policy goes with a trace"),
+        (["plan", *STATED, "--block-tokens", "64"], "--block-tokens goes with a trace"),
+        (["plan", *STATED, "--parameters", "8"], "'llama-3.1-8b' is none"),
     ],
 )
 def test_wrong_wishes_are_named(
@@ -200,6 +208,15 @@ def test_wrong_wishes_are_named(
 ) -> None:
     assert main(argv) == 1
     assert text in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    (tmp_path / "file").touch()
+    assert main(["plan", *STATED, "--plots", str(tmp_path / "file")]) == 1
+    assert "File exists" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -219,3 +236,53 @@ def test_points_are_compared_by_what_they_hold() -> None:
     sizing = Sizing(engine(), demand(), PRICES)
     assert isinstance(sizing.point(0.0), Point)
     assert sizing.point(0.0).gpus_saved == 0.0
+
+
+def test_drives_that_die_before_they_are_paid_off_cost_what_they_wear() -> None:
+    plan = sections(wishes(dram_gb=256.0, nvme_gb=4000.0))
+    endurance, cost = plan["endurance"], plan["cost"]
+    assert isinstance(endurance["years"], float) and endurance["years"] < PRICES.years
+    # One drive of 7680 GB at 0.15 a GB, again and again.
+    assert cost["nvme_hour"] == pytest.approx(7680 * 0.15 / (endurance["years"] * 8760), rel=1e-4)
+    beside_much = sections(wishes(dram_gb=6_000.0, nvme_gb=8_000.0))
+    assert "NVMe saves" in str(beside_much["cost"]["notes"])
+    few = Sizing(engine(), replace(demand(), requests_per_s=0.01), PRICES)
+    assert sections(wishes(dram_gb=1.0, nvme_gb=4000.0), few)["cost"]["nvme_hour"] == pytest.approx(
+        4000 * 0.15 / (4 * 8760), rel=1e-4
+    )
+
+
+def test_where_nothing_is_asked_for_twice_no_cache_is_planned() -> None:
+    alone = from_numbers(
+        engine().prefill, requests_per_s=4, prompt_tokens=12_000, shared_tokens=0,
+        output_tokens=1, reuse_s=600,
+    )  # fmt: skip
+    plan = sections(wishes(), Sizing(engine(), alone, PRICES))
+    for tier in ("dram", "nvme"):
+        assert "curve" not in plan[tier] and "brings nothing" in str(plan[tier]["notes"])
+    assert plan["demand"]["most_gb"] == plan["choice"]["dram_gb"] == 0
+
+
+def test_what_is_of_use_ends_where_hits_do() -> None:
+    once = [Request(1e3 * n, 16, 0, ((n, n + 1),)) for n in range(100, 200)]
+    again = [Request(1e6 + n, 16, 0, ((0, 1),)) for n in range(10)]
+    found = from_trace(Trace(16, 200, [*once, *again]), REFERENCE, requests_per_s=None,
+                       policy="lru")  # fmt: skip
+    assert found.all_tokens == 16, "one block is all that is asked for again"
+
+
+def test_drives_that_are_too_few_and_nvme_that_is_too_small_are_said() -> None:
+    plan = sections(wishes(dram_gb=1.0, nvme_gb=20_000.0))
+    assert "takes 3 drives" in str(plan["endurance"]["notes"])
+    plan = sections(wishes(dram_gb=300.0, nvme_gb=200.0))
+    assert "no larger than DRAM" in str(plan["choice"]["notes"])
+
+
+def test_weights_that_do_not_fit_are_refused_with_what_would(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["plan", *STATED, "--model", "llama-3.1-70b"]) == 1
+    assert "leave no room on 1 x" in capsys.readouterr().err
+    assert main(["plan", *STATED, "--model", "llama-3.1-70b", "--gpus", "2"]) == 1
+    assert "say --gpus 3 or more" in capsys.readouterr().err
+    assert main(["plan", *STATED, "--model", "llama-3.1-70b", "--gpus", "3"]) == 0

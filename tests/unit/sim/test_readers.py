@@ -170,6 +170,26 @@ def test_wrong_rows_of_a_table_are_named_with_their_line(tmp_path: Path) -> None
         read(write(tmp_path / "h.csv", "a,b,c", good))
 
 
+def test_more_blocks_than_a_replay_has_room_for_are_refused_with_their_place(
+    tmp_path: Path,
+) -> None:
+    header, huge = "TIMESTAMP,ContextTokens,GeneratedTokens", "2023-11-16 18:17:03.97,99999999999,1"
+    with pytest.raises(TraceError, match=r"a\.csv:2: more than \d+ blocks"):
+        read(write(tmp_path / "a.csv", header, huge))
+    many = [session(turn(0, [(1 << 24) - 1]))] * 9
+    with pytest.raises(TraceError, match=r"s\.tar\.xz: more than \d+ blocks"):
+        read(archive(tmp_path / "s.tar.xz", *many))
+
+
+@pytest.mark.parametrize("nested", [100, 100_000])
+def test_what_is_nested_too_deeply_is_refused(tmp_path: Path, nested: int) -> None:
+    path = tmp_path / "s.json"
+    agents = '[{"t":0,"requests":' * nested + "[]" + "}]" * nested
+    path.write_text(f'{{"block_size":64,"requests":{agents}}}')
+    with pytest.raises(TraceError, match=r"s\.json: "):
+        read(path)
+
+
 def test_wrong_sessions_are_named_with_their_request(tmp_path: Path) -> None:
     for number, document in enumerate(
         (
@@ -192,11 +212,13 @@ def test_files_that_are_no_traces_are_refused(tmp_path: Path) -> None:
         ("y.txt", b"hello"),
         ("z.jsonl", b""),
         ("u.jsonl", b"\xff"),
+        ("t.tar", bytes(257) + b"ustar" + bytes(500)),
     ):
         path = tmp_path / name
         path.write_bytes(data)
-        with pytest.raises(TraceError):
+        with pytest.raises(TraceError) as refused:
             read(path)
+        assert str(path) in str(refused.value) and "\n" not in str(refused.value)
     with pytest.raises(TraceError, match="No such file"):
         read(tmp_path / "absent.jsonl")
     own = write(tmp_path / "own.jsonl", HEADER, {"time_ms": 0, "tokens": 16, "blocks": [1]})

@@ -174,6 +174,14 @@ def test_a_stack_that_cannot_be_is_one_line(
     assert said in error and error.count("\n") == 1
 
 
+def test_a_folder_that_cannot_be_is_said_before_anything_is_replayed(
+    trace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    assert main(["simulate", str(trace) + "x", "--plots", str(trace)]) == 1
+    assert "File exists" in capsys.readouterr().err
+
+
 def test_a_wrong_trace_is_one_line_with_its_place(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -81,6 +81,17 @@ def test_what_comes_from_the_drive_takes_its_time() -> None:
     assert again == pytest.approx(8 + cost(128) - cost(127), rel=1e-3)
 
 
+def test_what_is_foreseen_comes_though_nothing_happened_meanwhile() -> None:
+    """Time that passes is something that happens: blocks are brought up in it."""
+    away = SessionState.WAITING
+    first, back = (
+        Request(at, 192, 1, ((100, 112),), 7, then=away, expected_ms=9e4) for at in (0.0, 9e4)
+    )
+    others = pushed_out().requests[1:]
+    seen = Stack(Trace(16, 120, [first, *others, back]), tiers(64, 200), MACHINE, "lru").run()
+    assert seen.blocks_from[Tier.DRAM] > 0
+
+
 def test_what_is_computed_sooner_is_not_loaded() -> None:
     fast = MACHINE._replace(prefill=Prefill(1e9, 1, 1, 1, 2e9 * 1e6))
     stack = Stack(pushed_out((3e4, 0, 8)), tiers(64, 200), fast, "lru")

@@ -18,10 +18,11 @@ from kvstore.config import StoreConfig
 from kvstore.core.actions import Copy
 from kvstore.core.cost import Prefill
 from kvstore.core.planner import Planner
-from kvstore.sim.machine import Machine, Room, Tiers, nvme_slot_bytes, room_in
+from kvstore.sim.batches import Batches
+from kvstore.sim.events import Events
+from kvstore.sim.machine import Machine, Room, Tiers, nvme_slot_bytes, paces_of, room_in
 from kvstore.sim.saving import RESERVE_WAIT_MS
 from kvstore.sim.serving import METERED, METERED_TOKENS
-from kvstore.sim.shell import Drive
 from kvstore.sim.stack import TENANT, Stack
 from kvstore.sim.trace import Request, Trace, pieces_of
 from kvstore.store import MAX_RUNNING, Store
@@ -84,7 +85,8 @@ class Loop(VirtualLoop):
 
     def __init__(self, engine: Machine) -> None:
         super().__init__(random.Random(0))
-        self._drive = Drive(engine)
+        self._drives = Events()
+        self._drive = Batches(self._drives, paces_of(engine))
 
     def run_in_executor(  # type: ignore[override]
         self, executor: object, func: Callable[..., Any], *args: Any
@@ -92,11 +94,27 @@ class Loop(VirtualLoop):
         future = self.create_future()
         copies = func.args[0] if isinstance(func, partial) else None
         if isinstance(copies, list) and copies and isinstance(copies[0], Copy):
-            end_s = self._drive.begin(copies, self.now_ns()) / 1e9
-            self.call_at(end_s, lambda: self._finish(future, *self._outcome(func, args)))
+            self._drives.run(self.now_ns())
+            self._drive.begin(
+                copies[0].target.tier,
+                len(copies),
+                sum(nvme_slot_bytes(c.target.block.layout.block_bytes) for c in copies),
+                lambda: self._finish(future, *self._outcome(func, args)),
+            )
+            self._look_again()
         else:
             self._finish(future, *self._outcome(func, args))
         return future
+
+    def _look_again(self) -> None:
+        next_ns = self._drives.next_ns
+        if next_ns is not None:
+            self.call_at(next_ns / 1e9, self._look, next_ns)
+
+    def _look(self, now_ns: int) -> None:
+        if now_ns > self._drives.now_ns:
+            self._drives.run(now_ns)
+            self._look_again()
 
 
 class Storage(HeapStorage):
@@ -124,6 +142,9 @@ class Silent:
 
     def coded(self, codec: str, src: str, dst: str) -> None:
         raise AssertionError(codec)
+
+    def straight_refused(self, gpu: str, reason: str) -> None:
+        raise AssertionError(reason)
 
 
 class Came(NamedTuple):

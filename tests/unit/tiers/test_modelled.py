@@ -8,9 +8,10 @@ from collections.abc import Callable
 import pytest
 
 from kvstore.clock import ManualClock
+from kvstore.drive import Drive
 from kvstore.parts import Device, Gpu, Ssd
 from kvstore.tiers.faulty import MemoryDisk
-from kvstore.tiers.modelled import Drive, Modelled, ModelledDisk
+from kvstore.tiers.modelled import Modelled, ModelledDisk
 from kvstore.types import ALIGNMENT
 
 READS_1_GBPS = Ssd("ssd", 1.0, 1.0, 0.5, 1.0, read_us=100.0, write_us=10.0, depth=4)

@@ -721,6 +721,7 @@ def test_a_failed_sync_ends_the_tier_and_is_not_asked_again(
     [
         (errno.ENOSPC, TierFull, True),
         (errno.EDQUOT, TierFull, True),
+        (errno.EFBIG, TierFull, True),
         (errno.EIO, TierFailed, False),
         (errno.EINVAL, InternalError, True),
     ],

@@ -8,11 +8,17 @@ says what it is doing, or goes on without it, and when a priority runs out.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from heapq import heappop, heappush
-from typing import Any, NamedTuple
+from itertools import groupby
+from operator import itemgetter
+from typing import Any, NamedTuple, TypeVar
 
 from kvstore.core.policies.base import FOR_GOOD
+
+_FIRST = itemgetter(0)
+_G = TypeVar("_G")
+_T = TypeVar("_T")
 
 OPEN, LEFT, WAITING, IDLE, ENDED, PINNED, EXPECTED = range(7)
 """What is known of the session that used a group last: nothing; that it went on without
@@ -26,6 +32,10 @@ _LEVELS = [min(n, 3) if n < 4 else min(n.bit_length() + 1, 6) for n in range(MOS
 
 UNKNOWN = 1
 """The pace of a session of which none is known; 0 is that of no session."""
+
+MOST_TOGETHER = 4096
+"""Blocks in a group before the next ones get another one: no step that is taken for a whole
+group takes long."""
 
 SWEPT_ABOVE = 1024
 """Sessions remembered, before those that hold nothing any more are forgotten."""
@@ -50,7 +60,7 @@ class Traits(NamedTuple):
 class Group:
     __slots__ = (
         "bucket", "column", "count", "head", "into", "items", "kids", "live", "parent",
-        "session", "since", "spot", "traits",
+        "sampled", "session", "since", "spot", "traits",
     )  # fmt: skip
 
     def __init__(self, traits: Traits, count: int, since: int, session: Hashable) -> None:
@@ -66,6 +76,8 @@ class Group:
         """Where in `items` the deepest is that is still in it."""
         self.live = 0
         """How many are still in it."""
+        self.sampled: tuple[int, dict[bytes, int]] | None = None
+        """The mask of a sample, and which of `items` are in it: their depths, by name."""
         self.spot: list[Group] | None = None
         """Itself, as it stands on a shelf; None: it may not leave yet."""
         self.column: Any = None
@@ -76,6 +88,15 @@ class Group:
         """Groups that continue this one."""
         self.into: Group | None = None
         """What they continue instead: where its deepest blocks have gone."""
+
+
+def runs(groups: list[_G], items: list[_T]) -> Iterator[tuple[_G, list[_T]]]:
+    """Items by the groups that are named beside each; mostly they are all of one."""
+    if groups.count(groups[0]) == len(groups):
+        yield groups[0], items
+        return
+    for group, pairs in groupby(zip(groups, items, strict=True), _FIRST):
+        yield group, [item for _, item in pairs]
 
 
 class Moment(NamedTuple):
@@ -100,6 +121,7 @@ class Grouping:
         self.open: list[Group] = []
         """Of the request being served, deepest first."""
         self._sessions: dict[Hashable, list[Group]] = {}
+        """Those that a session has not left behind."""
         self._sweep_above = SWEPT_ABOVE
         # (when its priority runs out, a number, group)
         self._ends: list[tuple[float, int, Group]] = []
@@ -131,6 +153,7 @@ class Grouping:
                 and traits.shared is shared
                 and traits.last is last
                 and traits.level == level
+                and group.live < MOST_TOGETHER
             ):
                 return group
         moment = self.moment
@@ -149,7 +172,7 @@ class Grouping:
         groups = self._sessions.get(session, [])
         latest = session == self.moment.session
         for group in [*groups, *self.open] if latest else groups:
-            if group.live and group.traits.fate != LEFT:
+            if group.live:
                 self._become(group, group.traits._replace(fate=fate, pace=pace))
         if fate == ENDED:
             self._sessions.pop(session, None)
@@ -166,10 +189,10 @@ class Grouping:
         """What the session has not used in its latest request it has left behind."""
         mine = []
         for group in self._sessions.get(self.moment.session, ()):
-            if group.live:
-                if group.since < self.moment.first and group.traits.fate != LEFT:
-                    pace = min(group.traits.pace, UNKNOWN)
-                    self._become(group, group.traits._replace(fate=LEFT, pace=pace))
+            if group.live and group.since < self.moment.first:
+                pace = min(group.traits.pace, UNKNOWN)
+                self._become(group, group.traits._replace(fate=LEFT, pace=pace))
+            elif group.live:
                 mine.append(group)
         self._sessions[self.moment.session] = mine + self.open
         if len(self._sessions) > self._sweep_above:

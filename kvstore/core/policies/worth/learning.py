@@ -10,15 +10,32 @@ little was seen are drawn towards those of what is alike, and these towards thos
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from itertools import repeat
+from typing import NamedTuple
 
 from kvstore.core.policies.worth.ages import AGES, BUCKETS, bucket_of
-from kvstore.core.policies.worth.groups import Group, Grouping, Traits
+from kvstore.core.policies.worth.groups import Group, Grouping, Traits, runs
 
 KEPT = 0.98
 """Of what was counted, from one estimate to the next."""
 PRIOR = 16.0
 """Blocks seen until the own figures count as much as those of what is alike."""
+
+
+MOST_TRAITS = 4096
+"""Of which it is remembered what they are known by."""
+
+
+class Seen(NamedTuple):
+    """Uses of blocks of the sample that this request used alike, the deepest first."""
+
+    depths: dict[bytes, int]
+    """In their chain, by name."""
+    last: bool
+    level: int
+    until_ms: float
 
 
 class Counts:
@@ -34,6 +51,12 @@ class Counts:
     def fade(self) -> None:
         self.uses = [count * KEPT for count in self.uses]
         self.reached = [count * KEPT for count in self.reached]
+
+    def copy(self) -> Counts:
+        copy = Counts.__new__(Counts)
+        copy.uses = self.uses.copy()
+        copy.reached = self.reached.copy()
+        return copy
 
     def add(self, other: Counts) -> None:
         self.uses = [a + b for a, b in zip(self.uses, other.uses, strict=True)]
@@ -59,31 +82,35 @@ class Observer(Grouping):
         self._counts: dict[Traits, Counts] = {}
         self._counts_of: dict[Traits, Counts] = {}
         """The same, by all traits."""
-        self.seen = 0
-        """Uses, ever."""
 
     def __len__(self) -> int:
         return sum(map(len, self._watched))
 
-    def see(self, name: bytes, last: bool, level: int, until_ms: float) -> tuple[int, bool]:
-        """A use; how many there have been, and whether by more than one session."""
-        self.seen += 1
-        old = next((found for w in self._watched if (found := w.pop(name, None))), None)
-        count, shared = 1, False
-        if old is not None:
-            count = old.count + 1
-            shared = old.traits.shared or old.session != self.moment.session
-            self._end(old, used=True)
-        group = self.group(count, last, shared, level, until_ms)
-        self._watched[_side(level)][name] = group
-        group.live += 1
-        return count, shared
+    def see(self, seen: Seen) -> Iterator[tuple[list[bytes], int, bool]]:
+        """Uses; the names of those that were used alike before, how many uses there have been
+        of each, and whether by more than one session."""
+        watched = self._watched[_side(seen.level)]
+        olds: list[Group | None] = [None] * len(seen.depths)
+        for each in self._watched:
+            if each:
+                found = map(each.pop, seen.depths, repeat(None))
+                olds = [old or new for old, new in zip(olds, found, strict=True)]
+        for old, alike in runs(olds, list(seen.depths)):
+            count, shared = 1, False
+            if old is not None:
+                count = old.count + 1
+                shared = old.traits.shared or old.session != self.moment.session
+                self._end(old, len(alike), used=True)
+            group = self.group(count, seen.last, shared, seen.level, seen.until_ms)
+            watched.update(dict.fromkeys(alike, group))
+            group.live += len(alike)
+            yield alike, count, shared
 
     def keep(self, most: int) -> None:
         """Watch so many on each side, those used last."""
         for watched in self._watched:
             while len(watched) > most:
-                self._end(watched.popitem(last=False)[1], used=False)
+                self._end(watched.popitem(last=False)[1], 1, used=False)
 
     def thin(self, kept: Callable[[bytes], bool]) -> None:
         """Forget those that are not `kept(name)`."""
@@ -98,12 +125,13 @@ class Observer(Grouping):
             self._of(before).reached[bucket] += group.live
             self._of(group.traits).reached[bucket - 1] -= group.live
 
-    def _end(self, group: Group, *, used: bool) -> None:
-        group.live -= 1
+    def _end(self, group: Group, blocks: int, *, used: bool) -> None:
+        group.live -= blocks
         counts = self._of(group.traits)
         bucket = bucket_of(self.moment.now - group.since)
-        counts.uses[bucket] += used
-        counts.reached[bucket] += 1
+        if used:
+            counts.uses[bucket] += blocks
+        counts.reached[bucket] += blocks
 
     def _of(self, traits: Traits) -> Counts:
         counts = self._counts_of.get(traits)
@@ -115,11 +143,14 @@ class Observer(Grouping):
         seen: dict[Traits, Counts] = {}
         for traits, counts in self._counts.items():
             counts.fade()
-            seen.setdefault(traits, Counts()).add(counts)
-        live: dict[Group, None] = dict.fromkeys(g for w in self._watched for g in w.values())
-        for group in live:
-            counts = seen.setdefault(known_by(group.traits), Counts())
-            counts.reached[bucket_of(self.moment.now - group.since)] += group.live
+            seen[traits] = counts.copy()
+        now = self.moment.now
+        for watched in self._watched:
+            for group in dict.fromkeys(watched.values()):
+                traits = known_by(group.traits)
+                if traits not in seen:
+                    seen[traits] = Counts()
+                seen[traits].reached[bucket_of(now - group.since)] += group.live
         return Hazards(seen)
 
 
@@ -133,15 +164,17 @@ class Hazards:
             everything.add(counts)
             alike.setdefault(_alike(traits), Counts()).add(counts)
         self.oldest = max((b for b in range(BUCKETS) if everything.reached[b]), default=0)
+        self._seen = seen
         self._all = everything.hazard([0.0] * BUCKETS, 1.0)
         self._alike = {t: c.hazard(self._all, PRIOR) for t, c in alike.items()}
-        self._own = {t: c.hazard(self._alike[_alike(t)], PRIOR) for t, c in seen.items()}
 
     def of(self, traits: Traits) -> list[float]:
-        own = self._own.get(traits)
-        return own if own is not None else self._alike.get(_alike(traits), self._all)
+        alike = self._alike.get(_alike(traits), self._all)
+        counts = self._seen.get(traits)
+        return alike if counts is None else counts.hazard(alike, PRIOR)
 
 
+@lru_cache(MOST_TRAITS)
 def known_by(traits: Traits) -> Traits:
     """What is told apart: of priority, only which side of the default it is on. Where a
     session is named it is what that does that tells when its blocks are used again, all
@@ -155,6 +188,7 @@ def _side(level: int) -> int:
     return (level > 0) - (level < 0)
 
 
+@lru_cache(MOST_TRAITS)
 def _alike(traits: Traits) -> Traits:
     return traits._replace(kind=0, level=0, shared=False, pace=min(traits.pace, 1))
 

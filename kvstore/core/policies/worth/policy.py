@@ -8,7 +8,7 @@ most, lately, rules.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator
-from itertools import groupby
+from itertools import groupby, islice
 from operator import attrgetter
 from zlib import crc32
 
@@ -31,13 +31,13 @@ from kvstore.core.policies.worth.groups import (
     Grouping,
     Moment,
 )
-from kvstore.core.policies.worth.learning import Observer
+from kvstore.core.policies.worth.learning import Observer, Seen
 from kvstore.core.policies.worth.paces import Paces
 from kvstore.core.policies.worth.past import Past
 from kvstore.core.policies.worth.rules import LEVELS, OCTAVES, RULES, Learned
 from kvstore.core.policies.worth.shelves import Shelves
 from kvstore.core.policies.worth.tenants import Tenants
-from kvstore.core.policies.worth.trials import Seen, Trial
+from kvstore.core.policies.worth.trials import Trial
 from kvstore.types import SessionState
 
 MOST_KINDS = 8
@@ -52,6 +52,11 @@ SAMPLE_BITS = 2
 MOST_WATCHED = 16384
 WATCHED_A_HELD = 8
 """How many times as many blocks as are held the sample is of, those that left included."""
+MOST_AT_ONCE = 1024
+"""Uses in the sample until what they tell is learned: where millions of blocks come for one
+request, as at a start, they keep nobody waiting for long."""
+PIECE = 4096
+"""Blocks that come in at a time."""
 LEARN_EVERY = 512
 """Uses in the sample between two estimates, at least."""
 LEARN_REQUESTS = 64
@@ -102,7 +107,7 @@ class Worth(EvictionPolicy):
         """How long a block stays after its last use, lately."""
         self._mask = (1 << SAMPLE_BITS) - 1
         self._batch: list[Seen] = []
-        """Uses in the sample by this request."""
+        """Uses in the sample by this request, that nothing was learned of."""
         self._until_learning = LEARN_EVERY
         self._learned = 0
         """When the last estimate was made."""
@@ -147,16 +152,26 @@ class Worth(EvictionPolicy):
     def insert_all(self, replicas: Iterable[Replica]) -> None:
         if self._use is None:
             self._begin_unnamed()
-        for replica in replicas:
-            self._insert(replica)
+        rest = iter(replicas)
+        while piece := list(islice(rest, PIECE)):
+            if self._room:
+                for (count, shared), run in groupby(piece, self._before):
+                    self._insert(list(run), count, shared)
+            else:
+                # Nothing has left yet.
+                self._insert(piece, 0, False)
 
-    def _insert(self, replica: Replica) -> None:
-        last, self._last = self._last, False
-        count, shared = self._past.of(replica.block.stored_key)
-        level, until_ms = self._priority(replica)
-        group = self._shelves.group(count + 1, last, shared, level, until_ms)
-        self._shelves.enter(replica, group)
-        self._note(replica, last, level, until_ms)
+    def _before(self, replica: Replica) -> tuple[int, bool]:
+        return self._past.of(replica.block.stored_key)
+
+    def _insert(self, run: list[Replica], count: int, shared: bool) -> None:
+        """Those that were used so often before they left."""
+        for part, last in self._parts(run):
+            level, until_ms = self._priority(part[0])
+            group = self._shelves.group(count + 1, last, shared, level, until_ms)
+            sampled = self._among(part)
+            self._shelves.enter(part, group)
+            self._note(sampled, part, group, Seen({}, last, level, until_ms))
 
     def touch(self, replica: Replica) -> None:
         self.touch_run((replica,))
@@ -164,8 +179,13 @@ class Worth(EvictionPolicy):
     def touch_run(self, replicas: Iterable[Replica]) -> None:
         if self._use is None:
             self._begin_unnamed()
-        for group, run in groupby(replicas, _group):
-            self._touch(group, list(dict.fromkeys(run)))
+        run = list(replicas)
+        group = run[0].mark if run else None
+        if group is not None and len(run) == group.live and run == group.items:
+            self._touch(group, run)
+            return
+        for group, some in groupby(run, _group):
+            self._touch(group, list(dict.fromkeys(some)))
 
     def _touch(self, group: Group, run: list[Replica]) -> None:
         """Use some of a group, the deepest first."""
@@ -175,26 +195,25 @@ class Worth(EvictionPolicy):
             for replica in run:
                 shelves.continued_by_latest(group, replica)
             return
+        for part, last in self._parts(run):
+            level, until_ms = self._priority(part[0])
+            shared = group.traits.shared or group.session != shelves.moment.session
+            new = shelves.group(group.count + 1, last, shared, level, until_ms)
+            sampled = self._sampled_of(part, group)
+            shelves.move(part, group, new)
+            self._note(sampled, part, new, Seen({}, last, level, until_ms))
+
+    def _parts(self, run: list[Replica]) -> Iterator[tuple[list[Replica], bool]]:
+        """Parts of a run that this request uses alike, and whether they end its prompt."""
         if self._last:
             self._last = False
-            self._regroup(group, run[:1], last=True)
-            del run[:1]
+            yield run[:1], True
+            run = run[1:]
         if self._use is not None and self._use.retention:
             for replica in run:
-                self._regroup(group, [replica], last=False)
+                yield [replica], False
         elif run:
-            self._regroup(group, run, last=False)
-
-    def _regroup(self, group: Group, run: list[Replica], *, last: bool) -> None:
-        """Use blocks of a group that are alike."""
-        shelves, mask = self._shelves, self._mask
-        level, until_ms = self._priority(run[0])
-        shared = group.traits.shared or group.session != shelves.moment.session
-        new = shelves.group(group.count + 1, last, shared, level, until_ms)
-        shelves.move(run, group, new)
-        for replica in run:
-            if not crc32(replica.block.stored_key) & mask:
-                self._note(replica, last, level, until_ms)
+            yield run, False
 
     def remove(self, replica: Replica) -> None:
         shelves = self._shelves
@@ -245,10 +264,38 @@ class Worth(EvictionPolicy):
 
     # The sample
 
-    def _note(self, replica: Replica, last: bool, level: int, until_ms: float) -> None:
-        name = replica.block.stored_key
-        if self._sampled(name):
-            self._batch.append(Seen(name, replica.block.depth, last, level, until_ms))
+    def _among(self, run: list[Replica]) -> dict[bytes, int]:
+        """Those of a run that are in the sample: their depths, by name."""
+        mask, blocks = self._mask, map(_block, run)
+        return {name: block.depth for block in blocks if not crc32(name := block.stored_key) & mask}
+
+    def _sampled_of(self, run: list[Replica], group: Group) -> dict[bytes, int]:
+        """The same, where it is all of a group: then it need not be found out anew."""
+        if group.sampled is None or len(run) != group.live or run != group.items:
+            return self._among(run)
+        mask, depths = group.sampled
+        if mask == self._mask:
+            return depths
+        return {name: depth for name, depth in depths.items() if self._sampled(name)}
+
+    def _note(self, depths: dict[bytes, int], run: list[Replica], group: Group, seen: Seen) -> None:
+        """A run has come into a group, and `depths` of it are in the sample. `seen`: what is
+        known of them, without them."""
+        if len(group.items) == len(run):
+            group.sampled = self._mask, depths
+        elif group.sampled is not None and group.sampled[0] == self._mask:
+            group.sampled[1].update(depths)
+        else:
+            group.sampled = None
+        if not depths:
+            return
+        latest = self._batch[-1] if self._batch else None
+        if latest is not None and latest[1:] == seen[1:]:
+            latest.depths.update(depths)
+            if len(latest.depths) >= MOST_AT_ONCE:
+                self._learn_of_uses()
+        else:
+            self._batch.append(seen._replace(depths=dict(depths)))
 
     def _learn_of_uses(self) -> None:
         """Show the sample what the request has used, and learn from it now and then."""
@@ -263,11 +310,12 @@ class Worth(EvictionPolicy):
                 trial.keep(sampled)
         observer = self._observer
         for seen in batch:
-            count, shared = observer.see(seen.name, seen.last, seen.level, seen.until_ms)
-            for trial in self._trials:
-                trial.use(seen, count, shared, 2.0 ** (seen.level * OCTAVES))
+            worth = 2.0 ** (seen.level * OCTAVES)
+            for names, count, shared in observer.see(seen):
+                for trial in self._trials:
+                    trial.use(seen, names, count, shared, worth)
+            self._until_learning -= len(seen.depths)
         observer.keep(WATCHED_A_HELD * sampled)
-        self._until_learning -= len(batch)
         now = self._shelves.moment.now
         if self._until_learning <= 0 and now - self._learned >= LEARN_REQUESTS:
             self._learned = now
@@ -311,3 +359,4 @@ def _depth(replica: Replica) -> int:
 
 
 _group = attrgetter("mark")
+_block = attrgetter("block")

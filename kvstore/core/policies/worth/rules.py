@@ -8,6 +8,7 @@ better: `recent` is LRU; under `again` what was used once leaves before what was
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from math import log2
 
 from kvstore.core.policies.worth.ages import AGES, BUCKETS
@@ -38,12 +39,17 @@ _RECENT = graded([1 / (1 + age) for age in AGES[:BUCKETS]])
 
 
 def recent(traits: Traits) -> list[int]:
-    return _shifted(_RECENT, _priority(traits))
+    return _recent(_priority(traits))
 
 
 def again(traits: Traits) -> list[int]:
     uses = 0 if traits.uses < 2 else AGAIN + traits.uses
-    return _shifted(_RECENT, _priority(traits) + STEPS * uses)
+    return _recent(_priority(traits) + STEPS * uses)
+
+
+@cache
+def _recent(by: int) -> list[int]:
+    return _shifted(_RECENT, by)
 
 
 class Learned:
@@ -52,24 +58,31 @@ class Learned:
     def __init__(self) -> None:
         self._hazards: Hazards | None = None
         self._life = 1.0
+        self._unshifted: dict[Traits, list[int]] = {}
         self._grades: dict[Traits, list[int]] = {}
 
     def learn(self, hazards: Hazards, life: float) -> None:
         """`life`: how long blocks stay after their last use, lately."""
         self._hazards = hazards
         self._life = life
+        self._unshifted = {}
         self._grades = {}
 
     def __call__(self, traits: Traits) -> list[int]:
-        if self._hazards is None:
-            return recent(traits)
-        name = known_by(traits)
-        grades = self._grades.get(name)
+        grades = self._grades.get(traits)
         if grades is None:
-            hazard = self._hazards.of(name)
-            grades = graded(densities(hazard, self._hazards.oldest, SHORTEST * self._life))
-            self._grades[name] = grades
-        return _shifted(grades, _priority(traits))
+            if self._hazards is None:
+                return recent(traits)
+            grades = _shifted(self._learned(known_by(traits), self._hazards), _priority(traits))
+            self._grades[traits] = grades
+        return grades
+
+    def _learned(self, name: Traits, hazards: Hazards) -> list[int]:
+        grades = self._unshifted.get(name)
+        if grades is None:
+            dense = densities(hazards.of(name), hazards.oldest, SHORTEST * self._life)
+            grades = self._unshifted[name] = graded(dense)
+        return grades
 
 
 def _priority(traits: Traits) -> int:

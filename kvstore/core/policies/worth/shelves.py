@@ -20,19 +20,21 @@ from kvstore.core.policies.worth.groups import Group, Grouping, Moment, Traits
 GRADES = 1024
 
 Grade = Callable[[Traits], list[int]]
-"""For traits: the grade at each age, from 0 to below GRADES. The least goes first."""
+"""For traits: the grade at each age, from 0 to below GRADES. The least goes first. The list
+is not to be changed."""
 
 
 class Column:
     """The places of one kind of group, by age."""
 
-    __slots__ = ("grades", "listed", "places", "traits")
+    __slots__ = ("grades", "places", "traits")
 
-    def __init__(self, traits: Traits, grades: list[int]) -> None:
+    def __init__(self, traits: Traits) -> None:
         self.traits = traits
-        self.grades = grades
-        self.places: list[deque[list[Group]]] = [deque() for _ in range(BUCKETS)]
-        self.listed = [False] * BUCKETS
+        self.grades: list[int] | None = None
+        """None: not known yet."""
+        self.places: dict[int, deque[list[Group]]] = {}
+        """By bucket of age: those that are listed by their grade."""
 
 
 class Shelves(Grouping):
@@ -54,18 +56,20 @@ class Shelves(Grouping):
         super().begin(moment)
         now = moment.now
         for group in self._calendar.pop(now, ()):
-            if group.spot is not None and now - group.since == AGES[group.bucket + 1]:
-                group.bucket += 1
+            bucket = group.bucket + 1
+            if group.spot is not None and now - group.since == AGES[bucket]:
+                group.bucket = bucket
                 self._stand(group)
                 self._note(group)
 
-    def enter(self, item: Any, group: Group) -> None:
-        """An item that is in no group comes into one of this request."""
-        self._link(item, group)
-        item.mark = group
-        group.items.append(item)
-        group.live += 1
-        self.size += 1
+    def enter(self, items: list[Any], group: Group) -> None:
+        """Items that are in no group come into one of this request, the deepest first."""
+        self._link(items[0], group)
+        for item in items:
+            item.mark = group
+        group.items += items
+        group.live += len(items)
+        self.size += len(items)
 
     def move(self, items: list[Any], group: Group, to: Group) -> None:
         """Some of a group go into one of this request, the deepest first."""
@@ -151,7 +155,7 @@ class Shelves(Grouping):
         return self._grade_of(item.mark)
 
     def _grade_of(self, group: Group) -> int:
-        return self._column(group.traits).grades[bucket_of(self.moment.now - group.since)]
+        return self._grade(group.traits)[bucket_of(self.moment.now - group.since)]
 
     def _follows(self, group: Group, other: Group) -> bool:
         """Whether a group continues another, or is it. Only what this request has used can
@@ -181,10 +185,9 @@ class Shelves(Grouping):
         self._by_grade = [[] for _ in range(GRADES)]
         self._taken = 0
         for column in self._columns.values():
-            column.grades = grade(column.traits)
-            for bucket, listed in enumerate(column.listed):
-                if listed:
-                    self._list(column, bucket)
+            column.grades = None
+            for bucket in sorted(column.places):
+                self._list(column, bucket)
 
     def __iter__(self) -> Iterator[Any]:
         """Every item, the one to go first coming first, as if those before it had left."""
@@ -232,7 +235,8 @@ class Shelves(Grouping):
         fronts = [place for place in listed if _front(*place)]
         if len(fronts) < len(listed):
             for column, bucket in listed:
-                column.listed[bucket] = bool(column.places[bucket])
+                if not column.places[bucket]:
+                    del column.places[bucket]
             self._by_grade[grade] = fronts
             if not fronts:
                 self._taken &= ~(1 << grade)
@@ -260,27 +264,37 @@ class Shelves(Grouping):
     def _column(self, traits: Traits) -> Column:
         column = self._columns.get(traits)
         if column is None:
-            column = self._columns[traits] = Column(traits, self._grade(traits))
+            column = self._columns[traits] = Column(traits)
         return column
 
     def _stand(self, group: Group) -> None:
-        column, bucket = group.column, group.bucket
-        _front(column, bucket)
+        places, bucket = group.column.places, group.bucket
         group.spot = spot = [group]
-        column.places[bucket].append(spot)
-        if not column.listed[bucket]:
-            column.listed[bucket] = True
-            self._list(column, bucket)
+        place = places.get(bucket)
+        if place is None:
+            places[bucket] = deque((spot,))
+            self._list(group.column, bucket)
+        else:
+            _clear_front(place)
+            place.append(spot)
 
     def _list(self, column: Column, bucket: int) -> None:
+        if column.grades is None:
+            column.grades = self._grade(column.traits)
         grade = column.grades[bucket]
         self._by_grade[grade].append((column, bucket))
         self._taken |= 1 << grade
 
     def _note(self, group: Group) -> None:
         """When it will be in the next bucket."""
-        if group.bucket + 1 < BUCKETS:
-            self._calendar.setdefault(group.since + AGES[group.bucket + 1], []).append(group)
+        following = group.bucket + 1
+        if following < BUCKETS:
+            when = group.since + AGES[following]
+            due = self._calendar.get(when)
+            if due is None:
+                self._calendar[when] = [group]
+            else:
+                due.append(group)
 
 
 def _parent(group: Group) -> Group | None:
@@ -291,13 +305,16 @@ def _parent(group: Group) -> Group | None:
 
 
 def _front(column: Column, bucket: int) -> bool:
-    """Whether a group stands there. Those that moved on are dropped up to the first."""
+    """Whether a group stands there."""
     place = column.places[bucket]
-    while place:
-        if place[0][0].spot is place[0]:
-            return True
+    _clear_front(place)
+    return bool(place)
+
+
+def _clear_front(place: deque[list[Group]]) -> None:
+    """Drop those that moved on, up to the first that has not."""
+    while place and place[0][0].spot is not place[0]:
         place.popleft()
-    return False
 
 
 def _items(group: Group) -> Iterator[Any]:
@@ -310,3 +327,4 @@ def _gather(group: Group) -> None:
     """Forget those that left it."""
     group.items = [item for item in group.items if item.mark is group]
     group.head = 0
+    group.sampled = None

@@ -7,30 +7,21 @@ optimization using miniature simulations", USENIX ATC 2017).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import islice
-from typing import NamedTuple
+from operator import attrgetter
 
-from kvstore.core.policies.worth.groups import Group
+from kvstore.core.policies.worth.groups import Group, runs
+from kvstore.core.policies.worth.learning import Seen
 from kvstore.core.policies.worth.shelves import Grade, Shelves
-
-
-class Seen(NamedTuple):
-    """A use of a block of the sample."""
-
-    name: bytes
-    depth: int
-    last: bool
-    level: int
-    until_ms: float
 
 
 class Sampled:
     __slots__ = ("depth", "mark", "name")
 
-    def __init__(self, seen: Seen) -> None:
-        self.name = seen.name
-        self.depth = seen.depth
+    def __init__(self, name: bytes, depth: int) -> None:
+        self.name = name
+        self.depth = depth
         self.mark: Group | None = None
 
 
@@ -41,30 +32,36 @@ class Trial:
         self.saved = 0.0
         """What hits saved, lately."""
 
-    def use(self, seen: Seen, count: int, shared: bool, worth: float) -> None:
-        """`worth`: what a hit is; the others as the observer knows them."""
-        shelves = self.shelves
-        item = self._held.get(seen.name)
-        old = None
-        if item is None:
-            item = self._held[seen.name] = Sampled(seen)
-        else:
-            self.saved += worth
-            old = item.mark
-            assert old is not None
-            if old.since == shelves.moment.now:
-                return
-        group = shelves.group(count, seen.last, shared, seen.level, seen.until_ms)
-        if old is None:
-            shelves.enter(item, group)
-        else:
-            shelves.move([item], old, group)
+    def use(
+        self, seen: Seen, names: Sequence[bytes], count: int, shared: bool, worth: float
+    ) -> None:
+        """Some of what was seen, no name twice. `worth`: what a hit is; the others as the
+        observer knows them."""
+        shelves, held = self.shelves, self._held
+        there = list(map(held.get, names))
+        items = [
+            item or Sampled(name, seen.depths[name])
+            for name, item in zip(names, there, strict=True)
+        ]
+        for old, run in runs(list(map(_group, items)), items):
+            if old is not None:
+                self.saved += worth * len(run)
+                if old.since == shelves.moment.now:
+                    continue
+            group = shelves.group(count, seen.last, shared, seen.level, seen.until_ms)
+            if old is None:
+                shelves.enter(run, group)
+                held.update((item.name, item) for item in run)
+            else:
+                shelves.move(run, old, group)
 
     def keep(self, most: int) -> None:
         """Let go of what there is beyond so many."""
-        for item in list(islice(self.shelves, max(0, self.shelves.size - most))):
-            self.shelves.leave(item)
-            del self._held[item.name]
+        beyond = self.shelves.size - most
+        if beyond > 0:
+            for item in list(islice(self.shelves, beyond)):
+                self.shelves.leave(item)
+                del self._held[item.name]
 
     def thin(self, kept: Callable[[bytes], bool]) -> None:
         """Forget those that are not `kept(name)`."""
@@ -72,5 +69,5 @@ class Trial:
             self.shelves.leave(self._held.pop(name))
 
 
-def _depth(item: Sampled) -> int:
-    return item.depth
+_depth = attrgetter("depth")
+_group = attrgetter("mark")

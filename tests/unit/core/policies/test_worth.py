@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable
+from itertools import islice
 
 import pytest
 
@@ -11,13 +12,22 @@ from kvstore.core.catalog import Replica
 from kvstore.core.policies import SessionState, Use
 from kvstore.core.policies.worth import Worth
 from kvstore.core.policies.worth.ages import AGES, BUCKETS, bucket_of
-from kvstore.core.policies.worth.groups import IDLE, OPEN, UNKNOWN, WAITING
+from kvstore.core.policies.worth.groups import (
+    IDLE,
+    MOST_TOGETHER,
+    OPEN,
+    UNKNOWN,
+    WAITING,
+    Group,
+)
 from kvstore.core.policies.worth.learning import densities
 from kvstore.core.policies.worth.paces import MOST_SESSIONS, Paces
 from kvstore.core.policies.worth.past import Past
-from kvstore.core.policies.worth.policy import MOST_WATCHED, WATCHED_A_HELD
+from kvstore.core.policies.worth.policy import MOST_AT_ONCE, MOST_WATCHED, WATCHED_A_HELD
 from kvstore.types import Retention
 from tests.unit.core.policies.harness import Cache, replica
+
+RETAINED = (Retention(0, 256, 80),)
 
 
 def test_each_age_is_in_the_bucket_that_begins_below_it() -> None:
@@ -293,3 +303,49 @@ def test_the_sample_is_bounded_whatever_is_held(room: int) -> None:
         cache.access(number)
     assert len(policy._observer) <= min(MOST_WATCHED, WATCHED_A_HELD * room)
     assert len(policy._observer) > min(MOST_WATCHED // 8, WATCHED_A_HELD * room // 16)
+
+
+def test_what_is_found_at_a_start_leaves_no_long_step_to_the_next_request() -> None:
+    """Tens of thousands for one request: neither a group of all of them that is gone through
+    at once, nor all of the sample to be learned of by whoever comes next."""
+    policy = Worth()
+    held = [replica(number, 255 - number % 256) for number in range(200 * 256)]
+    policy.use(Use())
+    policy.insert_all(held)
+    assert max(each.mark.live for each in held) <= 2 * MOST_TOGETHER
+    assert sum(len(seen.depths) for seen in policy._batch) < MOST_AT_ONCE
+    assert len(policy._observer) <= MOST_WATCHED + MOST_AT_ONCE
+    policy.use(Use(now_ms=1.0))
+    assert [each.address for each in policy.candidates()] == list(range(200 * 256))
+
+
+def test_what_is_known_of_a_group_s_sample_is_what_its_blocks_are() -> None:
+    """Groups are gone on with, split, joined, and lose blocks, while the sample gets thinner."""
+
+    class Watched(Worth):
+        known = 0
+
+        def _sampled_of(self, run: list[Replica], group: Group) -> dict[bytes, int]:
+            found = super()._sampled_of(run, group)
+            assert list(found.items()) == list(self._among(run).items())
+            self.known += group.sampled is not None and run == group.items
+            return found
+
+    draw = random.Random(4)
+    policy = Watched()
+    prompts = [[replica(100 * n + depth, depth) for depth in range(60)] for n in range(30)]
+    held: set[Replica] = set()
+    for turn in range(700):
+        policy.use(Use(now_ms=turn, session=turn % 7, retention=RETAINED if turn % 5 == 0 else ()))
+        asked = draw.choice(prompts)[: draw.choice((20, 45, 60))][::-1]
+        policy.touch_run([each for each in asked if each in held])
+        policy.insert_all(each for each in asked if each not in held)
+        held.update(asked)
+        if turn % 150 == 149:
+            policy._mask = 2 * policy._mask + 1
+        for victim in [v for v in islice(policy.candidates(), 80) if v not in asked][
+            : max(0, len(held) - 900)
+        ]:
+            policy.remove(victim)
+            held.discard(victim)
+    assert policy.known > 200, "it is made use of"

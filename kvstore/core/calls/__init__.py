@@ -1,0 +1,1 @@
+"""What clients and operators ask for, from the call to its answer."""

@@ -1,0 +1,1 @@
+"""Links between tiers: what waits for one, whether it answers, and how fast it is."""

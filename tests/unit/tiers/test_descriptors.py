@@ -1,0 +1,55 @@
+"""The last descriptors are not for extents."""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kvstore.errors import TierFull
+from kvstore.tiers.dram import DramTier
+from kvstore.tiers.nvme_disk import Directory
+
+EXTENT_BYTES = 1 << 20
+
+
+@pytest.fixture
+def allowed() -> Iterator[int]:
+    """As many as are open, and 64 more."""
+    lowest = os.dup(0)
+    os.close(lowest)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + 64, hard))
+    yield lowest + 64
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def free(allowed: int) -> int:
+    return allowed - len(os.listdir("/proc/self/fd"))
+
+
+def test_memory_stops_growing_before_descriptors_run_out(allowed: int) -> None:
+    tier = DramTier(EXTENT_BYTES, 200 * EXTENT_BYTES, spare_extents=0)
+    with pytest.raises(TierFull):
+        for extent in range(100):
+            tier.open_extent(extent)
+    assert free(allowed) >= allowed // 5
+    tier.check_integrity()
+    tier.close_extent(0)
+    tier.open_extent(0)
+    tier.close()
+
+
+def test_a_disk_stops_growing_before_descriptors_run_out(tmp_path: Path, allowed: int) -> None:
+    disk = Directory(tmp_path, direct=False)
+    files = []
+    with pytest.raises(OSError, match="Too many open files"):
+        for number in range(100):
+            files.append(disk.create(str(number), 4096))
+    assert free(allowed) >= allowed // 5
+    assert len(disk.names()) == len(files)
+    for file in files:
+        file.close()
