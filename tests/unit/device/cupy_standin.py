@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import itertools
 import mmap
 import os
 import sys
@@ -52,6 +53,8 @@ class Machine:
         self.cufile = CuFile(driver, self.speaks)
         self._streams: dict[int, FakeStream] = {0: driver._engine}
         self._events: dict[int, FakeEvent] = {}
+        # Threads make them side by side, and no two may be the same.
+        self._handles = itertools.count(1)
         self._inside = threading.local()
         self._function = _BATCH(self._batch)
 
@@ -83,7 +86,7 @@ class Machine:
         return self._streams[handle]
 
     def add_stream(self) -> int:
-        handle = 1 + len(self._streams)
+        handle = next(self._handles)
         self._streams[handle] = self.driver.new_stream()
         return handle
 
@@ -121,7 +124,7 @@ class Machine:
         return getattr(self._inside, "stream", 0)
 
     def _new_event(self) -> int:
-        number = 1 + len(self._events)
+        number = next(self._handles)
         # One that was never recorded is past.
         self._events[number] = FakeEvent()
         self._events[number].past = True
