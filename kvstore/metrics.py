@@ -266,6 +266,11 @@ class StoreCollector(Collector):
             "kvstore_committed_blocks", "Blocks committed by clients.", stats.committed_blocks
         )
         yield committed
+        yield CounterMetricFamily(
+            "kvstore_mismatched_blocks",
+            "Blocks dropped that did not have their client's checksum when first looked at.",
+            stats.mismatched_blocks,
+        )
         yield from _tiers(stats)
 
 

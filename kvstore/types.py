@@ -345,6 +345,7 @@ class StoreStats(NamedTuple):
     acquired_hits_dram: int
     committed_blocks: int
     corrupt_blocks: int
+    mismatched_blocks: int
     tenant_blocks: int
     vram: tuple[VramStats, ...] = ()
     """Of each GPU that the server was told to use."""

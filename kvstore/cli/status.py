@@ -65,6 +65,7 @@ def _status(
         "acquired_hits_dram": stats.acquired_hits_dram,
         "committed_blocks": stats.committed_blocks,
         "corrupt_blocks": stats.corrupt_blocks,
+        "mismatched_blocks": stats.mismatched_blocks,
         "tenant_blocks": stats.tenant_blocks,
         "tiers": [
             {
@@ -120,6 +121,8 @@ def _show(status: dict[str, Any]) -> None:
     facts.add_row("hits", f"{hits} of {asked} positions{rate}")
     facts.add_row("committed", f"{status['committed_blocks']} blocks")
     facts.add_row("damaged", f"{status['corrupt_blocks']} blocks")
+    if status["mismatched_blocks"]:
+        facts.add_row("mismatched", f"{status['mismatched_blocks']} blocks, with wrong checksums")
     console.print(facts)
     tiers = Table()
     for name in ("tier", "used", "capacity", "blocks", "evicted", "in", "out", "health"):

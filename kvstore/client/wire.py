@@ -197,6 +197,7 @@ def stats(response: pb.GetStatsResponse) -> StoreStats:
         acquired_hits_dram=response.acquired_hits_dram,
         committed_blocks=response.committed_blocks,
         corrupt_blocks=response.corrupt_blocks,
+        mismatched_blocks=response.mismatched_blocks,
         tenant_blocks=response.tenant_blocks,
         vram=tuple(
             VramStats(*(getattr(gpu, name) for name in VramStats._fields)) for gpu in response.vram

@@ -64,10 +64,11 @@ class Replica:
     """A block in one tier. `pins` counts leases and transfers that use it.
 
     `before`, `after` and `mark` are its eviction policy's, which lists it while it is
-    READY; the first two are None otherwise.
+    READY; the first two are None otherwise. `confirmed`, of one in DRAM: the server has seen
+    that its bytes have their checksum, and not only heard so from who committed them.
     """
 
-    __slots__ = ("address", "after", "before", "block", "mark", "pins", "state")
+    __slots__ = ("address", "after", "before", "block", "confirmed", "mark", "pins", "state")
 
     tier: ClassVar[Tier]
     before: Replica
@@ -79,6 +80,7 @@ class Replica:
         self.address = address
         self.state = state
         self.pins = 0
+        self.confirmed = False
         self.before = self.after = None  # type: ignore[assignment]
         self.mark = None
 
@@ -145,6 +147,12 @@ class Block:
 def is_ready(replica: Replica | None) -> TypeGuard[Replica]:
     """Whether there is a replica and its bytes can be read."""
     return replica is not None and replica.state is State.READY
+
+
+def never_confirmed(replica: Replica) -> bool:
+    """Whether all that says what its bytes should be is the word of a client, who may have
+    been wrong from the start."""
+    return replica.tier is Tier.DRAM and not replica.confirmed
 
 
 class Catalog:

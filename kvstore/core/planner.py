@@ -318,6 +318,8 @@ class Planner:
                 block.stored_checksum = checksum
             else:
                 block.checksum = checksum
+        # Both ways compare on the way.
+        copy.source.confirmed = copy.target.confirmed = True
         transfer_class = self.residency.filled(copy, now_ns)
         self._target_settled(copy, now_ns, written=True)
         return transfer_class

@@ -54,6 +54,7 @@ def store_stats(
         acquired_hits_dram=counters.acquired_hits_dram,
         committed_blocks=counters.committed_blocks,
         corrupt_blocks=residency.holdings.corrupt,
+        mismatched_blocks=residency.holdings.mismatched,
         tenant_blocks=0 if tenant is None else planner.catalog.tenant_blocks(tenant),
         vram=vram,
     )

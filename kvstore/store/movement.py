@@ -13,7 +13,7 @@ from typing import NamedTuple
 import xxhash
 
 from kvstore.core.actions import Copy, Forget, Move
-from kvstore.core.catalog import Block, Layout, Replica
+from kvstore.core.catalog import Block, Layout, Replica, never_confirmed
 from kvstore.core.transfers import TransferClass
 from kvstore.errors import CorruptBlock, TierError, TierFailed, TierFull
 from kvstore.store.coded import CodedBlocks
@@ -113,7 +113,8 @@ class Movement:
             loop.planner.transfer_failed(copy, now_ns, source_corrupt=False, full=False)
             return
         if corrupt:
-            loop.observer.corrupt(source.label)
+            if not never_confirmed(copy.source):
+                loop.observer.corrupt(source.label)
         elif isinstance(failure, TierFailed):
             loop.tier_failed(failure, "read" if source is Tier.NVME else "write")
         elif not isinstance(failure, TierFull):

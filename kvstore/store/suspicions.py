@@ -15,7 +15,7 @@ from functools import partial
 
 import xxhash
 
-from kvstore.core.catalog import Replica
+from kvstore.core.catalog import Replica, never_confirmed
 from kvstore.store.complaints import Complaints
 from kvstore.store.loop import Loop
 from kvstore.tiers.base import MemoryTier
@@ -56,7 +56,8 @@ class Suspicions:
                 loop.planner.examined(replica, damaged=damaged)
                 loop.execute()
                 if damaged:
-                    loop.observer.corrupt(Tier.DRAM.label)
+                    if not never_confirmed(replica):
+                        loop.observer.corrupt(Tier.DRAM.label)
                     self._complaints.warn("a block in memory is not what was committed; dropped")
                 else:
                     wasted_ns += took_ns

@@ -353,6 +353,7 @@ class KVStoreService:
             acquired_hits_dram=stats.acquired_hits_dram,
             committed_blocks=stats.committed_blocks,
             corrupt_blocks=stats.corrupt_blocks,
+            mismatched_blocks=stats.mismatched_blocks,
             tenant_blocks=stats.tenant_blocks,
             vram=[pb.VramStats(**gpu._asdict()) for gpu in stats.vram],
         )

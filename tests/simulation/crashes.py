@@ -231,6 +231,7 @@ class Life:
                 raise Wrong(f"a fault of the store itself: {seen.faults}")
             self.damage_found += seen.corrupt_blocks[Tier.NVME.label]
             self.memory_damage_found += seen.corrupt_blocks[Tier.DRAM.label]
+            self.memory_damage_found += self._store.stats().mismatched_blocks
         except Crash:
             loop.crashed = True  # While the store was closed, which it does by itself.
         finally:

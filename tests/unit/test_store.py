@@ -372,8 +372,24 @@ def test_bytes_that_a_client_spoiled_never_reach_nvme() -> None:
         rig.store.release(session, [grant.lease_id])
         assert await rig.store.flush("t", False) == 1
         assert (await rig.presence(session, keys)).held == 1
+        stats = rig.store.stats()
+        assert (stats.mismatched_blocks, stats.corrupt_blocks) == (1, 0)
+
+    run(Rig(), body)
+
+
+def test_memory_that_was_as_committed_once_and_is_not_any_more_counts_as_corrupt() -> None:
+    async def body(rig: Rig) -> None:
+        session = rig.session()
+        await rig.put(session, chain(1, 2))
+        await rig.store.flush("t", True)
+        rig.store.release(session, [(await rig.acquire(session, chain(1, 2))).lease_id])
+        grant = await rig.acquire(session, chain(1, 2))
+        rig.dram.view(grant.addresses[1], BLOCK)[17] ^= 1
+        await rig.store.report_damage("t", grant.addresses)
         assert ("corrupt", "dram") in rig.seen.events
-        assert rig.store.stats().corrupt_blocks == 1
+        stats = rig.store.stats()
+        assert (stats.mismatched_blocks, stats.corrupt_blocks) == (0, 1)
 
     run(Rig(), body)
 

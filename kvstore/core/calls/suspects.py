@@ -34,6 +34,8 @@ class Suspects:
 
     def settle(self, replica: Replica, *, damaged: bool) -> None:
         """It was looked at. Whoever has a lease keeps it; nobody else finds it damaged."""
-        if damaged and is_ready(replica):
+        if not damaged:
+            replica.confirmed = True
+        elif is_ready(replica):
             self._holdings.damaged(replica)
         self._holdings.unpin(replica)

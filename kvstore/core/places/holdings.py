@@ -24,6 +24,7 @@ from kvstore.core.catalog import (
     Layout,
     Replica,
     is_ready,
+    never_confirmed,
 )
 from kvstore.core.lifecycle import Event, State
 from kvstore.core.places.foreseen import Foreseen
@@ -64,6 +65,9 @@ class Holdings:
         """Stored keys of blocks that came to or went from a tier since the planner
         last told the shell."""
         self.corrupt = 0
+        """Blocks that were what was committed, and then were not."""
+        self.mismatched = 0
+        """Blocks that were not when the server looked for the first time."""
         self.stays = Stays()
         self.mirrors: list[Mirrors] = []
         """Of each GPU that has some."""
@@ -218,7 +222,10 @@ class Holdings:
 
     def damaged(self, replica: Replica) -> None:
         """Its bytes are not what was committed: nobody may find it again."""
-        self.corrupt += 1
+        if never_confirmed(replica):
+            self.mismatched += 1
+        else:
+            self.corrupt += 1
         found = replica.state is State.READY
         if found:
             self.goes(replica)

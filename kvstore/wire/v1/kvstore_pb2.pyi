@@ -446,7 +446,7 @@ class GetStatsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetStatsResponse(_message.Message):
-    __slots__ = ("uptime_seconds", "tiers", "sessions", "leases", "reservations", "acquired_positions", "acquired_hits", "acquired_hits_dram", "committed_blocks", "corrupt_blocks", "tenant_blocks", "vram")
+    __slots__ = ("uptime_seconds", "tiers", "sessions", "leases", "reservations", "acquired_positions", "acquired_hits", "acquired_hits_dram", "committed_blocks", "corrupt_blocks", "tenant_blocks", "vram", "mismatched_blocks")
     UPTIME_SECONDS_FIELD_NUMBER: _ClassVar[int]
     TIERS_FIELD_NUMBER: _ClassVar[int]
     SESSIONS_FIELD_NUMBER: _ClassVar[int]
@@ -459,6 +459,7 @@ class GetStatsResponse(_message.Message):
     CORRUPT_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     TENANT_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     VRAM_FIELD_NUMBER: _ClassVar[int]
+    MISMATCHED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     uptime_seconds: float
     tiers: _containers.RepeatedCompositeFieldContainer[TierStats]
     sessions: int
@@ -471,7 +472,8 @@ class GetStatsResponse(_message.Message):
     corrupt_blocks: int
     tenant_blocks: int
     vram: _containers.RepeatedCompositeFieldContainer[VramStats]
-    def __init__(self, uptime_seconds: _Optional[float] = ..., tiers: _Optional[_Iterable[_Union[TierStats, _Mapping]]] = ..., sessions: _Optional[int] = ..., leases: _Optional[int] = ..., reservations: _Optional[int] = ..., acquired_positions: _Optional[int] = ..., acquired_hits: _Optional[int] = ..., acquired_hits_dram: _Optional[int] = ..., committed_blocks: _Optional[int] = ..., corrupt_blocks: _Optional[int] = ..., tenant_blocks: _Optional[int] = ..., vram: _Optional[_Iterable[_Union[VramStats, _Mapping]]] = ...) -> None: ...
+    mismatched_blocks: int
+    def __init__(self, uptime_seconds: _Optional[float] = ..., tiers: _Optional[_Iterable[_Union[TierStats, _Mapping]]] = ..., sessions: _Optional[int] = ..., leases: _Optional[int] = ..., reservations: _Optional[int] = ..., acquired_positions: _Optional[int] = ..., acquired_hits: _Optional[int] = ..., acquired_hits_dram: _Optional[int] = ..., committed_blocks: _Optional[int] = ..., corrupt_blocks: _Optional[int] = ..., tenant_blocks: _Optional[int] = ..., vram: _Optional[_Iterable[_Union[VramStats, _Mapping]]] = ..., mismatched_blocks: _Optional[int] = ...) -> None: ...
 
 class TierStats(_message.Message):
     __slots__ = ("tier", "capacity_bytes", "used_bytes", "blocks", "evictions", "bytes_in", "bytes_out", "healthy", "stalled", "stalls", "off_because")

@@ -33,19 +33,24 @@ def writer(server: Server) -> Iterator[kvstore.Client]:
         yield client
 
 
+def found_damaged(client: kvstore.Client) -> int:
+    stats = client.stats()
+    return stats.corrupt_blocks + stats.mismatched_blocks
+
+
 @pytest.fixture
 def until_dropped(writer: kvstore.Client) -> UntilDropped:
     """Reads until one more block was found damaged. The first time is mostly enough, but
     the server does not listen to everything."""
-    before = writer.stats().corrupt_blocks
+    before = found_damaged(writer)
 
     def wait(read: Callable[[], object]) -> None:
         deadline = time.monotonic() + 20
-        while writer.stats().corrupt_blocks == before:
+        while found_damaged(writer) == before:
             assert time.monotonic() < deadline
             read()
             time.sleep(0.02)
-        assert writer.stats().corrupt_blocks == before + 1
+        assert found_damaged(writer) == before + 1
 
     return wait
 
@@ -90,13 +95,13 @@ def test_nobody_can_have_good_blocks_dropped(
 ) -> None:
     datas = [block(number, layout.block_bytes) for number in range(4)]
     writer.put_many(layout, KEYS, datas)
-    before = writer.stats().corrupt_blocks
+    before = found_damaged(writer)
     with writer.acquire(layout, KEYS) as lease:
         for _ in range(20):
             client.report_damage(lease.addresses)
             client.report_damage([0, 1, lease.addresses[0] + 1, (1 << 64) - 1])
     assert client.get_many(layout, KEYS) == datas
-    assert writer.stats().corrupt_blocks == before
+    assert found_damaged(writer) == before
 
 
 def test_a_wrong_checksum_is_found_out_once(

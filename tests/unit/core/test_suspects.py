@@ -46,7 +46,7 @@ def test_a_damaged_block_goes_when_its_last_reader_does(shell: Shell) -> None:
     shell.planner.release(session, [answer[0].lease_id])
     shell.run()
     assert suspects[0].state is State.GONE
-    assert shell.planner.holdings.corrupt == 1
+    assert shell.planner.holdings.mismatched == 1
     shell.planner.check_integrity()
 
 
