@@ -41,9 +41,12 @@ ifdef ARGS
 	$(BIN)/python -m pytest $(ARGS)
 else
 	$(MAKE) --no-print-directory -j 2 test-engines test-shared-engines
-	$(BIN)/python -m pytest -m "e2e and not soak" $(E2E_RANKS)
+	$(BOUNDED) -m "e2e and not soak" $(E2E_RANKS)
 	$(MAKE) --no-print-directory -j 2 test-units test-wholes
 endif
+
+# Several times what a lane takes on a busy machine: whatever hangs, there is an end.
+BOUNDED := $(BIN)/python tests/bounded.py 3600 $(BIN)/python -m pytest
 
 # Two lanes for two cores. Modules that share a pair of engines stay in one; tests of
 # engines that need two cores themselves run beside nothing.
@@ -51,16 +54,16 @@ E2E_SHARED := $(patsubst %,tests/e2e/test_%.py,one_server hooks storms serving_p
 E2E_RANKS := tests/e2e/test_variants.py
 
 test-engines:
-	$(BIN)/python -m pytest -m "e2e and not soak" $(patsubst %,--ignore %,$(E2E_SHARED) $(E2E_RANKS))
+	$(BOUNDED) -m "e2e and not soak" $(patsubst %,--ignore %,$(E2E_SHARED) $(E2E_RANKS))
 
 test-shared-engines:
-	$(BIN)/python -m pytest -m "e2e and not soak" $(E2E_SHARED)
+	$(BOUNDED) -m "e2e and not soak" $(E2E_SHARED)
 
 test-units:
-	$(BIN)/python -m pytest -m "not e2e and not soak" tests/unit tests/integration/client
+	$(BOUNDED) -m "not e2e and not soak" tests/unit tests/integration/client
 
 test-wholes:
-	$(BIN)/python -m pytest -m "not e2e and not soak" tests/integration/server tests/simulation
+	$(BOUNDED) -m "not e2e and not soak" tests/integration/server tests/simulation
 
 soak: $(READY)-dev
 	$(BIN)/python -m pytest -m soak --timeout 7200 $(ARGS)
