@@ -4,6 +4,7 @@ answers is compared with what was stored."""
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 from kvstore.client.lease import Layout
 from kvstore.client.sync import Client
 from kvstore.types import LayoutSpec
-from tests.integration.server.harness import Daemon, daemon
+from tests.integration.server.harness import PATIENCE_S, Daemon, daemon
 
 SPEC = LayoutSpec("m", "bfloat16", 16, 40_000)
 AT_ONCE = 40
@@ -31,11 +32,11 @@ def connected(directory: Path, *args: str) -> Iterator[tuple[Daemon, Client, Lay
     did, unless it had ended before."""
     with daemon(directory, *args) as server:
         server.wait_ready()
-        with Client(str(server.socket_path)) as client:
+        with Client(str(server.socket_path), timeout_s=PATIENCE_S) as client:
             yield server, client, client.register_layout(SPEC)
         if server.process.poll() is None:
             server.process.terminate()
-            assert server.process.wait(20) == 0
+            assert server.process.wait(PATIENCE_S) == 0
 
 
 def kill(server: Daemon) -> None:
@@ -61,3 +62,11 @@ def ask(client: Client, layout: Layout, numbers: range) -> list[int]:
                 assert bytes(got) == content(number)
                 held.append(number)
     return held
+
+
+def find_all(client: Client, layout: Layout, numbers: range) -> None:
+    """All of them, each as it was stored. A drive that is slow for a moment costs misses."""
+    deadline = time.monotonic() + PATIENCE_S
+    while (held := ask(client, layout, numbers)) != list(numbers):
+        assert time.monotonic() < deadline, f"only {held}"
+        time.sleep(0.1)

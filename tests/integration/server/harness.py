@@ -25,10 +25,16 @@ from kvstore.wire.columns import pack_keys, pack_numbers, unpack_numbers
 from kvstore.wire.v1 import kvstore_pb2 as pb
 from kvstore.wire.v1.kvstore_pb2_grpc import KVStoreStub
 from kvstore_server.app import App
+from kvstore_server.limits import MAX_WAIT_MS
 
 MIB = 1 << 20
 BLOCK_BYTES = 96 << 10
 LAYOUT = pb.Layout(model="m", dtype="bfloat16", block_tokens=16, block_bytes=BLOCK_BYTES)
+
+PATIENCE_S = 60.0
+"""With what takes a moment: that of a machine which stands still for many seconds."""
+HANGS_S = 200.0
+"""What has taken so long will not end."""
 
 Metadata = tuple[tuple[str, str | bytes], ...]
 
@@ -38,7 +44,7 @@ def in_loop(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
 
     @functools.wraps(test)
     def run(*args: Any, **kwargs: Any) -> None:
-        asyncio.run(asyncio.wait_for(test(*args, **kwargs), 60))  # type: ignore[arg-type]
+        asyncio.run(asyncio.wait_for(test(*args, **kwargs), HANGS_S))  # type: ignore[arg-type]
 
     return run
 
@@ -111,7 +117,7 @@ class RawAttachment:
 
     def __init__(self, path: Path | str) -> None:
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.socket.settimeout(10)
+        self.socket.settimeout(PATIENCE_S)
         self.socket.connect(str(path))
         self.fds: list[int] = []
 
@@ -215,7 +221,9 @@ async def put(stub: Any, session: Metadata, layout_id: bytes, *numbers: int) -> 
 
 async def acquire(stub: Any, session: Metadata, layout_id: bytes, *numbers: int) -> Any:
     chain = pb.Chain(layout_ids=[layout_id], keys=keys(*numbers))
-    answer = await stub.Acquire(pb.AcquireRequest(chains=[chain], wait_ms=5000), metadata=session)
+    answer = await stub.Acquire(
+        pb.AcquireRequest(chains=[chain], wait_ms=MAX_WAIT_MS), metadata=session
+    )
     return answer.leases[0]
 
 
@@ -234,10 +242,17 @@ async def refused(call: Awaitable[Any]) -> tuple[str, grpc.StatusCode]:
     raise AssertionError("the call was not refused")
 
 
-async def eventually(fact: Callable[[], bool], within_s: float) -> None:
-    deadline = time.monotonic() + within_s
-    while not fact():
-        assert time.monotonic() < deadline, f"not so within {within_s} s"
+async def eventually(fact: Callable[[], bool]) -> None:
+    async def ask() -> bool:
+        return fact()
+
+    await eventually_answered(ask)
+
+
+async def eventually_answered(ask: Callable[[], Awaitable[bool]]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not await ask():
+        assert time.monotonic() < deadline, f"not so within {PATIENCE_S} s"
         await asyncio.sleep(0.02)
 
 
@@ -270,13 +285,13 @@ class Daemon:
         return state
 
     def wait_ready(self) -> None:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + PATIENCE_S
         while not Path(f"{self.socket_path}.json").exists():
             assert self.process.poll() is None, self.process.communicate()[1]
             assert time.monotonic() < deadline
             time.sleep(0.02)
 
-    def end(self, timeout_s: float = 20) -> tuple[int, str]:
+    def end(self, timeout_s: float = PATIENCE_S) -> tuple[int, str]:
         """(exit code, stderr), once it has ended by itself."""
         _, err = self.process.communicate(timeout=timeout_s)
         return self.process.returncode, err

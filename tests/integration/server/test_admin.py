@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import re
 import socket
@@ -14,7 +13,10 @@ import kvstore_server.admin
 from kvstore_server.app import App
 from kvstore_server.limits import ADMIN_REQUEST_BYTES
 from tests.integration.server.harness import (
+    PATIENCE_S,
     acquire,
+    eventually,
+    eventually_answered,
     http_get,
     in_loop,
     put,
@@ -44,12 +46,12 @@ async def test_a_working_server_is_live_and_ready(tmp_path: Path) -> None:
 async def test_a_server_whose_housekeeping_died_is_not_live(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kvstore_server.admin, "STALLED_AFTER_S", 0.3)
     async with serving(tmp_path) as app:
         assert app.admin_port is not None
-        await asyncio.sleep(0.5)
+        before_ns, long_ns = app.store.progress_ns(), int(2e9 * PATIENCE_S)
+        await eventually(lambda: app.store.progress_ns() > before_ns)
         assert (await http_get(app.admin_port, "/livez"))[0] == 200
-        monkeypatch.setattr(app.store, "progress_ns", lambda: 0)
+        monkeypatch.setattr(app.store, "progress_ns", lambda: before_ns - long_ns)
         assert await http_get(app.admin_port, "/livez") == (503, "no progress\n")
         assert (await http_get(app.admin_port, "/readyz"))[0] == 503
 
@@ -78,14 +80,21 @@ async def test_idle_connections_do_not_shut_others_out_for_long(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kvstore_server.admin, "ADMIN_CONNECTIONS", 2)
-    monkeypatch.setattr(kvstore_server.admin, "ADMIN_TIMEOUT_S", 0.2)
     async with serving(tmp_path) as app:
         assert app.admin_port is not None
-        idle = [socket.create_connection(("127.0.0.1", app.admin_port)) for _ in range(2)]
-        await asyncio.sleep(0.05)
-        assert (await http_get(app.admin_port, "/livez"))[0] == 0
-        await asyncio.sleep(0.4)
-        assert (await http_get(app.admin_port, "/livez"))[0] == 200
+        port = app.admin_port
+
+        async def answers() -> bool:
+            return (await http_get(port, "/livez"))[0] == 200
+
+        idle = [socket.create_connection(("127.0.0.1", port)) for _ in range(2)]
+        assert not await answers()
+        for connection in idle:
+            connection.close()
+        monkeypatch.setattr(kvstore_server.admin, "ADMIN_TIMEOUT_S", 0.2)
+        await eventually_answered(answers)
+        idle = [socket.create_connection(("127.0.0.1", port)) for _ in range(2)]
+        await eventually_answered(answers)
         for connection in idle:
             connection.close()
 

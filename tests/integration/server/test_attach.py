@@ -84,7 +84,7 @@ async def test_the_end_of_the_connection_ends_the_session(tmp_path: Path) -> Non
             await reserve(stub, session, layout_id, 1)
             stats = app.store.stats()
             assert (stats.sessions, stats.leases, stats.reservations) == (1, 1, 1)
-        await eventually(lambda: app.store.stats().sessions == 0, within_s=2)
+        await eventually(lambda: app.store.stats().sessions == 0)
         stats = app.store.stats()
         assert (stats.leases, stats.reservations) == (0, 0)
 
@@ -180,7 +180,7 @@ async def test_a_client_that_does_not_read_is_disconnected_and_delays_nobody(
                 gone = True
                 break
         assert gone
-        await eventually(lambda: app.store.stats().sessions == 0, within_s=2)
+        await eventually(lambda: app.store.stats().sessions == 0)
 
 
 @in_loop

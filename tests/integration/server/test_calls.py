@@ -303,13 +303,13 @@ async def test_expired_leases_and_reservations_are_refused_and_free(tmp_path: Pa
             await asyncio.sleep(0.3)
             assert await read(stub, session, lease.lease_id) == payload(1)
             clock.advance_ms(2)
-            await eventually(lambda: app.store.stats().leases == 0, within_s=2)
+            await eventually(lambda: app.store.stats().leases == 0)
             expired = ("LEASE_EXPIRED", Status.FAILED_PRECONDITION)
             assert await refused(read(stub, session, lease.lease_id)) == expired
             renew = pb.RenewRequest(lease_ids=[lease.lease_id])
             assert await refused(stub.Renew(renew, metadata=session)) == expired
         clock.advance_ms(40)
-        await eventually(lambda: app.store.counters().expired_reservations == 1, within_s=2)
+        await eventually(lambda: app.store.counters().expired_reservations == 1)
         assert await refused(commit(unix, local, layout_id, segment(slots, 9))) == EXPIRED
         write = unix.Write(write_messages(slots, 9), metadata=local)
         assert await refused(write) == EXPIRED
@@ -338,7 +338,7 @@ async def test_a_commit_that_is_refused_publishes_nothing_and_closes_no_slot(
         a, b = slot_ids(await reserve(stub, session, layout_id, 2))
         (foreign,) = slot_ids(await reserve(stub, session, another, 1))
         clock.advance_ms(30)
-        await eventually(lambda: app.store.counters().expired_reservations == 1, within_s=2)
+        await eventually(lambda: app.store.counters().expired_reservations == 1)
         await stub.Write(write_messages([a, b], 1, 2), metadata=session)
         bad_request = ("BAD_REQUEST", Status.INVALID_ARGUMENT)
         short = segment([a, b], 1, 2)
@@ -536,7 +536,7 @@ async def test_a_client_gone_in_mid_stream_leaks_nothing(tmp_path: Path) -> None
             await asyncio.sleep(0.05)
             assert app.store.stats().leases == 1
         await asyncio.gather(waiting, return_exceptions=True)
-        await eventually(lambda: app.store.stats().sessions == 0, within_s=2)
+        await eventually(lambda: app.store.stats().sessions == 0)
         assert (app.store.stats().leases, app.store.stats().reservations) == (0, 0)
         faults = app.metrics.registry.get_sample_value(
             "kvstore_unexpected_errors_total", {"where": "call"}

@@ -43,7 +43,7 @@ async def test_a_connection_that_says_nothing_ends(
     async with serving(tmp_path) as app:
         with ExitStack() as stack:
             silent = [connect(stack, app) for _ in range(20)]
-            await eventually(lambda: all(map(ended, silent)), within_s=10)
+            await eventually(lambda: all(map(ended, silent)))
 
 
 @in_loop
@@ -54,7 +54,7 @@ async def test_there_are_no_more_connections_than_sessions_need(
     async with serving(tmp_path, server__max_sessions="4") as app:
         with ExitStack() as stack:
             many = [connect(stack, app) for _ in range(50)]
-            await eventually(lambda: sum(map(ended, many)) >= 38, within_s=2)
+            await eventually(lambda: sum(map(ended, many)) >= 38)
         async with stub_for(tcp_target(app)) as stub:
             info = pb.GetServerInfoRequest()
             await stub.GetServerInfo(info, wait_for_ready=True, timeout=10)
@@ -74,6 +74,7 @@ async def test_a_connection_that_is_idle_ends_and_its_client_goes_on(
         state = channel.get_state(try_to_connect=True)
         while state is not grpc.ChannelConnectivity.READY:
             await channel.wait_for_state_change(state)
-            state = channel.get_state()
+            # It may have ended for being idle again.
+            state = channel.get_state(try_to_connect=True)
         await channel.wait_for_state_change(grpc.ChannelConnectivity.READY)
         await stub.GetServerInfo(pb.GetServerInfoRequest())

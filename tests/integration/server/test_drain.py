@@ -11,10 +11,13 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from kvstore.wire.v1 import kvstore_pb2 as pb
 from kvstore_server.app import App
+from kvstore_server.limits import MAX_WAIT_MS
 from tests.integration.server.harness import (
+    PATIENCE_S,
     RawAttachment,
     acquire,
     commit,
+    eventually,
     http_get,
     in_loop,
     in_thread,
@@ -36,16 +39,16 @@ DRAINING = ("DRAINING", grpc.StatusCode.UNAVAILABLE)
 
 @in_loop
 async def test_a_draining_server_refuses_new_work_and_finishes_what_runs(tmp_path: Path) -> None:
-    app = App(small_config(tmp_path))
+    app = App(small_config(tmp_path, server__drain_s=str(PATIENCE_S)))
     await app.start()
     assert app.admin_port is not None
     async with stub_for(tcp_target(app)) as stub, remote_session(stub) as session:
         layout_id = await register(stub)
         full = await reserve(stub, session, layout_id, 200)
-        running = asyncio.ensure_future(reserve(stub, session, layout_id, 1, wait_ms=20_000))
-        await asyncio.sleep(0.1)
+        running = asyncio.ensure_future(reserve(stub, session, layout_id, 1, wait_ms=MAX_WAIT_MS))
+        await eventually(app.busy)
         stopping = asyncio.ensure_future(app.stop())
-        await asyncio.sleep(0.2)
+        await eventually(lambda: not app.health.ready)
 
         async with grpc.aio.insecure_channel(tcp_target(app)) as channel:
             health = health_pb2_grpc.HealthStub(channel)
@@ -81,11 +84,11 @@ async def test_a_drain_ends_in_time_with_calls_still_running(tmp_path: Path) -> 
     async with stub_for(tcp_target(app)) as stub, remote_session(stub) as session:
         layout_id = await register(stub)
         await reserve(stub, session, layout_id, 200)
-        running = asyncio.ensure_future(reserve(stub, session, layout_id, 1, wait_ms=50_000))
-        await asyncio.sleep(0.1)
+        running = asyncio.ensure_future(reserve(stub, session, layout_id, 1, wait_ms=MAX_WAIT_MS))
+        await eventually(app.busy)
         began = asyncio.get_running_loop().time()
         await app.stop()
-        assert asyncio.get_running_loop().time() - began < 5
+        assert asyncio.get_running_loop().time() - began < MAX_WAIT_MS / 2000
         await asyncio.gather(running, return_exceptions=True)
         assert (await refused(read(stub, session, 1)))[1] is grpc.StatusCode.UNAVAILABLE
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kvstore import Client
 from tests.integration.server.blocks import ask, connected, store
-from tests.integration.server.harness import http_get
+from tests.integration.server.harness import PATIENCE_S, http_get
 
 ALLOWED = 80
 
@@ -24,7 +24,7 @@ def test_a_server_full_of_extents_lets_clients_and_probes_in(tmp_path: Path) -> 
         assert len(list(descriptors.iterdir())) > ALLOWED // 2, "the limit was of consequence"
         for path in ("/livez", "/metrics"):
             port = int(server.state["admin"].rpartition(":")[2])
-            assert asyncio.run(asyncio.wait_for(http_get(port, path), 10))[0] == 200
+            assert asyncio.run(asyncio.wait_for(http_get(port, path), PATIENCE_S))[0] == 200
         with Client(str(server.socket_path)) as other:
             assert other.is_local
             assert all(tier.healthy for tier in other.stats().tiers)

@@ -18,7 +18,7 @@ from kvstore.errors import KVStoreError
 from kvstore.tiers.nvme_fsck import check
 from kvstore.types import PutOutcome
 from tests.integration.server.blocks import SPEC, content, key, kill
-from tests.integration.server.harness import daemon
+from tests.integration.server.harness import PATIENCE_S, daemon
 
 CHAIN = 8
 ASKED = 100
@@ -92,7 +92,7 @@ class Load:
 
     def verify(self, endpoint: str) -> None:
         """Ask for what must be there, may be there, and must not."""
-        with Client(endpoint) as client:
+        with Client(endpoint, timeout_s=PATIENCE_S) as client:
             layout = client.register_layout(SPEC)
             some = sorted(self.stored)
             self.ask(client, layout, self.rng.sample(some, min(ASKED, len(some))))
@@ -120,7 +120,7 @@ def kill_again_and_again(directory: Path, rounds: int, most_steps: int, seed: in
                 time.sleep(0.001)
             time.sleep(load.rng.uniform(0.0, 0.02))
             kill(server)
-            thread.join(30)
+            thread.join(PATIENCE_S)
             assert not thread.is_alive()
         if len(load.stored) > 6000:
             break  # More would not fit, and what was flushed could be gone for that.

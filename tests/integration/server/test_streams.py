@@ -20,7 +20,9 @@ from kvstore_server.app import App
 from kvstore_server.service import KVStoreService
 from tests.integration.server.harness import (
     BLOCK_BYTES,
+    HANGS_S,
     MIB,
+    PATIENCE_S,
     Metadata,
     acquire,
     commit,
@@ -95,19 +97,19 @@ async def test_what_a_session_leaves_unread_is_bounded(
         assert 'kvstore_rejected_total{reason="TOO_MANY"} 2.0' in metrics
         for stream in streams:
             stream.cancel()
-        await eventually(lambda: not app.busy(), within_s=10)
+        await eventually(lambda: not app.busy())
         assert len(await read(stub, session, lease_id, 0)) == MIB
 
 
 @in_loop
 async def test_a_stop_does_not_wait_for_streams_nobody_goes_on_with(tmp_path: Path) -> None:
-    app = App(small_config(tmp_path, server__drain_s="30"))
+    app = App(small_config(tmp_path, server__drain_s=str(HANGS_S)))
     await app.start()
     async with stub_for(tcp_target(app)) as stub, remote_session(stub) as session:
         lease_id = await lease_of_a_big_block(stub, session)
         await unread(stub, session, lease_id)
         writing = asyncio.ensure_future(refused(stub.Write(silent(), metadata=session)))
-        async with asyncio.timeout(15):
+        async with asyncio.timeout(PATIENCE_S):
             await app.stop()
         assert (await writing)[1] is grpc.StatusCode.UNAVAILABLE
 
@@ -138,7 +140,7 @@ async def test_streams_of_watchers_and_writers_take_no_places_of_calls(
             assert await refused(health.Watch(question).read()) == TOO_MANY
             assert await refused(reflection.ServerReflectionInfo().read()) == TOO_MANY
         writing = [stub.Write(silent(), metadata=session) for _ in range(4)]
-        await asyncio.sleep(0.2)
+        await eventually(lambda: len(app._service._streams._open) == 4)
         for _ in range(24):
             assert await refused(stub.Write(silent(), metadata=session)) == TOO_MANY
         await stub.GetServerInfo(pb.GetServerInfoRequest())
@@ -188,5 +190,6 @@ async def test_a_write_that_says_nothing_ends(
     ):
         silence = stub.Write(silent(), metadata=session)
         assert (await refused(silence))[0] == "BAD_REQUEST"
-        assert not app.busy()
+        await eventually(lambda: not app.busy())
+        monkeypatch.setattr(limits, "WRITE_IDLE_S", PATIENCE_S)
         await lease_of_a_big_block(stub, session)

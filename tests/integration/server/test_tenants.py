@@ -21,6 +21,7 @@ from kvstore.wire.v1 import kvstore_pb2 as pb
 from tests.integration.server.harness import (
     BLOCK_BYTES,
     MIB,
+    PATIENCE_S,
     acquire,
     attached,
     in_loop,
@@ -168,7 +169,7 @@ async def test_garbage_over_all_that_a_client_can_map_harms_no_other_tenant(
         def look_at_ones_own() -> None:
             keys = [key(n) for n in numbers]
             datas = [payload(n) for n in numbers]
-            with kvstore.Client(str(app.config.socket_path)) as alice:
+            with kvstore.Client(str(app.config.socket_path), timeout_s=PATIENCE_S) as alice:
                 spec = kvstore.LayoutSpec("m", "bfloat16", 16, BLOCK_BYTES)
                 layout = alice.register_layout(spec)
                 assert alice.lookup(layout, keys) == (12, 12), "the directory is as it was"
@@ -203,7 +204,7 @@ async def test_the_kernels_word_on_the_user_decides_the_tenant() -> None:
     def attach_as(uid: int, path: Path) -> str:
         answer = subprocess.run(
             [sys.executable, "-I", "-c", ATTACH_AS, str(path), str(uid)],
-            capture_output=True, text=True, check=True, timeout=20,
+            capture_output=True, text=True, check=True, timeout=PATIENCE_S,
         )  # fmt: skip
         document = json.loads(answer.stdout)
         return str(document.get("tenant") or document["code"])
