@@ -356,7 +356,7 @@ class FakeStore:
 
     def _pass(self, call: str) -> None:
         self.calls.append(call)
-        self.gate.wait(10)
+        self.gate.wait(60)
         if self.on_call is not None:
             self.on_call(call)
         if self.error is not None:

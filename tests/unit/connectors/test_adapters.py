@@ -210,7 +210,7 @@ def write(path: Path, weights: bytes = b"weights", config: str = "{}") -> str:
 
 
 def news(loaded: LoadedAdapters) -> dict[int, bytes]:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while not (found := loaded.take_news()):
         assert time.monotonic() < deadline
         time.sleep(0.001)

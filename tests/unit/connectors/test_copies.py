@@ -66,7 +66,7 @@ class Rank:
         specs = [spec(block_bytes=nbytes, group=group) for group in range(groups)]
         self.link = StoreLink(self.store.connect, specs, "test")
         self.link.start()
-        assert self.link.wait_attached(5)
+        assert self.link.wait_attached(30)
         self.loader = loader(self.link, device, blocks, 0, lambda: None)
         self.saver = saver(self.link, device, blocks, lambda: None)
 
@@ -116,11 +116,18 @@ class Rank:
         self.link.close()
 
 
-def eventually(condition: Callable[[], object], timeout_s: float = 5.0) -> None:
+def eventually(condition: Callable[[], object], timeout_s: float = 30.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "it never happened"
         time.sleep(0.001)
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that stands still for seconds is no hung server, and no idle one."""
+    monkeypatch.setattr(saver_module, "STUCK_S", 60.0)
+    monkeypatch.setattr(saver_module, "IDLE_S", 60.0)
 
 
 @pytest.fixture(params=[HostDevice, AdversarialDevice])
@@ -440,11 +447,11 @@ def test_blocks_reused_during_the_copy_are_not_published(rank: Rank, block_ids: 
 
     def in_the_middle() -> None:
         copying.set()
-        reused.wait(10)
+        reused.wait(60)
 
     rank.store.before_slot = in_the_middle
     rank.saver.submit(rank.store_job(1, block_ids))
-    copying.wait(10)
+    copying.wait(60)
     rank.saver.cancel([1])
     rank.memory.fill_(0xEE)
     reused.set()
@@ -466,11 +473,11 @@ def test_cancelling_one_job_leaves_the_others(rank: Rank) -> None:
 def test_a_hung_server_keeps_blocks_for_a_moment_only(
     rank: Rank, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(saver_module, "STUCK_S", 0.05)
     rank.store.gate.clear()
     rank.saver.submit(rank.store_job(1, [5]))
     rank.saver.submit(rank.store_job(2, [6]))
     assert rank.saver.take_reports() == {}
+    monkeypatch.setattr(saver_module, "STUCK_S", 0.05)
     time.sleep(0.06)
     reports = rank.saver.take_reports()
     assert all(reports[job_id].lost for job_id in (1, 2))

@@ -42,7 +42,7 @@ class World:
         ]
         self.link = StoreLink(self.store.connect, self.specs, "test")
         self.link.start()
-        assert self.link.wait_attached(5)
+        assert self.link.wait_attached(30)
         self.queue = AcquireQueue(self.link, bands, 10, weighs)
         self.queue.start()
 
@@ -54,7 +54,7 @@ class World:
     def ask(self, asked: Wanted) -> Held:
         ticket = self.queue.submit(lambda: asked)
         self.queue.wake()
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 30
         while ticket.state in (TicketState.WAITING, TicketState.SENT):
             assert time.monotonic() < deadline, "no answer"
             time.sleep(0.001)

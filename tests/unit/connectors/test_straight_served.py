@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import kvstore
+from kvstore.client import gets
 from kvstore.types import GPU_ONLY, ChainQuery, LeaseGrant, VramStats
 from tests.integration.client.conftest import Server, block, key, layout_of
 from tests.unit.connectors.test_vram_served import (
@@ -28,6 +29,12 @@ from tests.unit.device.gpus import StandInGpu
 
 READER = b"engine"
 DATAS = [block(number, BLOCK) for number in range(len(KEYS))]
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is only on the drive comes up however busy the machine is."""
+    monkeypatch.setattr(gets, "GET_WAIT_MS", 30_000)
 
 
 @pytest.fixture
@@ -59,7 +66,7 @@ def worker(server: Server, gpu: StandInGpu) -> Iterator[Worker]:
 
 @pytest.fixture
 def scheduler(server: Server) -> Iterator[kvstore.Client]:
-    with kvstore.Client(server.socket) as client:
+    with kvstore.Client(server.socket, timeout_s=60) as client:
         yield client
 
 
@@ -67,7 +74,7 @@ def lease(scheduler: kvstore.Client, reader: bytes = READER) -> LeaseGrant:
     """On blocks that were on the drive alone, if they are in no GPU's memory."""
     scheduler.flush(drop=True)
     chain = ChainQuery([layout_of(scheduler, BLOCK).id], KEYS)
-    (grant,) = scheduler.acquire_many([chain], 5000, reader=reader)
+    (grant,) = scheduler.acquire_many([chain], 30_000, reader=reader)
     return grant
 
 
@@ -164,7 +171,7 @@ def test_a_client_of_the_server_reads_them_from_host_memory_or_not_at_all(
     store(scheduler)
     layout = layout_of(scheduler, BLOCK)
     scheduler.release([straight_lease(scheduler).lease_id])
-    with scheduler.acquire(layout, KEYS, reader=READER) as held:
+    with scheduler.acquire(layout, KEYS, wait_ms=30_000, reader=READER) as held:
         assert held.held == len(KEYS)
         assert [held.read(index) for index in range(3)] == [None] * 3
         with pytest.raises(kvstore.errors.BadRequest):
@@ -180,10 +187,10 @@ def test_a_remote_client_reads_them_from_host_memory(
 ) -> None:
     store(scheduler)
     scheduler.release([straight_lease(scheduler).lease_id])
-    with kvstore.Client(server.remote) as remote:
+    with kvstore.Client(server.remote, timeout_s=60) as remote:
         layout = layout_of(remote, BLOCK)
         assert remote.get_many(layout, KEYS) == DATAS
-        with remote.acquire(layout, KEYS, reader=READER) as held:
+        with remote.acquire(layout, KEYS, wait_ms=30_000, reader=READER) as held:
             assert [held.read(index) for index in range(held.held)] == DATAS
 
 
@@ -252,12 +259,12 @@ def test_what_cannot_be_read_straight_comes_to_the_same_place_by_host_memory(
 def test_names_of_a_server_that_was_killed_mean_nothing_to_the_next(
     worker: Worker, server: Server
 ) -> None:
-    with kvstore.Client(server.socket) as scheduler:
+    with kvstore.Client(server.socket, timeout_s=60) as scheduler:
         store(scheduler)
         grant, epoch = straight_lease(scheduler), scheduler.epoch
     server.kill()
     server.start()
-    with kvstore.Client(server.socket) as scheduler:
+    with kvstore.Client(server.socket, timeout_s=60) as scheduler:
         eventually(lambda: worker.link.current and worker.link.current.epoch == scheduler.epoch)
         store(scheduler)
         failed, _ = worker.load_leased(grant, epoch)
@@ -279,7 +286,7 @@ def test_a_place_that_is_another_blocks_by_now_is_not_loaded(
     layout = layout_of(scheduler, BLOCK)
     scheduler.put_many(layout, others, [block(1000 + n, BLOCK) for n in range(len(others))])
     scheduler.flush(drop=True)
-    (grant,) = scheduler.acquire_many([ChainQuery([layout.id], others)], 5000, reader=READER)
+    (grant,) = scheduler.acquire_many([ChainQuery([layout.id], others)], 30_000, reader=READER)
     assert set(grant.addresses) & set(stale.addresses), "the test shows nothing without"
     assert worker.load_leased(stale, scheduler.epoch)[0] == set(range(len(KEYS)))
 

