@@ -13,8 +13,13 @@ as nobody promised that their removal was durable; but nothing from before a cle
 Memory fails too: now and then a bit of a leased block flips. Who reads it tells by the
 checksum and says so, and at times lies; once that is answered nobody is given it again.
 
-Most machines have a GPU, which blocks are read into straight. What a lease says is there only,
-and is not, is a miss; what is there is right.
+Most machines have GPUs, which blocks are copied to, handed over on, and read into straight, and
+whose memory others take while it is used (`crashing_gpu`). What a lease says is there only, and is
+not, is a miss; what is there is right. Workers die (`crashing_workers`): with leases, while they
+wait, while they write, before what is handed over to them is there and after it.
+
+What lives on to its end leaves nothing behind: no lease, no pin, no place in any tier. Nobody
+waits for longer than they said, or for ever.
 """
 
 from __future__ import annotations
@@ -26,20 +31,21 @@ import random
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from unittest.mock import patch
 
 import xxhash
 
 from kvstore.config import StoreConfig
 from kvstore.core.lifecycle import State
-from kvstore.errors import DataUnusable, KVStoreError
+from kvstore.errors import DataUnusable, KVStoreError, ReservationExpired
 from kvstore.naming import namer
-from kvstore.store import Session, Store
+from kvstore.store import Store
 from kvstore.tiers.faulty import Crash, FaultyDisk, MemoryDisk, SeededFaults
 from kvstore.tiers.memory import HeapMemory
 from kvstore.tiers.nvme import NvmeTier
@@ -49,12 +55,16 @@ from kvstore.types import (
     GPU_ONLY,
     ChainQuery,
     CommitOutcome,
+    Landing,
     LayoutSpec,
     LeaseGrant,
     Segment,
     Tier,
 )
-from tests.simulation.crashing_gpu import READER, CrashingGpu
+from tests.simulation.crashing_ends import held_by_nobody, left_in_tiers
+from tests.simulation.crashing_gpu import CrashingGpu, is_slow
+from tests.simulation.crashing_handovers import RESERVATION_S, HandOver
+from tests.simulation.crashing_workers import Worker
 from tests.simulation.virtual import NoExecutor, VirtualLoop
 
 OPERATIONS = 2000
@@ -65,6 +75,10 @@ CAPACITY = 4 << 20
 DRAM_SLOTS = 24
 DRAM_EXTENT = 4 * 12288
 VRAM = 16 * DRAM_EXTENT
+SLACK_S = 0.01
+"""What a call may take longer than its caller said."""
+PATIENCE_S = 900.0
+"""More than anything takes that waits for drives which hang, one time after the other."""
 MAX_BLOCKS = 4096
 CLIENTS = 3
 CHAINS = 5
@@ -94,10 +108,7 @@ WILD: dict[str, dict[str, float]] = {
 }
 
 
-COUNTED = (
-    "seeds", "operations", "hits", "restarts", "damage_found", "memory_damage_found",
-    "gpu_hits", "gpu_misses",
-)  # fmt: skip
+T = TypeVar("T")
 
 
 class Wrong(AssertionError):
@@ -126,7 +137,7 @@ class Seen:
         self.corrupt_blocks[tier] += 1
 
     def io_error(self, op: str, errno_name: str) -> None:
-        if op in ("copy", "task") and not errno_name.startswith("Device"):
+        if op in ("copy", "task", "vram") and not errno_name.startswith("Device"):
             self.faults.append(errno_name)
 
     def tier_off(self, tier: str) -> None: ...
@@ -151,14 +162,8 @@ class Life:
         self.rng = random.Random(seed)
         self.operations = operations
         self.done = 0
-        self.hits = 0
-        self.restarts = 0
-        self.damage_found = 0
-        self.memory_damage_found = 0
-        self.gpu_hits = 0
-        """Blocks that were read in a GPU's memory and are not in DRAM."""
-        self.gpu_misses = 0
-        """Those that were not there any more."""
+        self.seen: Counter[str] = Counter()
+        """How often what happened."""
         self.trace = xxhash.xxh3_64()
         self._home = home
         self._disk = MemoryDisk()
@@ -175,16 +180,20 @@ class Life:
         """Blocks in memory of which a bit flipped: address and checksum."""
         self._dropped: set[tuple[int, int]] = set()
         """Those that the store has since looked at."""
-        # Apart, so that a life is the same with a GPU or without.
+        # Apart: what GPUs and their workers do.
         self._luck = random.Random(seed)
-        self._gpu: CrashingGpu | None = None
+        self._gpus: list[CrashingGpu] = []
+        self._workers: list[Worker] = []
+        """All that there were in a run: their copies may be under way for as long."""
+        self._others: list[asyncio.Future[None]] | None = None
+        """What others are at, while there are clients."""
         self._store: Store
         self._tier: NvmeTier
         self._loop: VirtualLoop
 
     def run(self) -> None:
         while self.done < self.operations:
-            self.restarts += 1
+            self.seen["restarts"] += 1
             self._one_run()
             self._restarted()
 
@@ -197,21 +206,27 @@ class Life:
         ends = rng.choice(["crash", "crash", "crash", "clean", "kill"])
         if ends == "crash":
             faults.crash_after = int(rng.expovariate(1 / 500))
-        self._budget = min(self.operations, self.done + int(rng.expovariate(1 / 500)) + 1)
+        gpus = self._luck.choice([0, 1, 1, 1, 2])
+        # A GPU's memory is not there at once.
+        lasts = int(rng.expovariate(1 / (1000 if gpus else 500)))
+        self._budget = min(self.operations, self.done + lasts + 1)
         if not self._open(faults):
             self._crash()
             return
-        gpu = self._gpu = None
-        if self._luck.random() < 0.7:
-            path = self._home.with_name("gpu.json")
-            gpu = self._gpu = CrashingGpu(path, self._luck, VRAM)
-        loop = self._loop = VirtualLoop(rng)
+        loop = self._loop = VirtualLoop(rng, is_slow)
+        self._gpus = [
+            CrashingGpu(
+                self._home.with_name(f"gpu{number}"), self._luck, VRAM, loop.time, self.seen
+            )
+            for number in range(gpus)
+        ]
         asyncio.set_event_loop(loop)
         seen = Seen()
         self._store = Store(
             config=StoreConfig(
                 dram_capacity_bytes=0,
                 lease_ms=60_000,
+                reservation_ms=int(1000 * RESERVATION_S),
                 max_blocks=MAX_BLOCKS,
                 vram_capacity_bytes=VRAM // 2,
                 vram_reserve_bytes=DRAM_EXTENT,
@@ -221,30 +236,42 @@ class Life:
             dram=HeapMemory(DRAM_EXTENT, DRAM_SLOTS * 4096),
             nvme=self._tier,
             tenant_key=lambda tenant: tenant.encode(),
-            executor=NoExecutor(),  # type: ignore[arg-type]
+            executor=NoExecutor(loop),  # type: ignore[arg-type]
             observer=seen,
-            vram=[] if gpu is None else [gpu.vram],
+            vram=self._gpus,
         )
+        for gpu in self._gpus:
+            gpu.belongs_to(self._store)
         try:
             loop.run(self._serve(ends))
             if seen.faults:
                 raise Wrong(f"a fault of the store itself: {seen.faults}")
-            self.damage_found += seen.corrupt_blocks[Tier.NVME.label]
-            self.memory_damage_found += seen.corrupt_blocks[Tier.DRAM.label]
-            self.memory_damage_found += self._store.stats().mismatched_blocks
+            if wrong := [what for gpu in self._gpus for what in gpu.wrong]:
+                raise Wrong(f"on a GPU: {wrong}")
+            for stats in self._store.vram_stats():
+                self.seen["straight_blocks"] += stats.straight_blocks
+                self.seen["bounced_blocks"] += stats.bounced_blocks
+                self.seen["landed_hits"] += stats.landed_hits
+                self.seen["copied_blocks"] += stats.copied_bytes > 0
+                self.seen["extents_given_back"] += stats.extents_given_back
+            self.seen["seconds"] += int(loop.time())
+            self.seen["damage_found"] += seen.corrupt_blocks[Tier.NVME.label]
+            self.seen["memory_damage_found"] += seen.corrupt_blocks[Tier.DRAM.label]
+            self.seen["memory_damage_found"] += self._store.stats().mismatched_blocks
         except Crash:
             loop.crashed = True  # While the store was closed, which it does by itself.
         finally:
             died = loop.crashed
             loop.abandon()
             asyncio.set_event_loop(None)
-            if gpu is not None:
-                gpu.leave()
+            while self._workers:
+                self._workers.pop().leave()
             if not self._tier._closed:
                 self._store._listing.close()
                 self._abandon_tier()
-                if gpu is not None:
-                    gpu.abandon(self._store)
+                for each in self._store._gpus._gpus:
+                    each._arena.close_extents()
+                    each._table.close()
         if died:
             self._crash()
         elif ends == "kill":
@@ -318,42 +345,116 @@ class Life:
 
     async def _serve(self, ends: str) -> None:
         store = self._store
+        self._loop.ends_s = self._loop.time() + 100 * PATIENCE_S
         await store.start()
         self._tier.check_integrity()
+        whims = [asyncio.ensure_future(self._take_and_leave(gpu)) for gpu in self._gpus]
+        self._others = others = []
         await asyncio.gather(*(self._client(number) for number in range(CLIENTS)))
+        self._others = None
+        await asyncio.gather(*others)
+        for whim in whims:
+            whim.cancel()
         store.check_integrity()
         self._tier.check_integrity()
         room = sum(Geometry(EXTENT).file_bytes for _ in self._disk.files)
         if room + self._tier._index._env.info()["map_size"] > CAPACITY:
             raise Wrong("more room is taken than the capacity")
+        if self._luck.random() < 0.5:
+            await self._all_leave()
         if ends == "clean":
             if self.rng.random() < 0.7:
                 await store.drain(5)
             await store.close()
+            if any(gpu.made_bytes for gpu in self._gpus):
+                raise Wrong("memory of a GPU was not given back")
+
+    async def _take_and_leave(self, gpu: CrashingGpu) -> None:
+        await asyncio.sleep(1.0)
+        while True:  # noqa: ASYNC110 - It waits for nothing.
+            await asyncio.sleep(gpu.whim())
 
     async def _client(self, number: int) -> None:
         rng = self.rng
-        session = self._store.open_session(self._tenants[number % len(self._tenants)], local=True)
-        ids = [self._store.register_layout(session.tenant, spec) for spec in self._specs]
-        if self._gpu is not None:
-            self._gpu.is_read_by(self._store, session, ids)
+        tenant = self._tenants[number % len(self._tenants)]
+        worker = self._arrive(tenant)
         while self.done < self._budget:
-            if self._gpu is not None and self._luck.random() < 0.01:
-                self._gpu.whim()
-            layout = rng.randrange(len(ids))
+            if not worker.lives:
+                worker = self._arrive(tenant)
+            layout = rng.randrange(len(self._specs))
             base, length = rng.randrange(CHAINS), rng.randint(1, CHAIN)
             keys = [bytes([base, i]) + bytes(30) for i in range(length)]
             what = rng.random()
             if what < 0.45:
-                await self._put(session, layout, ids[layout], keys)
+                await self._put(worker, layout, keys)
             elif what < 0.95:
-                await self._get(session, layout, ids[layout], keys)
+                await self._get(worker, layout, keys)
             elif what < 0.97:
                 await asyncio.sleep(rng.expovariate(1 / 0.5))
             elif what < 0.99:
-                await self._quietly(self._store.flush(session.tenant, rng.random() < 0.5))
+                await self._flush(tenant, drop=rng.random() < 0.5)
             elif rng.random() < 0.5:
-                await self._clear(session)
+                await self._clear(tenant)
+            if self._gpus:
+                await self._at_times(tenant)
+
+    async def _at_times(self, tenant: str) -> None:
+        """What makes more of GPUs."""
+        luck = self._luck
+        what = luck.random()
+        if what < 0.05:
+            await self._flush(tenant, drop=True)
+        elif what < 0.055:
+            await self._clear(tenant)
+        elif what < 0.3:
+            await asyncio.sleep(luck.expovariate(1 / 0.5))
+
+    def _disturb(self, worker: Worker) -> None:
+        """Somebody else does something, now."""
+        assert worker.gpu is not None
+        what, tenant = self._luck.randrange(4), worker.session.tenant
+        if what < 2:
+            worker.gpu.squeeze()
+        elif self._others is not None:
+            work = self._flush(tenant, drop=True) if what == 2 else self._clear(tenant)
+            self._others.append(asyncio.ensure_future(work))
+
+    def _arrive(self, tenant: str, *, reads: bool = False) -> Worker:
+        """A worker, mostly of an engine that reads on a GPU."""
+        store, luck = self._store, self._luck
+        session = store.open_session(tenant, local=True)
+        ids = [store.register_layout(tenant, spec) for spec in self._specs]
+        gpu = None
+        if self._gpus and (reads or luck.random() < 0.8):
+            gpu = luck.choice(self._gpus)
+        # At times one that is read on two GPUs under one name.
+        name = b"" if gpu is None else b"on %d" % self._gpus.index(gpu)
+        reader = name if luck.random() < 0.95 else b"everywhere"
+        worker = Worker(store, session, ids, gpu, reader, luck)
+        self._workers.append(worker)
+        return worker
+
+    async def _in_time(self, call: Awaitable[T], seconds: float) -> T:
+        began_s = self._loop.time()
+        answer = await call
+        took_s = self._loop.time() - began_s
+        if took_s > seconds + SLACK_S:
+            raise Wrong(f"a call took {took_s:.3f} s instead of {seconds:g}")
+        return answer
+
+    async def _flush(self, tenant: str, *, drop: bool) -> None:
+        self._meanwhile("flushed")
+        await self._in_time(self._quietly(self._store.flush(tenant, drop)), PATIENCE_S)
+
+    def _meanwhile(self, what: str) -> None:
+        """Count what happens while GPUs' memory is used."""
+        for gpu in self._store._gpus._gpus:
+            mirrors = gpu.mirrors
+            self.seen[f"{what}_under_straight_read"] += any(True for _ in mirrors.straight.coming())
+            self.seen[f"{what}_under_landing"] += any(True for _ in mirrors.landings.coming())
+            self.seen[f"{what}_under_gpu_lease"] += any(
+                mirror.pins or mirror.source.pins for mirror in mirrors.of.values()
+            )
 
     async def _quietly(self, call: Any) -> None:
         try:
@@ -361,26 +462,43 @@ class Life:
         except KVStoreError:
             return
 
-    async def _put(
-        self, session: Session, layout: int, layout_id: bytes, keys: list[bytes]
-    ) -> None:
-        store, rng = self._store, self.rng
+    async def _put(self, worker: Worker, layout: int, keys: list[bytes]) -> None:
+        store, rng, session = self._store, self.rng, worker.session
+        layout_id = worker.layout_ids[layout]
         self.done += len(keys)
-        grant = await store.reserve(session, layout_id, len(keys), rng.choice([0, 1000]))
+        wait_ms = rng.choice([0, 1000])
+        reserve = store.reserve(session, layout_id, len(keys), wait_ms)
+        # And until the memory is there.
+        grant = await self._in_time(reserve, PATIENCE_S)
         taken = keys[: len(grant.addresses)]
-        if not taken:
+        if not taken or not worker.lives:
             return
         slots = range(grant.first_slot, grant.first_slot + len(taken))
-        versions, sums = [], []
+        versions, sums, blocks = [], [], []
         for slot, key in zip(slots, taken, strict=True):
             self._versions += 1
             data = content(session.tenant, layout, key, self._versions)
             store.slot_view(session, slot)[:] = data
+            blocks.append(data)
             versions.append(self._versions)
             sums.append(xxhash.xxh3_64_intdigest(data))
         self._in_flight.update(versions)
-        answer = await store.commit(session, layout_id, [Segment(b"", taken, slots, sums)], 0)
-        self._in_flight.difference_update(versions)
+        hand_over = None
+        landed: Sequence[Landing] = ()
+        try:
+            if worker.gpu is not None and self._luck.random() < 0.5:
+                hand_over = HandOver(self, worker, layout, taken)
+                landed = await hand_over.write(slots, blocks)
+                if not worker.lives:
+                    return
+            segment = Segment(b"", taken, slots, sums)
+            answer = await store.commit(session, layout_id, [segment], 0, landed=landed)
+        except ReservationExpired:
+            self.seen["too_late_to_commit"] += 1
+            store.abort(session, slots)
+            return
+        finally:
+            self._in_flight.difference_update(versions)
         for key, version, outcome in zip(taken, versions, answer.outcomes, strict=True):
             name = (session.tenant, layout, key)
             held = self._held.get(name, Held(None, frozenset()))
@@ -391,47 +509,83 @@ class Life:
                 raise Wrong(f"{name} is there, and was never stored, or was cleared")
             elif outcome is CommitOutcome.PRESENT:
                 raise Wrong(f"{name} is there with bytes that are new")
+        if hand_over is not None:
+            await hand_over.read()
 
-    async def _get(
-        self, session: Session, layout: int, layout_id: bytes, keys: list[bytes]
-    ) -> None:
-        store = self._store
+    async def _get(self, worker: Worker, layout: int, keys: list[bytes]) -> None:
+        store, luck, session = self._store, self._luck, worker.session
         self.done += len(keys)
         wait_ms = self.rng.choice([0, 50, 5000])
         dropped = frozenset(self._dropped)
         names = [(session.tenant, layout, key) for key in keys]
         asked = [self._held.get(name) for name in names]
-        reader = b"" if self._gpu is None else self._luck.choice([b"", READER, READER])
-        grants = await store.acquire(
-            session, [ChainQuery([layout_id], keys)], wait_ms, reader=reader
+        if worker.gpu is not None and luck.random() < 0.03:
+            self.seen["died_while_waiting"] += 1
+            self._loop.call_later(luck.expovariate(1 / 0.01), worker.die)
+        if worker.gpu is not None and luck.random() < 0.02:
+            self._loop.call_later(luck.expovariate(1 / 0.01), self._disturb, worker)
+        query = ChainQuery([worker.layout_ids[layout]], keys)
+        reader = luck.choice([b"", worker.reader, worker.reader, worker.reader])
+        grants = await self._in_time(
+            store.acquire(session, [query], wait_ms, reader=reader), wait_ms / 1000
         )
+        if not worker.lives:
+            return
         grant = grants[0]
         for index in range(grant.held):
             # It may tell of any moment of the call: others clear and store meanwhile.
             meanwhile = self._held.get(names[index]) != asked[index]
-            data = self._data(session, layout, grant, index)
+            data = self._data(worker, layout, grant, index)
             if data is not None and self._is_right(data, grant, index, dropped):
                 held = asked[index] if meanwhile else None
                 self._check(names[index], data, asked=held)
-        if grant.held:
-            if self.rng.random() < 0.2:
-                await asyncio.sleep(self.rng.expovariate(1 / 0.01))
-                for index in range(grant.held):
-                    data = self._data(session, layout, grant, index)
-                    if data is not None and self._is_right(data, grant, index, frozenset()):
-                        self._check(names[index], data, again=True)
-            await self._let_memory_fail(session, layout, grant)
+        if not grant.held:
+            return
+        if luck.random() < 0.3:
+            await self._copy(worker, layout, grant)
+        elif self.rng.random() < 0.2:
+            await asyncio.sleep(self.rng.expovariate(1 / 0.01))
+        if not worker.lives:
+            return
+        for index in range(grant.held):
+            data = self._data(worker, layout, grant, index)
+            if data is not None and self._is_right(data, grant, index, frozenset()):
+                self._check(names[index], data, again=True)
+        await self._let_memory_fail(worker, layout, grant)
+        if worker.lives:
             store.release(session, [grant.lease_id])
 
-    def _data(self, session: Session, layout: int, grant: LeaseGrant, index: int) -> bytes | None:
+    async def _copy(self, worker: Worker, layout: int, grant: LeaseGrant) -> None:
+        """Take the time that a worker does to copy what it has leased, and die at times."""
+        if worker.gpu is None:
+            return
+        luck, nbytes = self._luck, self._specs[layout].block_bytes
+        there = [i for i in range(grant.held) if worker.find(grant, i, nbytes) is not None]
+        if there and luck.random() < 0.1:
+            worker.gpu.squeeze()
+        for index in luck.sample(there, min(len(there), 3)):
+            if luck.random() < 0.1:
+                self.seen["died_with_gpu_lease"] += worker.lives
+                worker.die()
+            data = await worker.copy(grant, index, nbytes, self.seen)
+            if data is None:
+                continue
+            self.seen["copied_on_gpu"] += 1
+            if xxhash.xxh3_64_intdigest(data) != grant.checksums[index]:
+                raise Wrong("other bytes on a GPU than the table says, in the middle of a copy")
+
+    def _data(self, worker: Worker, layout: int, grant: LeaseGrant, index: int) -> bytes | None:
         """What is read of a block that is leased; None where a GPU has it no more."""
-        if grant.addresses[index] < GPU_ONLY:
-            return bytes(self._store.lease_view(session, grant.lease_id, index))
-        assert self._gpu is not None
-        data = self._gpu.read(session, grant, index, self._specs[layout].block_bytes)
-        self.gpu_hits += data is not None
-        self.gpu_misses += data is None
-        return data
+        data = worker.find(grant, index, self._specs[layout].block_bytes)
+        if grant.addresses[index] >= GPU_ONLY:
+            self.seen["gpu_hits"] += data is not None
+            self.seen["gpu_misses"] += data is None
+            return data
+        if data is not None:
+            self.seen["mirror_hits"] += 1
+            if xxhash.xxh3_64_intdigest(data) != grant.checksums[index]:
+                raise Wrong("other bytes on a GPU than the table says")
+        return bytes(self._store.lease_view(worker.session, grant.lease_id, index))
 
     def _is_right(
         self, data: bytes, grant: LeaseGrant, index: int, dropped: frozenset[tuple[int, int]]
@@ -446,19 +600,19 @@ class Life:
             raise Wrong("damaged, looked at, and given to somebody again")
         return False
 
-    async def _let_memory_fail(self, session: Session, layout: int, grant: LeaseGrant) -> None:
+    async def _let_memory_fail(self, worker: Worker, layout: int, grant: LeaseGrant) -> None:
         """At times a bit flips, at times somebody says which blocks are damaged."""
-        rng, store = self.rng, self._store
+        rng, store, session = self.rng, self._store, worker.session
         blocks = list(zip(grant.addresses, grant.checksums, strict=True))
         if rng.random() < 0.05:
             address, _ = block = rng.choice(blocks)
-            if block not in self._flipped and address < GPU_ONLY:
+            if block not in self._flipped and address < GPU_ONLY and not self._is_copied(address):
                 self._flipped.add(block)
                 bit = rng.randrange(8 * self._specs[layout].block_bytes)
                 store.dram.view(address, (bit >> 3) + 1)[bit >> 3] ^= 1 << (bit & 7)
         damaged = []
         if self._flipped:
-            read = [self._data(session, layout, grant, i) for i in range(grant.held)]
+            read = [self._data(worker, layout, grant, i) for i in range(grant.held)]
             damaged = [
                 block
                 for i, (block, data) in enumerate(zip(blocks, read, strict=True))
@@ -475,6 +629,11 @@ class Life:
         await store.report_damage(session.tenant, [address for address, _ in named])
         if heard:
             self._dropped.update(damaged)
+
+    def _is_copied(self, address: int) -> bool:
+        """To a GPU, just now: nobody would notice there."""
+        written = (mirror for gpu in self._store._gpus._gpus for mirror in gpu.mirrors.written)
+        return any(mirror.source.address == address for mirror in written)
 
     def _check(
         self,
@@ -502,7 +661,7 @@ class Life:
             raise Wrong(f"{name}: version {version}, not one of {sorted(held.others)}")
         else:
             self._held[name] = Held(version, held.others - {version})
-        self.hits += 1
+        self.seen["hits"] += 1
 
     def _in_use(self) -> set[bytes]:
         """Stored keys of blocks on NVMe, or on their way there, that somebody uses."""
@@ -510,18 +669,19 @@ class Life:
         assert nvme is not None
         return {r.block.stored_key for r in nvme.replicas() if r.pins or r.state is not State.READY}
 
-    def _stored_key(self, session: Session, name: Name) -> bytes:
-        secret = self._store.tenant_secret(session)
+    def _stored_key(self, name: Name) -> bytes:
+        secret = self._store._planner.catalog.secret(name[0])
         return namer(secret, SPECS[name[1]].layout_id)(name[2])
 
-    async def _clear(self, session: Session) -> None:
+    async def _clear(self, tenant: str) -> None:
         """All of the tenant's that is not in use goes, for ever once that is answered,
         unless the disk was failing or said that it had done what it had not."""
-        mine = {name: held for name, held in self._held.items() if name[0] == session.tenant}
+        self._meanwhile("cleared")
+        mine = {name: held for name, held in self._held.items() if name[0] == tenant}
         before = self._versions
         in_flight = set(self._in_flight)
         in_use = self._in_use()
-        await self._store.clear(session.tenant)
+        await self._in_time(self._store.clear(tenant), PATIENCE_S)
         in_use |= self._in_use()
         honest = not self._wild and self._store._planner.residency.nvme_on
         for name, held in mine.items():
@@ -529,10 +689,34 @@ class Life:
             known = {v for v in (held.current, *held.others) if v is not None}
             versions = {v for v in (now.current, *now.others) if v is not None}
             newer = {v for v in versions if v > before or v in in_flight}
-            gone = honest and self._stored_key(session, name) not in in_use
+            gone = honest and self._stored_key(name) not in in_use
             keep = newer if gone else newer | known
             current = now.current if now.current is not None and now.current in newer else None
             self._held[name] = Held(current, frozenset(keep - {current}))
+
+    # The end
+
+    async def _all_leave(self) -> None:
+        """Nobody is there any more, and nothing of theirs."""
+        for gpu in self._gpus:
+            gpu.recover()
+        for worker in self._workers:
+            worker.die()
+        await self._until(lambda: held_by_nobody(self._store))
+        self.seen["ends"] += 1
+        if self._luck.random() < 0.3:
+            for tenant in self._tenants:
+                await self._clear(tenant)
+            await self._until(lambda: left_in_tiers(self._store))
+            self.seen["empty_ends"] += 1
+
+    async def _until(self, left: Callable[[], Sequence[object]]) -> None:
+        until_s = self._loop.time() + PATIENCE_S
+        while what := left():
+            if self._loop.time() > until_s:
+                raise Wrong(f"left behind: {what}")
+            await asyncio.sleep(1.0)
+        self._store.check_integrity()
 
 
 def content(tenant: str, layout: int, key: bytes, version: int) -> bytes:
@@ -577,19 +761,14 @@ def main() -> int:
     logging.disable(logging.CRITICAL)
     first, end = int(sys.argv[1]), int(sys.argv[2])
     operations = int(sys.argv[3]) if len(sys.argv) > 3 else OPERATIONS
-    total = dict.fromkeys(COUNTED, 0)
+    total: Counter[str] = Counter()
     shared = Path("/dev/shm")
     with TemporaryDirectory(dir=shared if shared.is_dir() else None) as folder:
         for seed in range(first, end):
             life = run_seed(seed, Path(folder) / "data", operations)
             total["seeds"] += 1
             total["operations"] += life.done
-            total["hits"] += life.hits
-            total["restarts"] += life.restarts
-            total["damage_found"] += life.damage_found
-            total["memory_damage_found"] += life.memory_damage_found
-            total["gpu_hits"] += life.gpu_hits
-            total["gpu_misses"] += life.gpu_misses
+            total += life.seen
     sys.stdout.write(json.dumps(total) + "\n")
     return 0
 

@@ -1,0 +1,50 @@
+"""What is left in a store that nobody uses any more."""
+
+from __future__ import annotations
+
+from kvstore.core.lifecycle import State
+from kvstore.store import Store
+from kvstore.store.vram import Gpu
+from tests.simulation.crashing_gpu import CrashingGpu
+
+
+def held_by_nobody(store: Store) -> list[str]:
+    """Once all clients have gone, this should be empty soon."""
+    planner = store._planner
+    residency = planner.residency
+    pools = [residency.dram, *([] if residency.nvme is None else [residency.nvme])]
+    counts = {
+        "sessions": planner.open_sessions,
+        "leases": planner.open_leases,
+        "reservations": planner.open_reservations,
+        "pins": sum(replica.pins for pool in pools for replica in pool.replicas()),
+        "sessions that read on GPUs": len(store._gpus._read),
+    }
+    left = [f"{count} {what}" for what, count in counts.items() if count]
+    return left + [each for gpu in store._gpus._gpus for each in _on_gpu(gpu)]
+
+
+def _on_gpu(gpu: Gpu) -> list[str]:
+    mirrors, vram = gpu.mirrors, gpu._arena.vram
+    assert isinstance(vram, CrashingGpu)
+    counts = {
+        "used bytes": mirrors.space.used_bytes,
+        "classes": len(list(mirrors.space.classes())),
+        "mirrors": len(mirrors.of),
+        "mirrors on their way": len(mirrors.replicas()),
+        "bytes of shares": sum(share.held_bytes for share in mirrors.shares),
+        "open extents": len(gpu._arena._open),
+        "copies": len(gpu._arena._copying),
+        "rows": len(gpu._table._row_of),
+        "bytes of its memory": vram.made_bytes,
+    }
+    return [f"{count} {what} on a GPU" for what, count in counts.items() if count]
+
+
+def left_in_tiers(store: Store) -> list[str]:
+    """Once all blocks are cleared too."""
+    residency = store._planner.residency
+    left: list[object] = [*residency.dram.replicas()]
+    if residency.nvme is not None and residency.nvme_on:
+        left += [r for r in residency.nvme.replicas() if r.state is not State.DAMAGED]
+    return [repr(each) for each in left]
