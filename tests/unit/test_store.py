@@ -92,7 +92,7 @@ class Faulty(HeapStorage):
         super().write(address, header, payload)
 
     def read(self, address: int, header: BlockHeader, into: memoryview) -> None:
-        assert self.gate.wait(10)
+        assert self.gate.wait(60)
         if self.fail_read is not None:
             raise self.fail_read
         super().read(address, header, into)
@@ -109,7 +109,7 @@ class SlowMemory(HeapMemory):
         self.gate.set()
 
     def open_extent(self, extent: int) -> None:
-        assert self.gate.wait(10)
+        assert self.gate.wait(60)
         if self.refuse:
             raise TierFull("the machine gave no memory")
         super().open_extent(extent)
@@ -144,7 +144,7 @@ class Rig:
     def session(self, tenant: str = "t") -> Session:
         return self.store.open_session(tenant, local=True)
 
-    async def put(self, session: Session, keys: list[bytes], *, wait_ms: int = 5000) -> int:
+    async def put(self, session: Session, keys: list[bytes], *, wait_ms: int = 30_000) -> int:
         lid = self.store.register_layout(session.tenant, SPEC)
         stored = 0
         while stored < len(keys):
@@ -163,7 +163,7 @@ class Rig:
         return stored
 
     async def acquire(
-        self, session: Session, keys: list[bytes], *, wait_ms: int = 5000
+        self, session: Session, keys: list[bytes], *, wait_ms: int = 30_000
     ) -> LeaseGrant:
         lid = self.store.register_layout(session.tenant, SPEC)
         return (await self.store.acquire(session, [ChainQuery([lid], keys)], wait_ms))[0]
@@ -188,7 +188,7 @@ def run(rig: Rig, body: Callable[[Rig], Awaitable[None]]) -> None:
     async def main() -> None:
         await rig.store.start()
         try:
-            await asyncio.wait_for(body(rig), 20)
+            await asyncio.wait_for(body(rig), 90)
             rig.store.check_integrity()
         finally:
             await rig.store.close()
@@ -197,7 +197,7 @@ def run(rig: Rig, body: Callable[[Rig], Awaitable[None]]) -> None:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    for _ in range(500):
+    for _ in range(3000):
         if condition():
             return
         await asyncio.sleep(0.01)
@@ -421,7 +421,7 @@ def test_a_full_disk_delays_nobody_and_is_tried_again() -> None:
         session = rig.session()
         rig.nvme.fail_write = TierFull("no room")
         for base in range(8):
-            assert await rig.put(session, chain(base, 4), wait_ms=2000) == 4
+            assert await rig.put(session, chain(base, 4), wait_ms=30_000) == 4
         await until(lambda: not rig.store._planner.residency.busy)
         rig.nvme.fail_write = None
         rig.clock.advance_ms(2000)
@@ -516,8 +516,8 @@ def test_many_callers_at_once_lose_nothing_and_leak_nothing() -> None:
         session = rig.session(f"tenant{number % 3}")
         for round_ in range(6):
             keys = chain(number * 8 + round_, 1 + round_)
-            await rig.put(session, keys, wait_ms=5000)
-            grant = await rig.acquire(session, keys, wait_ms=5000)
+            await rig.put(session, keys, wait_ms=30_000)
+            grant = await rig.acquire(session, keys, wait_ms=30_000)
             assert rig.read(session, grant) == [content(k) for k in keys[: grant.held]]
             if grant.lease_id:
                 rig.store.release(session, [grant.lease_id])

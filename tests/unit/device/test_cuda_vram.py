@@ -19,6 +19,7 @@ from kvstore.device.cuda_vram import CudaVram
 from kvstore.errors import DeviceError, DeviceFull, DeviceLost, DeviceStuck, DriverTooOld
 from kvstore.tiers.vram import VramArena
 from kvstore.types import align_up
+from tests.unit.descriptors import open_descriptors
 from tests.unit.device.cupy_standin import Machine
 from tests.unit.device.fakes import FakeDriver
 from tests.unit.tiers.blocks import BLOCK_BYTES, payload_of, put
@@ -175,15 +176,11 @@ def opened(memory: Memory) -> CudaVram:
     return CudaVram(CudaDriver(0, lambda: 0, compiles=False))
 
 
-def descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
-
-
 def test_what_is_written_and_waited_for_is_seen_by_who_opens_it(memory: Memory) -> None:
     server, worker = opened(memory), opened(memory)
     assert server.name == worker.name == "GPU-000102030405060708090a0b0c0d0e0f"
     assert server.free_bytes() == 1000
-    before = descriptors()
+    before = open_descriptors()
     made = server.make(NBYTES)
     made.write(0, memoryview(DATA)[:4096])
     made.write(4096, memoryview(DATA)[4096:])
@@ -197,7 +194,7 @@ def test_what_is_written_and_waited_for_is_seen_by_who_opens_it(memory: Memory) 
     theirs.close()
     theirs.close()
     assert memory.left == (0, 0, 0)
-    assert descriptors() == before
+    assert open_descriptors() == before
 
 
 def test_what_is_written_now_is_there_and_leaves_others_alone(memory: Memory) -> None:
@@ -329,14 +326,14 @@ def test_a_call_that_fails_leaves_nothing_behind(
 ) -> None:
     vram = opened(memory)
     made = vram.make(NBYTES)
-    left, before = memory.left, descriptors()
+    left, before = memory.left, open_descriptors()
     memory.fails = {call: status}
     with pytest.raises(error):
         if call != "cuMemImportFromShareableHandle":
             vram.make(NBYTES)
         vram.open(made.descriptor, NBYTES)
     assert memory.left == left
-    assert descriptors() == before
+    assert open_descriptors() == before
     memory.fails = {}
     made.free()
 

@@ -67,7 +67,7 @@ def test_pinning_makes_nobody_wait() -> None:
     pins = Pins(driver)
     assert not pins.covers(view_of(pages))
     held.set()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while not pins.covers(view_of(pages)):
         assert time.monotonic() < deadline
         time.sleep(0.001)
@@ -110,7 +110,7 @@ def test_memory_that_goes_before_its_turn_is_not_pinned() -> None:
         pins.covers(view_of(pages))
     del pages, second
     held.set()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while not pins.covers(view_of(first)):
         assert time.monotonic() < deadline
         time.sleep(0.001)

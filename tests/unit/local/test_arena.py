@@ -13,6 +13,7 @@ import pytest
 from kvstore.errors import BadRequest, InternalError, Unavailable
 from kvstore.local.arena import Arena
 from kvstore.types import GPU_ONLY
+from tests.unit.descriptors import open_descriptors
 from tests.unit.local.attach_server import EXTENT_BYTES, sealed_memfd
 
 
@@ -162,10 +163,10 @@ def test_the_number_of_mapped_extents_is_bounded(files: Files) -> None:
 def test_a_mapping_keeps_no_descriptor(files: Files) -> None:
     arena = Arena(EXTENT_BYTES, files.fetch)
     arena.view(0, 1, writable=False)
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     for extent in range(1, 20):
         arena.view(extent * EXTENT_BYTES, 1, writable=False)
-    assert len(os.listdir("/proc/self/fd")) == before + 19  # The test's own files.
+    assert open_descriptors() == before + 19  # The test's own files.
 
 
 def test_a_closed_arena_maps_nothing_more(files: Files) -> None:
@@ -182,12 +183,12 @@ def test_a_closed_arena_maps_nothing_more(files: Files) -> None:
 )
 def test_memory_that_could_end_early_is_refused(nbytes: int, seals: int) -> None:
     """A copy past a file's end is a SIGBUS that kills the whole engine."""
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     arena = Arena(EXTENT_BYTES, lambda _: (sealed_memfd(nbytes, seals=seals), EXTENT_BYTES))
     with pytest.raises(InternalError):
         arena.view(0, 1, writable=False)
     assert arena.mapped_extents == 0
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_descriptors() == before
 
 
 def test_an_extent_that_cannot_be_had_is_asked_for_again(files: Files) -> None:

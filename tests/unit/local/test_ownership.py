@@ -112,4 +112,4 @@ def test_a_listener_of_another_user_is_not_ones_own_server(tmp_path: Path) -> No
         listen_as_another(server._listener)
         with pytest.raises(Untrusted, match=f"user {ANOTHER}'s"):
             Attachment.connect(server.path, 5, own=True)
-        Attachment.connect(server.path, 5).close()
+        Attachment.connect(server.path, 30).close()

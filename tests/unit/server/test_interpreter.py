@@ -51,7 +51,7 @@ def make(rounds: int) -> list[Thing]:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    for _ in range(1000):
+    for _ in range(10_000):
         if condition():
             return
         await asyncio.sleep(0.001)
