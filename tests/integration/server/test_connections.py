@@ -13,7 +13,14 @@ import pytest
 from kvstore.wire.v1 import kvstore_pb2 as pb
 from kvstore_server import limits
 from kvstore_server.app import App
-from tests.integration.server.harness import eventually, in_loop, serving, stub_for, tcp_target
+from tests.integration.server.harness import (
+    PATIENCE_S,
+    eventually,
+    in_loop,
+    serving,
+    stub_for,
+    tcp_target,
+)
 
 
 def ended(connection: socket.socket) -> bool:
@@ -57,7 +64,7 @@ async def test_there_are_no_more_connections_than_sessions_need(
             await eventually(lambda: sum(map(ended, many)) >= 38)
         async with stub_for(tcp_target(app)) as stub:
             info = pb.GetServerInfoRequest()
-            await stub.GetServerInfo(info, wait_for_ready=True, timeout=10)
+            await stub.GetServerInfo(info, wait_for_ready=True, timeout=PATIENCE_S)
 
 
 @in_loop
