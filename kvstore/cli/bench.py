@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+from kvstore.cli.arguments import count, counts, names, number, positive, whole
 from kvstore.cli.demo import require_vllm
 from kvstore.cli.ending import ending_what_was_started
 from kvstore.cli.main import COMMANDS, Subparsers
@@ -70,7 +71,7 @@ def _local_options(parser: argparse.ArgumentParser) -> None:
         help="measure other stores beside ours, those that `make bench-peers` has set up;"
         " default: in .venv-peers",
     )
-    parser.add_argument("--rounds", type=int, metavar="N", help="default: 7")
+    parser.add_argument("--rounds", type=whole(1000), metavar="N", help="default: 7")
 
 
 def _local(args: argparse.Namespace) -> int:
@@ -90,13 +91,13 @@ def _local(args: argparse.Namespace) -> int:
 def _clients_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--clients",
-        type=_counts,
+        type=counts,
         default=(1, 4, 16, 64),
         metavar="N,N",
         help="how many, one measurement each; default: 1,4,16,64",
     )
     parser.add_argument(
-        "--seconds", type=float, default=5.0, metavar="S", help="each measurement; default: 5"
+        "--seconds", type=positive, default=5.0, metavar="S", help="each measurement; default: 5"
     )
 
 
@@ -112,7 +113,7 @@ def _clients(args: argparse.Namespace) -> int:
 def _index_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--blocks",
-        type=_counts,
+        type=counts,
         default=(10_000, 100_000, 1_000_000),
         metavar="N,N",
         help="how many, one measurement each, up to 10000000; default: 10000,100000,1000000",
@@ -122,7 +123,7 @@ def _index_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--dram-blocks",
-        type=int,
+        type=whole(1_000_000),
         default=8192,
         metavar="N",
         help="in DRAM, which are acquired, up to 1000000; default: 8192",
@@ -139,13 +140,13 @@ def _index(args: argparse.Namespace) -> int:
 def _evictions_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--policy",
-        type=_names,
+        type=names,
         default=("worth", "lru"),
         metavar="NAME,NAME",
         help="policies (docs/policies.md); default: worth,lru",
     )
     parser.add_argument(
-        "--blocks", type=int, default=1_000_000, metavar="N", help="in DRAM; default: 1000000"
+        "--blocks", type=count, default=1_000_000, metavar="N", help="in DRAM; default: 1000000"
     )
 
 
@@ -169,27 +170,27 @@ def _priorities_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--policy",
-        type=_names,
+        type=names,
         default=("worth", "priority-lru", "lru"),
         metavar="NAME,NAME",
         help="policies (docs/policies.md); default: worth,priority-lru,lru",
     )
     parser.add_argument(
         "--capacity-blocks",
-        type=_counts,
+        type=counts,
         default=(1500,),
         metavar="N,N",
         help="sizes of the tier; default: 1500",
     )
     parser.add_argument(
         "--loads",
-        type=_counts,
+        type=counts,
         default=(1, 3, 10),
         metavar="N,N",
         help="of low priority, as parts of the requests of high priority; default: 1,3,10",
     )
     parser.add_argument(
-        "--requests", type=_count, default=1200, metavar="N",
+        "--requests", type=count, default=1200, metavar="N",
         help="of high priority, made up or a trace's first ones; default: 1200",
     )  # fmt: skip
 
@@ -201,6 +202,13 @@ def _priorities(args: argparse.Namespace) -> int:
     if args.quick:
         options = replace(QUICK, policies=args.policy, loads=args.loads, trace=args.trace)
     return run(options, as_object=args.json, plots=args.plots)
+
+
+_part = number(0, 2, "a number above 0 and up to 2", above=True)
+
+
+def _parts(text: str) -> tuple[float, ...]:
+    return tuple(_part(word) for word in text.split(","))
 
 
 def _transfers_options(parser: argparse.ArgumentParser) -> None:
@@ -233,14 +241,18 @@ def _prefetch_options(parser: argparse.ArgumentParser) -> None:
         "trace", type=Path, metavar="TRACE", help="sessions, in a format of docs/simulator.md"
     )
     parser.add_argument(
-        "--dram-gib", type=float, default=32.0, metavar="N", help="memory for blocks; default: 32"
+        "--dram-gib",
+        type=positive,
+        default=32.0,
+        metavar="N",
+        help="memory for blocks; default: 32",
     )
     parser.add_argument(
-        "--session-rate", type=float, default=0.02, metavar="R",
+        "--session-rate", type=positive, default=0.02, metavar="R",
         help="sessions that begin a second; default: 0.02",
     )  # fmt: skip
     parser.add_argument(
-        "--requests", type=int, default=1500, metavar="N", help="the first so many; default: 1500"
+        "--requests", type=count, default=1500, metavar="N", help="the first so many; default: 1500"
     )
 
 
@@ -255,7 +267,7 @@ def _prefetch(args: argparse.Namespace) -> int:
 def _gpu_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gigabytes",
-        type=float,
+        type=positive,
         default=16.0,
         metavar="N",
         help="random bytes to move and compare; default: 16",
@@ -273,8 +285,10 @@ def _gpu(args: argparse.Namespace) -> int:
 
 
 def _vllm_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="default: 7")
-    parser.add_argument("--tokens", type=int, default=8192, metavar="N", help="a prompt; 8192")
+    parser.add_argument("--rounds", type=whole(1000), default=7, metavar="N", help="default: 7")
+    parser.add_argument(
+        "--tokens", type=count, default=8192, metavar="N", help="a prompt; default: 8192"
+    )
 
 
 def _vllm(args: argparse.Namespace) -> int:
@@ -284,7 +298,7 @@ def _vllm(args: argparse.Namespace) -> int:
 
 
 def _serve_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="default: 5")
+    parser.add_argument("--rounds", type=whole(1000), default=5, metavar="N", help="default: 5")
     parser.add_argument(
         "--trace",
         type=Path,
@@ -297,6 +311,8 @@ def _serve(args: argparse.Namespace) -> int:
     from kvstore_benchmarks.serving.bench import Options, run
 
     require_vllm()
+    if args.trace is not None:
+        args.trace.open("rb").close()  # Minutes of starting engines should not end in an error.
     options = Options(1 if args.quick else args.rounds, args.dir, args.trace, args.quick)
     return run(options, as_object=args.json)
 
@@ -336,25 +352,3 @@ BENCHMARKS = {
         "an OpenAI server under load, with and without it", _serve_options, _serve, writes=True
     ),
 }  # fmt: skip
-
-
-def _parts(text: str) -> tuple[float, ...]:
-    parts = tuple(float(word) for word in text.split(","))
-    if not all(0 < part < 2 for part in parts):
-        raise ValueError
-    return parts
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(text.split(",")))
-
-
-def _counts(text: str) -> tuple[int, ...]:
-    return tuple(_count(word) for word in text.split(","))
-
-
-def _count(text: str) -> int:
-    count = int(text)
-    if count < 1:
-        raise ValueError
-    return count

@@ -14,12 +14,15 @@ from typing import Any
 
 import grpc
 
+from kvstore.cli.arguments import positive
 from kvstore.config import load_config
-from kvstore.errors import WIRE_ERRORS, KVStoreError, Unavailable
+from kvstore.errors import WIRE_ERRORS, KVStoreError, Unavailable, Untrusted
 from kvstore.local.ownership import check_directory
 from kvstore.wire.v1.kvstore_pb2_grpc import KVStoreStub
 
 CALL_TIMEOUT_S = 10.0
+
+_WHERE = "start one with `kvstore serve`, or say with --endpoint where one is"
 
 # A server is on this host, where no proxy that the environment names finds it.
 _OPTIONS = [("grpc.enable_http_proxy", 0)]
@@ -34,6 +37,12 @@ def add_endpoint_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, metavar="FILE", help="the server's TOML file")
 
 
+def add_timeout_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--timeout", type=positive, default=600.0, metavar="S", help="seconds; default: 600"
+    )
+
+
 def endpoint_of(args: argparse.Namespace) -> str:
     """Raises `ConfigError`, and `Unavailable` where nobody named one and no directory that is
     this user's own can have it."""
@@ -41,7 +50,12 @@ def endpoint_of(args: argparse.Namespace) -> str:
         return str(args.endpoint)
     config = load_config(args.config)
     if config.defaulted("server.socket"):
-        check_directory(config.socket_path.parent, private=True)
+        try:
+            check_directory(config.socket_path.parent, private=True)
+        except Untrusted:
+            raise
+        except Unavailable as error:
+            raise Unavailable(f"{error}; {_WHERE}") from error
     return config.server.socket
 
 
@@ -69,7 +83,7 @@ def _typed(error: grpc.RpcError, endpoint: str) -> KVStoreError:
     if code in WIRE_ERRORS:
         return WIRE_ERRORS[code](error.details() or code)
     if error.code() is grpc.StatusCode.UNAVAILABLE:
-        return Unavailable(f"no server answers at {endpoint}")
+        return Unavailable(f"no server answers at {endpoint}; {_WHERE}")
     if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
         return Unavailable(f"{endpoint} did not answer in time: the server is busy, or hangs")
     if error.code() is grpc.StatusCode.UNIMPLEMENTED:

@@ -39,7 +39,9 @@ def run(args: argparse.Namespace) -> int:
         if args.pd:
             from kvstore_benchmarks.serving.pd import Options
             from kvstore_benchmarks.serving.pd import run as run_pd
+            from kvstore_benchmarks.serving.router import program_in
 
+            program_in(args.router)  # Minutes of starting engines should not end in an error.
             return run_pd(Options(args.router, args.dir), as_object=args.json)
         from kvstore_benchmarks.end_to_end.demo import run as run_demo
 

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import argparse
 
-from kvstore.cli.connection import add_endpoint_argument, calling, endpoint_of
+from kvstore.cli.connection import (
+    add_endpoint_argument,
+    add_timeout_argument,
+    calling,
+    endpoint_of,
+)
 from kvstore.cli.main import COMMANDS, Subparsers
 from kvstore.wire.v1 import kvstore_pb2 as pb
 
@@ -13,7 +18,7 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
     parser = subparsers.add_parser("flush", help=COMMANDS["flush"].summary)
     add_endpoint_argument(parser)
     parser.add_argument("--drop", action="store_true", help="and drop them from DRAM")
-    parser.add_argument("--timeout", type=float, default=600.0, metavar="S", help="seconds")
+    add_timeout_argument(parser)
     return parser
 
 

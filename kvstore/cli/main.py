@@ -6,11 +6,13 @@ import argparse
 import difflib
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple, NoReturn, Protocol
 
 from kvstore import __version__
+from kvstore.cli.output import NOBODY_READS, finish, give_up, nobody_reads
 from kvstore.errors import ConfigError, KVStoreError, Unavailable
 
 
@@ -78,18 +80,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = next((word for word in argv if not word.startswith("-")), None)
     if name not in COMMANDS:
         _usage(argv, name)
-    module: CommandModule = importlib.import_module(COMMANDS[name].module)
-    parser = Parser(prog="kvstore")
-    subparsers = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
-    module.add_parser(subparsers)
-    args = parser.parse_args(argv)
     try:
-        return module.run(args)
+        module: CommandModule = importlib.import_module(COMMANDS[name].module)
+        parser = Parser(prog="kvstore")
+        subparsers = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+        module.add_parser(subparsers)
+        code = module.run(parser.parse_args(argv))
+        finish()
+        return code
     except KVStoreError as error:
         print(f"kvstore: {error}", file=sys.stderr)
         return _exit_code(error)
     except KeyboardInterrupt:
-        return 130
+        return 128 + signal.SIGINT
+    except OSError as error:
+        if isinstance(error, BrokenPipeError) and nobody_reads():
+            give_up()
+            return NOBODY_READS
+        where = "" if error.filename is None else f"{error.filename}: "
+        print(f"kvstore: {where}{error.strerror or error}", file=sys.stderr)
+        give_up()
+        return 1
 
 
 def _exit_code(error: KVStoreError) -> int:

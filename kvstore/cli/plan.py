@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvstore.cli import output
+from kvstore.cli.arguments import number, positive, whole
 from kvstore.cli.main import COMMANDS, Subparsers
 from kvstore.errors import BadRequest
 from kvstore.units import parse_size
@@ -22,6 +24,9 @@ STATED = ("requests_per_s", "prompt_tokens", "shared_tokens", "output_tokens", "
 """What stands in for a trace."""
 OF_TRACES = ("policy", "session_rate", "block_tokens")
 
+_amount = number(0, 1e12, "a number of 0 or more")
+_share = number(0, 1, "a share above 0 and up to 1", above=True)
+
 
 def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
     parser = subparsers.add_parser("plan", help=COMMANDS["plan"].summary)
@@ -34,25 +39,23 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
         default="llama-3.1-8b",
         help="name, or a model's config.json; default: %(default)s",
     )
-    add("--parameters", type=_positive, metavar="BILLIONS", help="of a config.json's model")
+    add("--parameters", type=positive, metavar="BILLIONS", help="of a config.json's model")
     add("--gpu", default="h100", help="default: %(default)s")
-    add("--gpus", type=_count, default=1, metavar="N", help="that share the model; default: 1")
+    add("--gpus", type=whole(4096), default=1, metavar="N", help="that share the model; default: 1")
     add("--ssd", default="gen4", help="default: %(default)s")
-    add("--ssds", type=_count, default=1, metavar="N", help="drives; default: 1")
+    add("--ssds", type=whole(4096), default=1, metavar="N", help="drives; default: 1")
     add("--parts", type=Path, metavar="TOML", help="more GPUs, SSDs and models")
-    add("--weight-bytes", type=_positive, default=2.0, metavar="B", help="a parameter; default: 2")
-    add("--kv-bytes", type=_positive, default=2.0, metavar="B", help="a number; default: 2")
+    add("--weight-bytes", type=positive, default=2.0, metavar="B", help="a parameter; default: 2")
+    add("--kv-bytes", type=positive, default=2.0, metavar="B", help="a number; default: 2")
     add("--mfu", type=_share, default=0.5, help="of peak arithmetic in prefill; default: 0.5")
     add("--utilisation", type=_share, default=0.7, help="a GPU may be kept at; default: 0.7")
     workload = parser.add_argument_group("workload, in place of a trace")
     add = workload.add_argument
-    add(
-        "--requests-per-s", type=_positive, metavar="R", help="or a trace's, sped up or slowed down"
-    )
-    add("--prompt-tokens", type=_positive, metavar="N", help="mean")
-    add("--shared-tokens", type=_number, metavar="N", help="of them asked for before, mean")
-    add("--output-tokens", type=_number, metavar="N", help="mean")
-    add("--reuse-s", type=_positive, metavar="S", help="until they are asked for again, mean")
+    add("--requests-per-s", type=positive, metavar="R", help="or a trace's, sped up or slowed down")
+    add("--prompt-tokens", type=positive, metavar="N", help="mean")
+    add("--shared-tokens", type=_amount, metavar="N", help="of them asked for before, mean")
+    add("--output-tokens", type=_amount, metavar="N", help="mean")
+    add("--reuse-s", type=positive, metavar="S", help="until they are asked for again, mean")
     trace = parser.add_argument_group("a trace")
     add = trace.add_argument
     add(
@@ -60,23 +63,23 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
         metavar="NAME",
         help="it is replayed with (docs/policies.md); default: worth, as the server's",
     )
-    add("--session-rate", type=_positive, metavar="R",
+    add("--session-rate", type=positive, metavar="R",
         help="arrivals of sessions that carry no common time; default: 0.02")  # fmt: skip
-    add("--block-tokens", type=_counted(1 << 20), metavar="N",
+    add("--block-tokens", type=whole(1 << 20), metavar="N",
         help="replay in blocks of so many tokens, a multiple of the trace's own; default: larger"
         " ones where prompts are long")  # fmt: skip
     sizes = parser.add_argument_group("sizes, in place of the knees")
     sizes.add_argument("--dram", type=_size, metavar="SIZE", help="such as 512GB")
     sizes.add_argument("--nvme", type=_size, metavar="SIZE", help="such as 8TB; 0 for none")
     add = sizes.add_argument
-    add("--first-token-ms", type=_positive, metavar="MS", help="the target, mean")
+    add("--first-token-ms", type=positive, metavar="MS", help="the target, mean")
     prices = parser.add_argument_group("prices, in any one currency; the defaults are assumptions")
     add = prices.add_argument
-    add("--gpu-hour", type=_number, default=2.5, metavar="P", help="default: 2.5")
-    add("--dram-gb", type=_number, default=5.0, metavar="P", help="a GB; default: 5")
-    add("--nvme-gb", type=_number, default=0.15, metavar="P", help="a GB; default: 0.15")
-    add("--years", type=_positive, default=4.0, metavar="Y", help="to pay them off; default: 4")
-    add("--write-amplification", type=_positive, default=1.1, metavar="X",
+    add("--gpu-hour", type=_amount, default=2.5, metavar="P", help="default: 2.5")
+    add("--dram-gb", type=_amount, default=5.0, metavar="P", help="a GB; default: 5")
+    add("--nvme-gb", type=_amount, default=0.15, metavar="P", help="a GB; default: 0.15")
+    add("--years", type=positive, default=4.0, metavar="Y", help="to pay them off; default: 4")
+    add("--write-amplification", type=positive, default=1.1, metavar="X",
         help="bytes on the drive for one of a block; default: 1.1")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one object")
     parser.add_argument("--plots", type=Path, metavar="DIR", help="draw the curves there, as PNG")
@@ -167,10 +170,9 @@ def _demand(args: argparse.Namespace, prefill: Prefill) -> tuple[Demand, int]:
 
 
 def _show(sections: Sequence[Section]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = output.console()
     for section in sections:
         table = Table(title=section.title, title_justify="left", show_header=False, box=None)
         table.add_column(overflow="fold")
@@ -184,7 +186,7 @@ def _show(sections: Sequence[Section]) -> None:
                 table.add_row(figure.name, _text(figure.value), figure.unit, figure.formula)
         console.print(table)
         if section.steps:
-            console.print(_curve(section))
+            output.print_table(console, _curve(section))
         for note in section.notes:
             console.print(f"  ! {note}", highlight=False)
         console.print()
@@ -222,36 +224,6 @@ def _text(value: float) -> str:
 
 def _flags(names: Sequence[str]) -> str:
     return ", ".join("--" + name.replace("_", "-") for name in names)
-
-
-def _checked(least: float, above: bool, most: float, what: str) -> Callable[[str], float]:
-    def check(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = float("nan")
-        if not (value > least if above else value >= least) or not value <= most:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
-        return value
-
-    return check
-
-
-_positive = _checked(0, True, 1e12, "a number above 0")
-_number = _checked(0, False, 1e12, "a number of 0 or more")
-_share = _checked(0, True, 1, "a share above 0 and up to 1")
-
-
-def _counted(most: int) -> Callable[[str], int]:
-    def check(text: str) -> int:
-        if not text.isdecimal() or not 0 < int(text) <= most:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to {most}")
-        return int(text)
-
-    return check
-
-
-_count = _counted(4096)
 
 
 def _size(text: str) -> int:

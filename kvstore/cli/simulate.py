@@ -6,13 +6,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvstore.cli import simulate_stack
+from kvstore.cli import output, simulate_stack
+from kvstore.cli.arguments import count, counts, names, number
 from kvstore.cli.main import COMMANDS, Subparsers
 from kvstore.errors import BadRequest, KVStoreError
 
@@ -28,6 +30,8 @@ RATIOS = {
     "token_hit_ratio": "Token hits, up to the first missing block",
     "compute_saved_ratio": "Prefill saved",
 }
+
+_rate = number(0, 1e6, "a rate above 0", above=True)
 
 
 def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
@@ -48,13 +52,13 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--capacity-blocks",
-        type=_capacities,
+        type=counts,
         metavar="N,N",
         help="sizes of the tier; default: 1, 5, 10, 25 and 50 %% of the trace's blocks",
     )
     parser.add_argument(
         "--block-tokens",
-        type=_count,
+        type=count,
         metavar="N",
         help="replay in blocks of so many tokens, a multiple of the trace's own; default: those",
     )
@@ -86,7 +90,7 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--expected",
-        type=_within,
+        type=number(0, math.nextafter(1, 0), "a share from 0 to below 1"),
         metavar="P",
         help="tell policies when each session will be back, too, off by a factor of up to 1 - P or"
         " 1 + P; default: only what the trace says",
@@ -100,7 +104,7 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
     )
     parser.add_argument("--seed", type=int, default=1, help="of those arrivals; default: 1")
     parser.add_argument(
-        "--processes", type=_count, metavar="N", help="at a time; default: one a core"
+        "--processes", type=count, metavar="N", help="at a time; default: one a core"
     )
     parser.add_argument("--json", action="store_true", help="print a list of objects")
     parser.add_argument("--plots", type=Path, metavar="DIR", help="draw the ratios there, as PNG")
@@ -193,10 +197,9 @@ def progress(step: str) -> Iterator[Callable[[float], None]]:
 
 
 def _show(trace: Trace, rows: Sequence[dict[str, Any]]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = output.console()
     references = rows[0]["block_references"]
     console.print(
         f"{len(trace.requests)} requests, {references} block references, {trace.blocks} blocks"
@@ -211,52 +214,16 @@ def _show(trace: Trace, rows: Sequence[dict[str, Any]]) -> None:
             table.add_column(str(size), justify="right")
         for policy in dict.fromkeys(row["policy"] for row in rows):
             table.add_row(policy, *(f"{cells[policy, size][ratio]:.4f}" for size in sizes))
-        console.print(table)
+        output.print_table(console, table)
 
 
 def _policies(text: str) -> list[str]:
     from kvstore.sim.sweep import policy_called
 
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    if not names:
-        raise argparse.ArgumentTypeError("name a policy")
+    policies = names(text)
     try:
-        for name in names:
+        for name in policies:
             policy_called(name)
     except KVStoreError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
-    return list(dict.fromkeys(names))
-
-
-def _capacities(text: str) -> list[int]:
-    return list(dict.fromkeys(_count(word) for word in text.split(",")))
-
-
-def _count(text: str) -> int:
-    try:
-        count = int(text)
-    except ValueError:
-        count = 0
-    if not 0 < count < 1 << 40:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of one or more")
-    return count
-
-
-def _within(text: str) -> float:
-    try:
-        within = float(text)
-    except ValueError:
-        within = -1.0
-    if not 0 <= within < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a share from 0 to below 1")
-    return within
-
-
-def _rate(text: str) -> float:
-    try:
-        rate = float(text)
-    except ValueError:
-        rate = 0.0
-    if not 0 < rate < 1e6:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a rate above 0")
-    return rate
+    return list(policies)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from kvstore.cli import output
 from kvstore.nearest import nearest
 from kvstore.units import format_size, parse_size
 
@@ -122,9 +123,7 @@ def machine_of(said: Stated) -> Machine:
 
 
 def show(trace: Trace, rows: Sequence[Mapping[str, Any]]) -> None:
-    from rich.console import Console
-
-    console = Console()
+    console = output.console()
     block_bytes = rows[0]["block_bytes"]
     console.print(
         f"{len(trace.requests)} requests, {rows[0]['block_references']} block references,"
@@ -144,7 +143,7 @@ def show(trace: Trace, rows: Sequence[Mapping[str, Any]]) -> None:
             f"{row['compute_saved_ms'] / 1e3:,.1f}",
             *(f"{blocks:,}" for blocks in row["block_hits_from"].values()),
         )
-    console.print(hits)
+    output.print_table(console, hits)
     first = _table(
         "Time to the first token, ms", ("priority",), ("requests", "mean", "median", "p99")
     )
@@ -152,7 +151,7 @@ def show(trace: Trace, rows: Sequence[Mapping[str, Any]]) -> None:
         for priority, times in (("all", row["first_token_ms"]), *_by_priority(row)):
             first.add_row(*_name(row), priority, *_times(times))
     first.add_row("none held", "", "", "all", *_times(rows[0]["first_token_ms_without"]))
-    console.print(first)
+    output.print_table(console, first)
     drive = _table(
         "NVMe, and where first tokens wait, ms in the mean",
         (),
@@ -167,7 +166,7 @@ def show(trace: Trace, rows: Sequence[Mapping[str, Any]]) -> None:
             f"{row['nvme_read_bytes'] / 1e9:,.1f}",
             *(f"{row[f'mean_{part}_ms']:,.1f}" for part in ("wait", "load", "compute")),
         )
-    console.print(drive)
+    output.print_table(console, drive)
 
 
 def _table(title: str, texts: Sequence[str], numbers: Sequence[str]) -> Table:

@@ -6,11 +6,11 @@ import argparse
 import json
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from rich.console import Console
 from rich.table import Table
 
+from kvstore.cli import output
 from kvstore.cli.connection import (
     CALL_TIMEOUT_S,
     add_endpoint_argument,
@@ -102,7 +102,7 @@ def _state(socket: Path | None) -> dict[str, Any]:
 
 
 def _show(status: dict[str, Any]) -> None:
-    console = Console()
+    console = output.console()
     uptime = timedelta(seconds=round(status["uptime_seconds"]))
     asked, hits = status["acquired_positions"], status["acquired_hits"]
     facts = Table.grid(padding=(0, 2))
@@ -126,7 +126,7 @@ def _show(status: dict[str, Any]) -> None:
     console.print(facts)
     tiers = Table()
     for name in ("tier", "used", "capacity", "blocks", "evicted", "in", "out", "health"):
-        tiers.add_column(name, justify="left" if name in ("tier", "health") else "right")
+        tiers.add_column(name, justify=_justify(name))
     for tier in status["tiers"]:
         tiers.add_row(
             tier["tier"],
@@ -138,9 +138,9 @@ def _show(status: dict[str, Any]) -> None:
             _human(tier["bytes_out"]),
             _health(tier),
         )
-    console.print(tiers)
+    output.print_table(console, tiers)
     if status["vram"]:
-        console.print(_gpus(status["vram"]))
+        output.print_table(console, _gpus(status["vram"]))
     for name, each in (
         *((tier["tier"], tier) for tier in status["tiers"]),
         *((gpu["gpu"], gpu) for gpu in status["vram"]),
@@ -159,7 +159,7 @@ def _gpus(gpus: list[dict[str, Any]]) -> Table:
     table = Table()
     names = ("gpu", "used", "held", "capacity", "blocks", "hits", "handed over", "straight")
     for name in (*names, "health"):
-        table.add_column(name, justify="left" if name in ("gpu", "health") else "right")
+        table.add_column(name, justify=_justify(name))
     for gpu in gpus:
         table.add_row(
             gpu["gpu"],
@@ -173,6 +173,10 @@ def _gpus(gpus: list[dict[str, Any]]) -> Table:
             _health(gpu),
         )
     return table
+
+
+def _justify(column: str) -> Literal["left", "right"]:
+    return "left" if column in ("tier", "gpu", "health") else "right"
 
 
 def _straight(gpu: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ for what a killed process had begun.
 from __future__ import annotations
 
 import multiprocessing
+import signal
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkProcess
@@ -94,6 +95,8 @@ def _result(ready: Connection) -> tuple[int, Any]:
 
 
 def _work(orders: Connection, inherited: list[Connection], do: Part[Any], done: Any) -> None:
+    # A terminal interrupts all; who started this one then ends it, without a word.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     for end in inherited:
         end.close()
     while True:

@@ -16,17 +16,23 @@ from kvstore_benchmarks.serving.instance import HOST, Child, Instance, free_port
 ENVIRONMENT = Path(".venv-router")
 
 
+def program_in(environment: Path) -> Path:
+    """Raises `ConfigError` where it is not installed."""
+    program = environment / "bin" / "vllm-router"
+    if not program.exists():
+        raise ConfigError(
+            f"vllm-router is not installed in {environment}; `make demo-pd` installs it,"
+            " --router DIR names another environment"
+        )
+    return program
+
+
 class Router(Child):
     """A context manager; `environment` is where `make demo-pd` installed it."""
 
     def __init__(self, environment: Path, prefill: Instance, decode: Instance) -> None:
         """Raises `ConfigError` where it is not installed."""
-        program = environment / "bin" / "vllm-router"
-        if not program.exists():
-            raise ConfigError(
-                f"vllm-router is not installed in {environment}; `make demo-pd` installs it,"
-                " --router DIR names another environment"
-            )
+        program = program_in(environment)
         port = free_port()
         command = [str(program), "--vllm-pd-disaggregation", "--host", HOST, "--port", str(port)]
         command += ["--prefill", prefill.url, "--decode", decode.url]

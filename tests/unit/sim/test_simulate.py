@@ -80,7 +80,7 @@ def test_plots_are_drawn(trace: Path, tmp_path: Path) -> None:
     ("flag", "value", "said"),
     [
         ("--policy", "lfru", "did you mean lru"),
-        ("--policy", ",", "name a policy"),
+        ("--policy", ",", "name at least one"),
         ("--capacity-blocks", "0", "'0' is not a number of one or more"),
         ("--capacity-blocks", "10,-5", "'-5'"),
         ("--capacity-blocks", "1e3", "'1e3'"),
