@@ -75,4 +75,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except kvstore.errors.Unavailable as error:
+        sys.exit(f"No server of the store can be used: {error}")

@@ -2,7 +2,8 @@
 
     python examples/python/zero_copy.py [unix:///path/kvstore.sock]
 
-Needs a server on this host. The rules that keep this safe:
+The server has to be on this host. Without an argument it is this user's own, which is started
+if there is none, and ends a minute after its last client has left. The rules that keep this safe:
 
   * write only into slots that were reserved, inside `write_slots`, and never after `commit`
     or `abort`;
@@ -74,4 +75,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except kvstore.errors.Unavailable as error:
+        sys.exit(f"No server of the store can be used: {error}")

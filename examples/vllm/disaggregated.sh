@@ -9,8 +9,9 @@
 # On the CPU build each of them needs cores of its own; cores 0 and 1 unless PREFILL_CORES
 # and DECODE_CORES name others, such as 0-3 and 4-7.
 set -eu
-model=$1
+model=${1:?"say examples/vllm/disaggregated.sh MODEL [more arguments of vLLM]"}
 shift
+command -v vllm-router > /dev/null || { echo "vllm-router is not there: pip install vllm-router" >&2; exit 1; }
 
 config() {
     printf '{"kv_connector": "KVStoreConnector", "kv_role": "%s"}' "$1"

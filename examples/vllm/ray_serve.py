@@ -15,6 +15,9 @@ from __future__ import annotations
 
 import sys
 
+if len(sys.argv) != 2:
+    sys.exit("say python examples/vllm/ray_serve.py MODEL")
+
 from ray import serve
 from ray.serve.llm import LLMConfig, build_openai_app
 

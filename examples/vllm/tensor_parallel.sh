@@ -8,7 +8,7 @@
 # as "0-3|4-7" for two; core n for rank n unless it is set. Pipeline parallelism is
 # --pipeline-parallel-size in place of --tensor-parallel-size, or beside it.
 set -eu
-model=$1 ranks=$2
+model=${1:?"say examples/vllm/tensor_parallel.sh MODEL RANKS [more arguments of vLLM]"} ranks=${2:?"say examples/vllm/tensor_parallel.sh MODEL RANKS [more arguments of vLLM]"}
 shift 2
 cores=$(seq -s '|' 0 $((ranks - 1)))
 export VLLM_CPU_OMP_THREADS_BIND="${VLLM_CPU_OMP_THREADS_BIND:-$cores}"
