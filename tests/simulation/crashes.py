@@ -61,7 +61,7 @@ from kvstore.types import (
     Segment,
     Tier,
 )
-from tests.simulation.crashing_ends import held_by_nobody, left_in_tiers
+from tests.simulation.crashing_ends import held_by_nobody, left_in_tiers, used_by_nobody
 from tests.simulation.crashing_gpu import CrashingGpu, is_slow
 from tests.simulation.crashing_handovers import RESERVATION_S, HandOver
 from tests.simulation.crashing_workers import Worker
@@ -75,6 +75,7 @@ CAPACITY = 4 << 20
 DRAM_SLOTS = 24
 DRAM_EXTENT = 4 * 12288
 VRAM = 16 * DRAM_EXTENT
+LEASE_S = 60.0
 SLACK_S = 0.01
 """What a call may take longer than its caller said."""
 PATIENCE_S = 900.0
@@ -225,7 +226,7 @@ class Life:
         self._store = Store(
             config=StoreConfig(
                 dram_capacity_bytes=0,
-                lease_ms=60_000,
+                lease_ms=int(1000 * LEASE_S),
                 reservation_ms=int(1000 * RESERVATION_S),
                 max_blocks=MAX_BLOCKS,
                 vram_capacity_bytes=VRAM // 2,
@@ -702,17 +703,19 @@ class Life:
             gpu.recover()
         for worker in self._workers:
             worker.die()
-        await self._until(lambda: held_by_nobody(self._store))
+        # Long before any of it would end by itself.
+        await self._until(held_by_nobody, LEASE_S / 10)
+        await self._until(used_by_nobody, PATIENCE_S)
         self.seen["ends"] += 1
         if self._luck.random() < 0.3:
             for tenant in self._tenants:
                 await self._clear(tenant)
-            await self._until(lambda: left_in_tiers(self._store))
+            await self._until(left_in_tiers, PATIENCE_S)
             self.seen["empty_ends"] += 1
 
-    async def _until(self, left: Callable[[], Sequence[object]]) -> None:
-        until_s = self._loop.time() + PATIENCE_S
-        while what := left():
+    async def _until(self, left: Callable[[Store], list[str]], seconds: float) -> None:
+        until_s = self._loop.time() + seconds
+        while what := left(self._store):
             if self._loop.time() > until_s:
                 raise Wrong(f"left behind: {what}")
             await asyncio.sleep(1.0)

@@ -9,18 +9,23 @@ from tests.simulation.crashing_gpu import CrashingGpu
 
 
 def held_by_nobody(store: Store) -> list[str]:
-    """Once all clients have gone, this should be empty soon."""
+    """Claims of clients, all of whom have gone."""
     planner = store._planner
-    residency = planner.residency
-    pools = [residency.dram, *([] if residency.nvme is None else [residency.nvme])]
     counts = {
         "sessions": planner.open_sessions,
         "leases": planner.open_leases,
         "reservations": planner.open_reservations,
-        "pins": sum(replica.pins for pool in pools for replica in pool.replicas()),
         "sessions that read on GPUs": len(store._gpus._read),
     }
-    left = [f"{count} {what}" for what, count in counts.items() if count]
+    return [f"{count} {what}" for what, count in counts.items() if count]
+
+
+def used_by_nobody(store: Store) -> list[str]:
+    """What was kept for them."""
+    residency = store._planner.residency
+    pools = [residency.dram, *([] if residency.nvme is None else [residency.nvme])]
+    pins = sum(replica.pins for pool in pools for replica in pool.replicas())
+    left = [f"{pins} pins"] if pins else []
     return left + [each for gpu in store._gpus._gpus for each in _on_gpu(gpu)]
 
 

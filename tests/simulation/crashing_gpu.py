@@ -32,7 +32,7 @@ FAILS = {
     "finish": 0.02,
 }  # fmt: skip
 SPOILS = 0.02
-HANGS = {"fill": 0.02, "deliver": 0.003, "write_now": 0.02, "close": 0.02}
+HANGS = {"fill": 0.02, "deliver": 0.003, "write_now": 0.02, "close": 0.02, "finish": 0.005}
 HANGS_S = 1.5
 
 
@@ -138,8 +138,7 @@ class CrashingGpu(StandInVram):
     def ask_unless_refused(self, call: str) -> dict[str, Any]:
         rng = self._rng
         pause(rng.expovariate(1 / SLOW_S))
-        if not self.well and rng.random() < HANGS.get(call, 0):
-            self._hang(call, rng.expovariate(1 / HANGS_S))
+        self._may_hang(call)
         says = self.ask(call)
         if call in says["refuses"]:
             self._seen[f"failed_in_{call}"] += 1
@@ -149,9 +148,12 @@ class CrashingGpu(StandInVram):
             says["spoils"] = ("fill",)
         return says
 
-    def _hang(self, call: str, seconds: float) -> None:
+    def _may_hang(self, call: str) -> None:
         """A drive may take as long as it likes; for the GPU nobody waits for so long."""
+        if self.well or self._rng.random() >= HANGS.get(call, 0):
+            return
         self._seen[f"hung_in_{call}"] += 1
+        seconds = self._rng.expovariate(1 / HANGS_S)
         if call == "fill" or seconds < waits.PATIENCE_S:
             pause(seconds)
             return
@@ -170,14 +172,15 @@ class CrashingGpu(StandInVram):
     def finish(self) -> None:
         """Where it fails, some of what was started was not copied, and nobody knows what."""
         started, self._started = self._started, []
-        fails = "finish" in self.ask("finish")["refuses"]
+        fails = not self.well and self._rng.random() < FAILS["finish"]
         for to, offset, data in started:
             try:
                 if not self.lost and not (fails and self._rng.random() < 0.5):
                     to.put(offset, data)
             finally:
                 to.writers -= 1
-        self.ask("lost")
+        self.ask("finish")
+        self._may_hang("finish")
         if fails:
             self._seen["failed_in_finish"] += 1
             raise DeviceError("the GPU refuses finish")
