@@ -164,7 +164,7 @@ def test_one_report_of_a_tenant_is_looked_at_at_a_time() -> None:
         waiting = asyncio.create_task(rig.store.report_damage("t", addresses[:1]))
         await until(lambda: rig.memory.looked_at == 1)
         for _ in range(10):
-            await asyncio.wait_for(rig.store.report_damage("t", addresses), 1)
+            await asyncio.wait_for(rig.store.report_damage("t", addresses), 30)
         rig.memory.may_look.set()
         await waiting
         assert rig.memory.looked_at == 1
@@ -182,7 +182,7 @@ def test_a_slot_is_nobody_elses_while_it_is_looked_at_though_its_caller_left() -
         await until(lambda: rig.memory.looked_at == 1)
         waiting.cancel()
         await asyncio.wait([waiting])
-        await asyncio.wait_for(rig.store.clear("t"), 5)
+        await asyncio.wait_for(rig.store.clear("t"), 30)
         assert rig.store.stats().tiers[0].used_bytes == SLOT
         rig.memory.may_look.set()
         await until(lambda: rig.store.stats().tiers[0].used_bytes == 0)

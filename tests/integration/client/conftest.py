@@ -210,7 +210,7 @@ def block(number: int, nbytes: int) -> bytes:
     return (piece * (nbytes // 8 + 1))[:nbytes]
 
 
-def eventually(action: Callable[[], Any], seconds: float = 15.0) -> Any:
+def eventually(action: Callable[[], Any], seconds: float = 30.0) -> Any:
     """The action's result, once it no longer raises `Unavailable`."""
     deadline = time.monotonic() + seconds
     while True:
@@ -222,7 +222,7 @@ def eventually(action: Callable[[], Any], seconds: float = 15.0) -> Any:
             time.sleep(0.05)
 
 
-def until_nothing_is_held(client: Any, seconds: float = 5.0) -> None:
+def until_nothing_is_held(client: Any, seconds: float = 30.0) -> None:
     """A lease that a call needed is given back without waiting for it to be gone."""
     deadline = time.monotonic() + seconds
     while (held := client.stats()[3:5]) != (0, 0):

@@ -98,7 +98,7 @@ def test_a_position_counts_only_where_every_layout_holds_it(client: Any) -> None
 
 def test_an_expired_lease_gives_no_bytes(fresh_server: Server, connect: Any) -> None:
     fresh_server.kill()
-    fresh_server.start("--lease-ms", "300", "--reservation-ms", "1000")
+    fresh_server.start("--lease-ms", "300")
     client = connect(fresh_server)
     layout = layout_of(client, 5000)
     client.put(layout, key(1), block(1, 5000))
@@ -117,11 +117,11 @@ def test_slots_that_were_not_committed_in_time_are_not_open_any_more(
     fresh_server: Server, connect: Any, place: str
 ) -> None:
     fresh_server.kill()
-    fresh_server.start("--reservation-ms", "700")
+    fresh_server.start("--reservation-ms", "2000")
     client = connect(fresh_server)
     layout = layout_of(client, 5000)
     late = client.reserve(layout, 2, 0)
-    time.sleep(1.0)
+    time.sleep(2.3)
     good = client.reserve(layout, 2, 0)
     # A local client may be writing still: its slots stay as they are until it aborts.
     assert client.stats().reservations == (2 if place == "local" else 1)

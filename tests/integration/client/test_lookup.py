@@ -66,9 +66,13 @@ def test_a_lookup_takes_nothing_of_the_server_and_outlives_its_pauses(
         stopped = time.monotonic()
         assert client.lookup(layout, [key(1), key(2)]) == (1, 1)
         assert client.lookup(layout, [key(2)]) == (0, 0)
-        while (found := client.peek([layout.id], [key(1)])) is not None:
+        while True:
+            asked = time.monotonic()
+            found = client.peek([layout.id], [key(1)])
+            if found is None:
+                break
             assert found == (1, 1)
-            assert time.monotonic() - stopped < 2.5
+            assert asked - stopped < 2.5
             time.sleep(0.01)
         fresh_server.send(signal.SIGCONT)
         assert client.lookup(layout, [key(1)]) == (1, 1)
@@ -145,7 +149,7 @@ def test_a_restart_is_not_answered_from_the_past(fresh_server: Server) -> None:
         assert client.lookup(layout, [key(1)]) == (1, 1)
         fresh_server.kill()
         fresh_server.start()
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 30
         while True:
             try:
                 assert client.lookup(layout, [key(1)]) == (0, 0)

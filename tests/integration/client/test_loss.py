@@ -37,13 +37,17 @@ from tests.integration.client.conftest import (
     until_nothing_is_held,
 )
 
+USUAL_TIMEOUT_S = 8
+"""Less than a call takes that does not heed the time it was given, more than a machine stands
+still."""
+
 
 def test_nobody_there_is_unavailable_at_once(driver: Callable[..., Any], tmp_path: Any) -> None:
     for endpoint in (str(tmp_path / "none"), f"unix://{tmp_path}/none", "127.0.0.1:1"):
         started = time.monotonic()
         with pytest.raises(Unavailable):
-            driver(endpoint, timeout_s=5)
-        assert time.monotonic() - started < 4
+            driver(endpoint, timeout_s=30)
+        assert time.monotonic() - started < 20
 
 
 def test_who_comes_while_the_server_starts_shares_its_memory_all_the_same(
@@ -74,7 +78,7 @@ def test_a_killed_and_restarted_server_is_found_again(
     if place == "remote":
         # The port must be the same after the restart.
         fresh_server.arguments[fresh_server.arguments.index("127.0.0.1:0")] = fresh_server.remote
-    client = connect(fresh_server, timeout_s=5)
+    client = connect(fresh_server, timeout_s=30)
     layout = layout_of(client, 5000)
     client.put(layout, key(1), block(1, 5000))
     epoch = client.epoch
@@ -86,7 +90,7 @@ def test_a_killed_and_restarted_server_is_found_again(
     for _ in range(3):
         with pytest.raises(Unavailable):
             client.get(layout, key(1))
-    assert time.monotonic() - started < 3, "a dead server must not cost its timeout"
+    assert time.monotonic() - started < 20, "a dead server must not cost its timeout"
 
     fresh_server.start()
     assert eventually(lambda: client.get(layout, key(1))) is None
@@ -118,9 +122,9 @@ def test_a_killed_and_restarted_server_is_found_again(
 def test_a_hung_server_costs_the_timeout_and_is_used_again_when_it_goes_on(
     fresh_server: Server, connect: Any
 ) -> None:
-    client = connect(fresh_server, timeout_s=0.5)
-    layout = layout_of(client, 5000)
-    client.put(layout, key(1), block(1, 5000))
+    client = eventually(lambda: connect(fresh_server, timeout_s=0.5))
+    layout = eventually(lambda: layout_of(client, 5000))
+    eventually(lambda: client.put(layout, key(1), block(1, 5000)))
     fresh_server.send(signal.SIGSTOP)
     try:
         actions: list[Callable[[], Any]] = [
@@ -133,7 +137,7 @@ def test_a_hung_server_costs_the_timeout_and_is_used_again_when_it_goes_on(
             started = time.monotonic()
             with pytest.raises(Unavailable):
                 action()
-            assert time.monotonic() - started < 1.5
+            assert time.monotonic() - started < USUAL_TIMEOUT_S
         # A lookup on the server's host needs no answer, until the server has shown no
         # sign of life for a while.
         time.sleep(STALE_AFTER_NS / 1e9)
@@ -142,10 +146,12 @@ def test_a_hung_server_costs_the_timeout_and_is_used_again_when_it_goes_on(
     finally:
         fresh_server.send(signal.SIGCONT)
     assert eventually(lambda: client.get(layout, key(1))) == block(1, 5000)
-    assert eventually(lambda: client.put(layout, key(9), block(9, 5000))) is PutOutcome.STORED
+    # It may have been stored for a caller that had waited long enough.
+    outcome = eventually(lambda: client.put(layout, key(9), block(9, 5000)))
+    assert outcome in (PutOutcome.STORED, PutOutcome.PRESENT)
     # Whatever the server granted without being heard went with its session.
-    deadline = time.monotonic() + 5
-    while client.stats().reservations:
+    deadline = time.monotonic() + 30
+    while eventually(client.stats).reservations:
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
@@ -159,7 +165,7 @@ def test_a_hung_server_does_not_hang_a_new_client(
             started = time.monotonic()
             with pytest.raises(Unavailable):
                 driver(endpoint, timeout_s=0.4)
-            assert time.monotonic() - started < 2
+            assert time.monotonic() - started < USUAL_TIMEOUT_S
     finally:
         fresh_server.send(signal.SIGCONT)
 
@@ -199,7 +205,7 @@ def test_what_a_killed_client_held_is_given_back(fresh_server: Server) -> None:
         assert (stats.leases, stats.reservations, stats.sessions) == (1, 1, 2)
         process.kill()
         process.join()
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 30
         while client.stats()[2:5] != (1, 0, 0):
             assert time.monotonic() < deadline
             time.sleep(0.02)
@@ -249,7 +255,7 @@ def test_a_client_killed_in_the_middle_of_a_copy_publishes_none_of_it(
         assert ready.wait(30)
         # The commit of the piece before the one in hand may still be on its way.
         done = copied - copied % 4
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 30
         while (stats := client.stats()).committed_blocks - before.committed_blocks < done:
             assert time.monotonic() < deadline
         assert stats.reservations > 0
@@ -276,7 +282,7 @@ def test_a_closed_client_says_so_and_gives_its_session_back(server: Server, conn
         client.close()
         with pytest.raises(BadRequest, match="closed"):
             client.stats()
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 30
         while watcher.stats().sessions != before:
             assert time.monotonic() < deadline
             time.sleep(0.02)
@@ -316,7 +322,7 @@ def test_a_cancelled_call_gives_back_what_it_holds(server: Server) -> None:
                 reading.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
                     await reading
-            deadline = time.monotonic() + 5
+            deadline = time.monotonic() + 30
             while (await client.stats())[3:5] != (0, 0):
                 assert time.monotonic() < deadline
                 await asyncio.sleep(0.02)
@@ -349,7 +355,7 @@ def test_an_interrupted_call_ends_at_once_and_the_client_goes_on(
     before = signal.signal(signal.SIGALRM, interrupt)
     endpoint = fresh_server.socket if place == "local" else fresh_server.remote
     try:
-        with kvstore.Client(endpoint) as client:
+        with kvstore.Client(endpoint, timeout_s=60) as client:
             layout = layout_of(client, 5000)
             client.put(layout, key(1), block(1, 5000))
             started = time.monotonic()
@@ -362,7 +368,7 @@ def test_an_interrupted_call_ends_at_once_and_the_client_goes_on(
                     client.get(layout, key(1))
                 client.put(layout, key(2), block(2, 5000))
             monkeypatch.undo()
-            assert time.monotonic() - started < 2
+            assert time.monotonic() - started < 30
             fresh_server.send(signal.SIGCONT)
             assert eventually(lambda: client.get(layout, key(1))) == block(1, 5000)
             outcome = client.put(layout, key(2), block(2, 5000))
@@ -435,7 +441,7 @@ def test_a_call_cancelled_at_any_point_gives_back_what_it_holds(
         task = asyncio.create_task(run())
         (result,) = await asyncio.gather(task, return_exceptions=True)
         assert isinstance(result, asyncio.CancelledError) or not call.reached or result is None
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 30
         while (held := (await client.stats())[3:5]) != (0, 0):
             assert time.monotonic() < deadline, (point, held)
             await asyncio.sleep(0.005)

@@ -21,7 +21,7 @@ def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     command = [sys.executable, "-m", "kvstore.cli", "bench", "index", "--quick", "--json"]
     command += ["--dram-blocks", "2600"]
     run = subprocess.run(
-        [*command, "--dir", str(folder)], check=True, capture_output=True, text=True, timeout=110
+        [*command, "--dir", str(folder)], check=True, capture_output=True, text=True, timeout=280
     )
     assert list(folder.iterdir()) == [], "data was left behind"
     measured: dict[str, Any] = json.loads(run.stdout)

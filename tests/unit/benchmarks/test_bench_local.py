@@ -31,7 +31,7 @@ def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("bench")
     command = [sys.executable, "-m", "kvstore.cli", "bench", "local", "--quick", "--json"]
     shown = subprocess.run(
-        [*command, "--dir", str(folder)], check=True, capture_output=True, text=True, timeout=100
+        [*command, "--dir", str(folder)], check=True, capture_output=True, text=True, timeout=280
     )
     assert list(folder.iterdir()) == [], "a measurement leaves nothing behind"
     answer: dict[str, Any] = json.loads(shown.stdout)

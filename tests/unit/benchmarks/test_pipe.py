@@ -20,14 +20,14 @@ def test_answers_come_in_order() -> None:
     with pipe(ECHO) as child:
         for number in range(3):
             child.send({"number": number})
-        assert [child.receive(10)["number"] for _ in range(3)] == [0, 1, 2]
+        assert [child.receive(60)["number"] for _ in range(3)] == [0, 1, 2]
 
 
 def test_a_child_that_dies_says_why_each_time_it_is_asked() -> None:
     with pipe("import sys; sys.exit('out of luck')") as child:
         for _ in range(2):
             with pytest.raises(ChildFailed, match="out of luck"):
-                child.receive(10)
+                child.receive(60)
 
 
 def test_a_child_that_hangs_is_given_up() -> None:
@@ -41,13 +41,13 @@ def test_a_child_that_hangs_is_given_up() -> None:
 def test_a_child_that_will_not_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kvstore_benchmarks.pipe.STOP_TIMEOUT_S", 0.2)
     child = pipe("import time; print('{}', flush=True); time.sleep(60)")
-    child.receive(10)
+    child.receive(60)
     started = time.monotonic()
     child.close({"do": "stop"})
     child.close()
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 40
 
 
 def test_a_child_gets_what_is_added_to_the_environment() -> None:
     with pipe("import os; print('\"' + os.environ['KV_ADDED'] + '\"')", KV_ADDED="x") as child:
-        assert child.receive(10) == "x"
+        assert child.receive(60) == "x"
