@@ -24,10 +24,13 @@ from tests.e2e import models
 
 HERE = Path(__file__).parent
 BLOCK = 32
-READY_S = 240.0
-ANSWER_S = 120.0
-WAIT_S = 60.0
-"""Limits are those of a machine that hangs: a busy one may take very long."""
+READY_S = 500.0
+ANSWER_S = 300.0
+WAIT_S = 120.0
+END_S = 60.0
+HANGS_S = 1500
+"""Limits are those of a machine that hangs: a busy one may take very long. The last one is a
+test's, with the engines that are started for it."""
 
 Answer = dict[str, Any]
 
@@ -36,6 +39,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.e2e)
+            if item.get_closest_marker("timeout") is None:
+                item.add_marker(pytest.mark.timeout(HANGS_S))
 
 
 def until(true: Callable[[], bool], otherwise: str | Callable[[], str]) -> None:
@@ -69,13 +74,13 @@ class Server:
     def _answers(self) -> bool:
         assert self.process.poll() is None, self._log.read_text()[-2000:]
         try:
-            self.stats()
+            self.stats(5)
         except KVStoreError:
             return False
         return True
 
-    def stats(self) -> StoreStats:
-        with Client(str(self.socket), timeout_s=5) as client:
+    def stats(self, timeout_s: float = WAIT_S) -> StoreStats:
+        with Client(str(self.socket), timeout_s=timeout_s) as client:
             return client.stats()
 
     def send(self, number: signal.Signals) -> None:
@@ -89,18 +94,24 @@ class Server:
         for link in descriptors.iterdir():
             try:
                 target = os.readlink(link)
+                if "kvstore-extent" in target:
+                    with link.open("r+b") as extent:
+                        extent.write(os.urandom(os.fstat(extent.fileno()).st_size))
             except FileNotFoundError:  # It closes what it needs no more, at any time.
                 continue
-            if "kvstore-extent" in target:
-                with link.open("r+b") as extent:
-                    extent.write(os.urandom(os.fstat(extent.fileno()).st_size))
 
     def end(self, number: signal.Signals = signal.SIGTERM) -> None:
         if self.process is not None:
             self.process.send_signal(signal.SIGCONT)
             self.process.send_signal(number)
-            self.process.wait(40)
-            self.process = None
+            try:
+                self.process.wait(END_S)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                raise
+            finally:
+                self.process.wait()
+                self.process = None
 
 
 class Engine:
@@ -162,6 +173,11 @@ class Engine:
         self.tell(op="sleep", level=level)
         assert self.result() is True
 
+    def settle(self) -> None:
+        """Until all it has to store is stored, and all events are on their way."""
+        self.tell(op="settle")
+        assert self.result() is True
+
     def reset(self, *, connector: bool = False) -> None:
         self.tell(op="reset", connector=connector)
         assert self.result() is True
@@ -180,7 +196,7 @@ class Engine:
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.close()
         try:
-            self.process.wait(30)
+            self.process.wait(END_S)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
@@ -205,7 +221,7 @@ def engine_options(
     }
     if store is not None:
         # What is loaded must not depend on how fast the machine is just now.
-        store = {"recompute": "never", "acquire_timeout_ms": 5000} | store
+        store = {"recompute": "never", "acquire_timeout_ms": 15_000} | store
         options["kv_transfer_config"] = {
             "kv_connector": "KVStoreConnector",
             "kv_role": "kv_both",
@@ -222,7 +238,7 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
     directory = tmp_path_factory.mktemp("models")
     # In a process of its own: importing transformers warns about this and that.
     command = [sys.executable, str(Path(models.__file__)), str(directory)]
-    subprocess.run(command, check=True, capture_output=True, timeout=100)
+    subprocess.run(command, check=True, capture_output=True, timeout=READY_S)
     return lambda family: directory / family
 
 

@@ -19,6 +19,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+PATIENCE_S = 120.0
+
 
 def main() -> None:
     results = os.fdopen(int(sys.argv[1]), "w", buffering=1)
@@ -155,9 +157,22 @@ def sleep_and_wake(llm: Any, level: int) -> bool:
     return True
 
 
+def settle(llm: Any) -> bool:
+    """Step until there is nothing left to do, as an engine in a process of its own does. One in
+    this very process steps only when it is told to."""
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    deadline = time.monotonic() + PATIENCE_S
+    while scheduler.has_requests():
+        if time.monotonic() > deadline:
+            return False
+        llm.llm_engine.step()
+        time.sleep(0.005)
+    return True
+
+
 def reset(llm: Any, connector: bool) -> bool:
     """Empty vLLM's own cache; its blocks may still be held by stores for a moment."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE_S
     while not llm.reset_prefix_cache(reset_connector=connector):
         if time.monotonic() > deadline:
             return False
@@ -185,6 +200,7 @@ _OPERATIONS: dict[str, Callable[..., Any]] = {
     "load_adapter": load_adapter,
     "storm": storm,
     "reset": reset,
+    "settle": settle,
     "sleep": sleep_and_wake,
     "metrics": metrics,
 }

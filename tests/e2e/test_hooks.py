@@ -3,6 +3,7 @@ that fails costs, events, sleep."""
 
 from __future__ import annotations
 
+import itertools
 import signal
 from collections.abc import Iterator
 from typing import Any
@@ -22,6 +23,7 @@ from tests.e2e.conftest import (
     engine_options,
     prompt,
     stored,
+    until,
 )
 from tests.e2e.listener import Listener
 
@@ -42,15 +44,26 @@ def engine(engines: Pair) -> Engine:
 
 
 @pytest.fixture
-def listener(engines: Pair) -> Iterator[Listener]:
+def listener(engines: Pair, engine: Engine) -> Iterator[Listener]:
     listener = Listener(engines.events)
+    numbers = itertools.count(5000)
+
+    def heard() -> bool:
+        engine.generate(prompt(next(numbers), BLOCK + 1))
+        return bool(listener.listen(100))
+
+    # A subscription takes effect a moment after its connection.
+    until(heard, "the engine says nothing")
     yield listener
     listener.close()
 
 
 def store(engine: Engine, server: Server, text: list[int]) -> None:
+    """To the end: it is counted, and announced."""
+    engine.settle()
     before = server.stats().tenant_blocks
     engine.generate(text)
+    engine.settle()
     stored(server, before + len(text) // BLOCK)
 
 
@@ -95,30 +108,34 @@ def test_hits_are_counted_by_the_tier_they_came_from_and_alike_on_both_sides(
 def test_routers_are_told_what_the_store_holds(
     engine: Engine, server: Server, listener: Listener
 ) -> None:
-    listener.listen()
     text = prompt(1002, LONG)
     whole = [text[at : at + BLOCK] for at in range(0, WHOLE * BLOCK, BLOCK)]
+
+    def said(where: dict[str, list[list[int]]]) -> bool:
+        """Of the text, by medium; once it says nothing more."""
+        listener.listen()
+        held = {medium: list(listener.held.get(medium, {}).values()) for medium in where}
+        return where == {m: [each for each in whole if each in held[m]] for m in where}
+
     store(engine, server, text)
-    listener.listen()
+    until(lambda: said({"GPU": whole, "CPU": whole}), "it never said what is stored")
     own, stored = listener.held["GPU"], listener.held["CPU"]
-    assert [each for each in whole if each in stored.values()] == whole
     for name, tokens in stored.items():
         assert own.get(name, tokens) == tokens
     engine.reset()
     other = prompt(1003, 3 * BLOCK)
     engine.generate(other)
-    assert listener.listen()[0] == "AllBlocksCleared"
-    assert [each for each in whole if each in listener.held["GPU"].values()] == []
-    assert [each for each in whole if each in listener.held["CPU"].values()] == whole
+    until(lambda: said({"GPU": [], "CPU": whole}), "it never said what it forgot")
     restart(engine, server)
-    engine.generate(other)
-    listener.listen()
-    assert [each for each in whole if each in listener.held["STORAGE"].values()] == whole
-    assert [each for each in whole if each in listener.held["CPU"].values()] == []
+
+    def said_in_a_step(where: dict[str, list[list[int]]]) -> bool:
+        engine.generate(other)
+        return said(where)
+
+    until(lambda: said_in_a_step({"STORAGE": whole, "CPU": []}), "it never said where it is")
     engine.reset(connector=True)
     engine.generate(prompt(1004, 3 * BLOCK))
-    listener.listen()
-    assert not listener.held.get("STORAGE")
+    until(lambda: said_in_a_step({"STORAGE": []}), "it never said that nothing is there")
 
 
 def test_a_load_that_fails_is_computed(engine: Engine, server: Server) -> None:

@@ -15,7 +15,8 @@ FOR_DECODE = {
     "remote_engine_id": None,
     "remote_block_ids": None,
 }
-PATIENCE_MS = 300
+PATIENCE_MS = 5000
+"""Where it ends, a test has to wait for it; where it does not, a machine may stand still."""
 PROMPT = 12 * BLOCK + 5
 FOUND = "external_prefix_cache_hits"
 GIVEN_UP = "kvstore_handover_timeouts"
