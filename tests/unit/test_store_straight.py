@@ -43,9 +43,9 @@ class Drive(Faulty):
 
     def read_straight(self, address: int, header: BlockHeader, fill: Fill) -> None:
         def at_the_drive(file: StraightFile, offset: int, nbytes: int) -> int:
-            assert self.before.wait(20)
+            assert self.before.wait(60)
             checksum = fill(file, offset, nbytes)
-            assert self.after.wait(20)
+            assert self.after.wait(60)
             return checksum
 
         self.straight_reads += 1
@@ -91,7 +91,7 @@ class StraightRig(VramRig):
         await self.store.flush(session.tenant, drop=True)
 
     async def ask(
-        self, session: Session, keys: list[bytes], *, name: bytes = READER, wait_ms: int = 5000
+        self, session: Session, keys: list[bytes], *, name: bytes = READER, wait_ms: int = 30_000
     ) -> LeaseGrant:
         layout_id = self.store.register_layout(session.tenant, SPEC)
         chains = [ChainQuery([layout_id], keys)]
@@ -359,7 +359,7 @@ def test_a_drive_that_hangs_in_straight_reads_stalls_as_ever_and_keeps_no_memory
         assert rig.store.stats().tiers[1].stalled
         rig.gpu.say(taken=16 * EXTENT)
         await until(lambda: rig.vram._made_bytes == 0)
-        again = await asyncio.wait_for(rig.ask(session, chain(1, 4), wait_ms=60_000), 1)
+        again = await asyncio.wait_for(rig.ask(session, chain(1, 4), wait_ms=60_000), 30)
         assert again.held == 0, "nobody is sent there meanwhile"
         rig.drive.before.set()
         await until(lambda: not rig.store._planner.residency.transfers)
@@ -386,7 +386,7 @@ def test_nobody_is_shown_another_block_while_memory_comes_and_goes(tmp_path: Pat
             nonlocal seen
             who, mirrors = readers[turn % 2]
             keys = chain(rng.randrange(1, 9), 6)
-            grant = await rig.ask(who, keys, wait_ms=500)
+            grant = await rig.ask(who, keys, wait_ms=30_000)
             for index, data in read(mirrors, grant).items():
                 assert data == content(keys[index])
                 seen += grant.addresses[index] >= GPU_ONLY
@@ -603,7 +603,7 @@ def test_slots_are_given_back_once_and_only_when_no_drive_may_write_there(
 def test_a_gpu_that_hangs_keeps_the_drive_from_nobody(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hangs: str
 ) -> None:
-    monkeypatch.setattr("kvstore.device.waits.PATIENCE_S", 0.3)
+    monkeypatch.setattr("kvstore.device.waits.PATIENCE_S", 2.5)
 
     async def body(rig: StraightRig, session: Session, reader: Mirrors) -> None:
         other = rig.store.open_session("u", local=True)
@@ -614,7 +614,7 @@ def test_a_gpu_that_hangs_keeps_the_drive_from_nobody(
         asking = asyncio.create_task(rig.ask(session, chain(1, 8), wait_ms=60_000))
         await until(lambda: not rig.stats.healthy)
         assert (await asking).held == 0
-        assert time.monotonic() - began < 2, "of a batch, only the first is waited for"
+        assert time.monotonic() - began < 15, "of a batch, only the first is waited for"
         assert rig.stats.off_because == f"{hangs} has not ended"
         grant = await rig.ask(other, chain(2, 4), name=b"")
         assert rig.read(other, grant) == [content(key) for key in chain(2, 4)]
