@@ -218,9 +218,40 @@ BUGS = {
         "",
         STRAIGHT,
     ),
+    "memory of a GPU goes back under a copy": Bug(
+        "kvstore/tiers/vram.py",
+        "            self._changed.wait_for(lambda: extent not in self._copying)\n",
+        "",
+        CRASHES,
+    ),
+    "what DRAM has no more is found on a GPU": Bug(
+        "kvstore/core/places/holdings.py",
+        "        for mirrors in self.mirrors:\n            mirrors.goes(replica)\n",
+        "        for mirrors in self.mirrors if replica.tier is Tier.NVME else ():\n"
+        "            mirrors.goes(replica)\n",
+        CRASHES,
+    ),
+    "a copy to a GPU that failed counts as made": Bug(
+        "kvstore/store/vram.py",
+        '            copied = set()\n            log.warning("blocks were not',
+        '            log.warning("blocks were not',
+        CRASHES,
+    ),
+    "who is gone reads on a GPU for ever": Bug(
+        "kvstore/store/vram.py",
+        "            gpu.mirrors.reads_no_more(layout, session)\n",
+        "            pass\n",
+        CRASHES,
+    ),
+    "a lease outlives its session": Bug(
+        "kvstore/core/calls/leases.py",
+        "        for lease in list(session.leases.values()):\n            self.end(lease)\n",
+        "        pass\n",
+        CRASHES,
+    ),
     "what is damaged in memory is given out again": Bug(
         "kvstore/core/calls/suspects.py",
-        "        if damaged and is_ready(replica):\n            self._holdings.damaged(replica)\n",
+        "        elif is_ready(replica):\n            self._holdings.damaged(replica)\n",
         "",
         CRASHES,
     ),
