@@ -104,8 +104,9 @@ def test_warm_from_the_store_is_a_local_hit_to_the_last_bit(
     assert [each["cached"] for each in cold] == [0] * len(texts)
     local = one_by_one(process, texts)
     assert local[0]["cached"] > LONG // 2
-    quiet(server)
+    # It waits for stores that read the blocks.
     process.reset()
+    quiet(server)
     same(one_by_one(process, texts), local)
     process.restart(options)
     same(one_by_one(process, texts), local)

@@ -75,8 +75,8 @@ def test_blocks_of_an_adapter_are_for_its_weights_alone(
     all_clear(cold)
     local = [ask(who) for who in everyone]
     assert [each["cached"] for each in local] == [WHOLE] * 3
-    quiet(server)
     process.reset()
+    quiet(server)
     same([ask(who) for who in everyone], local)
 
     process.restart(options)
