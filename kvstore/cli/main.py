@@ -59,19 +59,20 @@ class Parser(argparse.ArgumentParser):
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             flag = unknown[0].partition("=")[0]
-            near = difflib.get_close_matches(flag, self._all_flags(), n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            self.error(f"unknown argument {flag}{hint}")
+            command = self._chosen(parsed)
+            flags = [each for action in command._actions for each in action.option_strings]
+            near = difflib.get_close_matches(flag, flags, n=1)
+            hint = f"; did you mean {near[0]}?" if near else f" (`{command.prog} --help` has all)"
+            self.exit(2, f"{command.prog}: unknown argument {flag}{hint}\n")
         return parsed
 
-    def _all_flags(self) -> list[str]:
-        flags: list[str] = []
+    def _chosen(self, parsed: argparse.Namespace) -> argparse.ArgumentParser:
+        """Of the command that was given, not of all."""
         for action in self._actions:
-            flags += action.option_strings
             if isinstance(action, argparse._SubParsersAction):
-                for parser in action.choices.values():
-                    flags += [f for a in parser._actions for f in a.option_strings]
-        return flags
+                below = action.choices.get(getattr(parsed, action.dest))
+                return below._chosen(parsed) if isinstance(below, Parser) else self
+        return self
 
 
 def main(argv: Sequence[str] | None = None) -> int:

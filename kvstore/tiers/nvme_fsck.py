@@ -69,7 +69,7 @@ def check(path: Path, *, repair: bool = False) -> Report:
     path = path.absolute()
     try:
         if not (path / "VERSION").is_file():
-            raise DataUnusable(f"{path} is not a data directory: it has no VERSION")
+            raise DataUnusable(f"{path} is not a data directory: it has no VERSION; name another")
     except OSError as error:
         raise unusable(path, error) from error
     home = DataHome.open(path)

@@ -32,6 +32,9 @@ def test_a_wrong_command_or_flag_is_refused_with_the_nearest(
     assert "did you mean status?" in fails(capsys, "staus")
     assert "did you mean --endpoint?" in fails(capsys, "status", "--endpont", "x")
     assert "did you mean --dram-capacity?" in fails(capsys, "serve", "--dram-capcity=1GiB")
+    assert fails(capsys, "bench", "local", "more") == (
+        "kvstore bench local: unknown argument more (`kvstore bench local --help` has all)\n"
+    )
     # No abbreviations: a later flag must not change what a script means.
     assert "unknown argument" in fails(capsys, "serve", "--dram-cap", "1GiB")
 
