@@ -30,7 +30,7 @@ from tests.e2e.conftest import (
 
 ROUNDING = 2e-3
 MOST_TOKENS = 40
-STORM_S = 100.0
+STORM_S = 300.0
 
 
 @pytest.fixture(scope="module")

@@ -10,14 +10,23 @@ from typing import Any
 import pytest
 
 from kvstore import Client
-from tests.e2e.conftest import BLOCK, Engine, Server, StartEngine, difference, prompt, until
+from tests.e2e.conftest import (
+    BLOCK,
+    WAIT_S,
+    Engine,
+    Server,
+    StartEngine,
+    difference,
+    prompt,
+    until,
+)
 
 LONG = 700
 WHOLE = LONG // BLOCK * BLOCK
 
 
 def blocks(socket: Path) -> int:
-    with Client(str(socket), timeout_s=5) as client:
+    with Client(str(socket), timeout_s=WAIT_S) as client:
         return client.stats().tenant_blocks
 
 
