@@ -8,17 +8,11 @@ says what it is doing, or goes on without it, and when a priority runs out.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 from heapq import heappop, heappush
-from itertools import groupby
-from operator import itemgetter
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from kvstore.core.policies.base import FOR_GOOD
-
-_FIRST = itemgetter(0)
-_G = TypeVar("_G")
-_T = TypeVar("_T")
 
 OPEN, LEFT, WAITING, IDLE, ENDED, PINNED, EXPECTED = range(7)
 """What is known of the session that used a group last: nothing; that it went on without
@@ -57,10 +51,20 @@ class Traits(NamedTuple):
     """Of its session, see `paces`; 0: no session is named."""
 
 
+class Mark:
+    """What tells the group of an item: those that came into it together share one, which stays
+    theirs when all of them go into another group, so that none of them need be touched."""
+
+    __slots__ = ("group",)
+
+    def __init__(self, group: Group) -> None:
+        self.group = group
+
+
 class Group:
     __slots__ = (
-        "bucket", "column", "count", "head", "into", "items", "kids", "live", "parent",
-        "sampled", "session", "since", "spot", "traits",
+        "bucket", "column", "count", "head", "into", "items", "kids", "live", "mark", "parent",
+        "sampled", "session", "side", "since", "spot", "traits",
     )  # fmt: skip
 
     def __init__(self, traits: Traits, count: int, since: int, session: Hashable) -> None:
@@ -76,6 +80,10 @@ class Group:
         """Where in `items` the deepest is that is still in it."""
         self.live = 0
         """How many are still in it."""
+        self.mark: Mark | None = None
+        """What these are marked with; None: there are none."""
+        self.side = side_of(traits.level)
+        """Of the default that its priority was on as it came."""
         self.sampled: tuple[int, dict[bytes, int]] | None = None
         """The mask of a sample, and which of `items` are in it: their depths, by name."""
         self.spot: list[Group] | None = None
@@ -89,14 +97,24 @@ class Group:
         self.into: Group | None = None
         """What they continue instead: where its deepest blocks have gone."""
 
+    def marked(self) -> Mark:
+        """What items are marked with that come into it."""
+        mark = self.mark
+        if mark is None:
+            mark = self.mark = Mark(self)
+        return mark
 
-def runs(groups: list[_G], items: list[_T]) -> Iterator[tuple[_G, list[_T]]]:
-    """Items by the groups that are named beside each; mostly they are all of one."""
-    if groups.count(groups[0]) == len(groups):
-        yield groups[0], items
-        return
-    for group, pairs in groupby(zip(groups, items, strict=True), _FIRST):
-        yield group, [item for _, item in pairs]
+    def take_all(self, group: Group, items: list[Any]) -> None:
+        """All that are still in another one, while this has none; the list becomes its own."""
+        mark = group.marked()
+        mark.group = self
+        self.mark, group.mark = mark, None
+        self.items = items
+
+
+def side_of(level: int) -> int:
+    """Of the default: -1, 0 or 1."""
+    return (level > 0) - (level < 0)
 
 
 class Moment(NamedTuple):

@@ -34,7 +34,7 @@ from kvstore.core.policies.worth.groups import (
 from kvstore.core.policies.worth.learning import Observer, Seen
 from kvstore.core.policies.worth.paces import Paces
 from kvstore.core.policies.worth.past import Past
-from kvstore.core.policies.worth.rules import LEVELS, OCTAVES, RULES, Learned
+from kvstore.core.policies.worth.rules import LEVELS, OCTAVES, UNLEARNED, Learned
 from kvstore.core.policies.worth.shelves import Shelves
 from kvstore.core.policies.worth.tenants import Tenants
 from kvstore.core.policies.worth.trials import Trial
@@ -61,6 +61,8 @@ LEARN_EVERY = 512
 """Uses in the sample between two estimates, at least."""
 LEARN_REQUESTS = 64
 """Requests between two estimates, at least: the blocks of one are used alike."""
+A_REQUEST = 1000
+"""What an estimate may cost each request while it is made, by and large in microseconds."""
 REMEMBERED_A_HELD = 4
 """How many times as many names of blocks that left are remembered as are held."""
 KEPT = 0.97
@@ -82,7 +84,7 @@ class Worth(EvictionPolicy):
     by_chain = True
 
     def __init__(self) -> None:
-        self._rules = [make() for make in RULES.values()]
+        self._rules = list(UNLEARNED)
         self._rule = 0
         self._shelves = Shelves(_depth, self._rules[0])
         self._observer = Observer()
@@ -110,7 +112,9 @@ class Worth(EvictionPolicy):
         """Uses in the sample by this request, that nothing was learned of."""
         self._until_learning = LEARN_EVERY
         self._learned = 0
-        """When the last estimate was made."""
+        """When the last estimate was begun."""
+        self._learning: Iterator[int] | None = None
+        """The one that is being made."""
 
     def use(self, use: Use) -> None:
         before = self._use
@@ -180,12 +184,19 @@ class Worth(EvictionPolicy):
         if self._use is None:
             self._begin_unnamed()
         run = list(replicas)
-        group = run[0].mark if run else None
-        if group is not None and len(run) == group.live and run == group.items:
-            self._touch(group, run)
-            return
-        for group, some in groupby(run, _group):
-            self._touch(group, list(dict.fromkeys(some)))
+        at = 0
+        while at < len(run):
+            mark = run[at].mark
+            group: Group = mark.group
+            some = run[at : at + group.live]
+            if some == group.items:
+                at += len(some)
+            else:
+                begin, at = at, at + 1
+                while at < len(run) and run[at].mark is mark:
+                    at += 1
+                some = list(dict.fromkeys(run[begin:at]))
+            self._touch(group, some)
 
     def _touch(self, group: Group, run: list[Replica]) -> None:
         """Use some of a group, the deepest first."""
@@ -220,7 +231,7 @@ class Worth(EvictionPolicy):
         if shelves.size > self._room:
             self._room = shelves.size
             self._past.make_room(REMEMBERED_A_HELD * self._room)
-        group: Group = replica.mark
+        group: Group = replica.mark.group
         self._past.note(replica.block.stored_key, group.count, group.traits.shared)
         self._life += (shelves.moment.now - group.since - self._life) / 1000
         shelves.leave(replica)
@@ -238,6 +249,7 @@ class Worth(EvictionPolicy):
 
     def _begin(self, moment: Moment) -> None:
         self._learn_of_uses()
+        self._go_on_learning()
         for grouping in self._groupings:
             grouping.begin(moment)
 
@@ -317,10 +329,14 @@ class Worth(EvictionPolicy):
             self._until_learning -= len(seen.depths)
         observer.keep(WATCHED_A_HELD * sampled)
         now = self._shelves.moment.now
-        if self._until_learning <= 0 and now - self._learned >= LEARN_REQUESTS:
+        if (
+            self._until_learning <= 0
+            and now - self._learned >= LEARN_REQUESTS
+            and self._learning is None
+        ):
             self._learned = now
             self._until_learning = max(LEARN_EVERY, len(observer) // 8)
-            self._learn()
+            self._learning = self._learn()
 
     def _thin(self, room: int) -> None:
         """Make the sample one of fewer blocks, where there is room for many."""
@@ -334,20 +350,36 @@ class Worth(EvictionPolicy):
     def _sampled(self, name: bytes) -> bool:
         return not crc32(name) & self._mask
 
-    def _learn(self) -> None:
-        """Estimate anew what is worth what, and which rule is best."""
-        hazards = self._observer.learn()
-        for rule in self._rules:
-            if isinstance(rule, Learned):
-                rule.learn(hazards, self._life)
+    def _go_on_learning(self) -> None:
+        """Do so much of an estimate that no request waits for long."""
+        cost = 0
+        while self._learning is not None and cost < A_REQUEST:
+            step = next(self._learning, None)
+            if step is None:
+                self._learning = None
+            else:
+                cost += step
+
+    def _learn(self) -> Iterator[int]:
+        """Estimate anew what is worth what, and which rule is best. Every step tells what it
+        cost; each order is as it was until it is known anew as a whole."""
+        hazards = yield from self._observer.learn()
+        learned = Learned(hazards, self._life)
+        self._rules[0] = learned
         saved = [trial.saved for trial in self._trials]
         ruling = saved[self._rule]
         if max(saved) > BETTER * ruling + SURE * ruling**0.5:
             self._rule = saved.index(max(saved))
-        self._shelves.grade_anew(self._rules[self._rule])
-        for trial, rule in zip(self._trials, self._rules, strict=True):
+        for trial in self._trials:
             trial.saved *= KEPT
-            trial.shelves.grade_anew(rule)
+        orders = [self._shelves, *(trial.shelves for trial in self._trials)]
+        rules = [self._rules[self._rule], *self._rules]
+        for shelves, rule in zip(orders, rules, strict=True):
+            if rule is learned:
+                for traits in shelves.traits():
+                    yield learned.cost(traits)
+                    learned(traits)
+            yield from shelves.grade_anew(rule)
 
 
 def _level(priority: int) -> int:
@@ -358,5 +390,4 @@ def _depth(replica: Replica) -> int:
     return replica.block.depth
 
 
-_group = attrgetter("mark")
 _block = attrgetter("block")

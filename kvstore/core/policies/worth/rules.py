@@ -7,7 +7,6 @@ better: `recent` is LRU; under `again` what was used once leaves before what was
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 from math import log2
 
@@ -29,6 +28,9 @@ AGAIN = 12
 STEPS = 16
 """Grades an octave."""
 _LEAST = -40
+
+ESTIMATED = 60
+"""What it costs, by and large in microseconds, to find the grades of what is known alike."""
 
 
 def graded(values: list[float]) -> list[int]:
@@ -55,31 +57,28 @@ def _recent(by: int) -> list[int]:
 class Learned:
     """The most uses for the time held that can be had, see `densities`."""
 
-    def __init__(self) -> None:
-        self._hazards: Hazards | None = None
-        self._life = 1.0
-        self._unshifted: dict[Traits, list[int]] = {}
-        self._grades: dict[Traits, list[int]] = {}
-
-    def learn(self, hazards: Hazards, life: float) -> None:
+    def __init__(self, hazards: Hazards, life: float) -> None:
         """`life`: how long blocks stay after their last use, lately."""
         self._hazards = hazards
         self._life = life
-        self._unshifted = {}
-        self._grades = {}
+        self._unshifted: dict[Traits, list[int]] = {}
+        self._grades: dict[Traits, list[int]] = {}
 
     def __call__(self, traits: Traits) -> list[int]:
         grades = self._grades.get(traits)
         if grades is None:
-            if self._hazards is None:
-                return recent(traits)
-            grades = _shifted(self._learned(known_by(traits), self._hazards), _priority(traits))
+            grades = _shifted(self._learned(known_by(traits)), _priority(traits))
             self._grades[traits] = grades
         return grades
 
-    def _learned(self, name: Traits, hazards: Hazards) -> list[int]:
+    def cost(self, traits: Traits) -> int:
+        """Of grades that nobody has asked for yet, by and large in microseconds."""
+        return 0 if known_by(traits) in self._unshifted else ESTIMATED
+
+    def _learned(self, name: Traits) -> list[int]:
         grades = self._unshifted.get(name)
         if grades is None:
+            hazards = self._hazards
             dense = densities(hazards.of(name), hazards.oldest, SHORTEST * self._life)
             grades = self._unshifted[name] = graded(dense)
         return grades
@@ -94,8 +93,6 @@ def _shifted(grades: list[int], by: int) -> list[int]:
     return [min(max(grade + by, 0), GRADES - 1) for grade in grades] if by else grades
 
 
-RULES: dict[str, Callable[[], Grade]] = {
-    "learned": Learned,
-    "recent": lambda: recent,
-    "again": lambda: again,
-}
+UNLEARNED: tuple[Grade, ...] = (recent, recent, again)
+"""The rules that are tried, as they are before anything is learned: the first one will be
+`Learned`."""

@@ -24,30 +24,70 @@ Grade = Callable[[Traits], list[int]]
 is not to be changed."""
 
 
+LISTED = 10
+"""What it costs to list the places of a column, by and large in microseconds."""
+
+
 class Column:
     """The places of one kind of group, by age."""
 
-    __slots__ = ("grades", "places", "traits")
+    __slots__ = ("places", "traits")
 
     def __init__(self, traits: Traits) -> None:
         self.traits = traits
-        self.grades: list[int] | None = None
-        """None: not known yet."""
         self.places: dict[int, deque[list[Group]]] = {}
         """By bucket of age: those that are listed by their grade."""
 
 
+class Listing:
+    """Places by the grade that one rule gives them."""
+
+    __slots__ = ("_grades", "by_grade", "grade", "taken")
+
+    def __init__(self, grade: Grade) -> None:
+        self.grade = grade
+        self.by_grade: dict[int, list[tuple[Column, int]]] = {}
+        self.taken = 0
+        """The grades there are, a bit each."""
+        self._grades: dict[Column, list[int]] = {}
+
+    def __contains__(self, column: Column) -> bool:
+        """Whether it has listed a place of a column."""
+        return column in self._grades
+
+    def begin(self, column: Column) -> None:
+        """The places of a column are going to be listed."""
+        self._grades[column] = self.grade(column.traits)
+
+    def add(self, column: Column, bucket: int) -> None:
+        grade = self._grades[column][bucket]
+        listed = self.by_grade.get(grade)
+        if listed is None:
+            self.by_grade[grade] = [(column, bucket)]
+            self.taken |= 1 << grade
+        else:
+            listed.append((column, bucket))
+
+    def keep(self, grade: int, places: list[tuple[Column, int]]) -> None:
+        """Of a grade only these are left."""
+        if places:
+            self.by_grade[grade] = places
+        else:
+            del self.by_grade[grade]
+            self.taken &= ~(1 << grade)
+
+
 class Shelves(Grouping):
-    """An item is anything with a `mark`, which is its group while it is held."""
+    """An item is anything with a `mark`, which tells its group while it is held."""
 
     def __init__(self, depth: Callable[[Any], int], grade: Grade) -> None:
         """`depth`: of an item in its chain."""
         super().__init__()
         self._depth = depth
-        self._grade = grade
         self._columns: dict[Traits, Column] = {}
-        self._by_grade: list[list[tuple[Column, int]]] = [[] for _ in range(GRADES)]
-        self._taken = 0
+        self._listing = Listing(grade)
+        self._next: Listing | None = None
+        """What will hold once all is listed there."""
         self._calendar: dict[int, list[Group]] = {}
         self._order = count()
         self.size = 0
@@ -55,28 +95,50 @@ class Shelves(Grouping):
     def begin(self, moment: Moment) -> None:
         super().begin(moment)
         now = moment.now
-        for group in self._calendar.pop(now, ()):
+        calendar = self._calendar
+        # In one piece, without calls: this is most of what a request costs by itself.
+        for group in calendar.pop(now, ()):
             bucket = group.bucket + 1
-            if group.spot is not None and now - group.since == AGES[bucket]:
-                group.bucket = bucket
+            if group.spot is None or now - group.since != AGES[bucket]:
+                continue
+            group.bucket = bucket
+            place = group.column.places.get(bucket)
+            if place is None:
                 self._stand(group)
-                self._note(group)
+            else:
+                group.spot = spot = [group]
+                while place and place[0][0].spot is not place[0]:
+                    place.popleft()
+                place.append(spot)
+            if bucket + 1 < BUCKETS:
+                when = group.since + AGES[bucket + 1]
+                due = calendar.get(when)
+                if due is None:
+                    calendar[when] = [group]
+                else:
+                    due.append(group)
 
     def enter(self, items: list[Any], group: Group) -> None:
         """Items that are in no group come into one of this request, the deepest first."""
         self._link(items[0], group)
+        mark = group.marked()
         for item in items:
-            item.mark = group
+            item.mark = mark
         group.items += items
         group.live += len(items)
         self.size += len(items)
 
     def move(self, items: list[Any], group: Group, to: Group) -> None:
-        """Some of a group go into one of this request, the deepest first."""
+        """Some of a group go into one of this request, the deepest first. The list becomes the
+        group's."""
         self._link(items[0], to)
-        for item in items:
-            item.mark = to
-        to.items += items
+        if len(items) == group.live and not to.live:
+            to.take_all(group, items)
+        else:
+            mark = to.marked()
+            for item in items:
+                item.mark = mark
+            to.items += items
         to.live += len(items)
         group.live -= len(items)
         self._moved(group, to)
@@ -116,7 +178,7 @@ class Shelves(Grouping):
             group.kids = 0
 
     def leave(self, item: Any) -> None:
-        group = item.mark
+        group = item.mark.group
         item.mark = None
         self.size -= 1
         group.live -= 1
@@ -126,13 +188,14 @@ class Shelves(Grouping):
         """Some have left it, as `live` says."""
         if not group.live:
             group.items = []
+            group.mark = None
             group.head = 0
             group.spot = None
             self._part(group)
         elif group.spot is not None:
-            items, head = group.items, group.head
-            if items[head].mark is not group:
-                while items[head].mark is not group:
+            items, head, mark = group.items, group.head, group.mark
+            if items[head].mark is not mark:
+                while items[head].mark is not mark:
                     head += 1
                 group.head = head
             if 2 * group.live + 8 < len(items):
@@ -149,13 +212,17 @@ class Shelves(Grouping):
             if before is not None:
                 self._childless(before)
 
+    def traits(self) -> list[Traits]:
+        """By which groups stand, or did."""
+        return list(self._columns)
+
     def grade_of(self, item: Any) -> int:
         """What is thought of an item that is held, whatever continues it: the more, the
         later it would go."""
-        return self._grade_of(item.mark)
+        return self._grade_of(item.mark.group)
 
     def _grade_of(self, group: Group) -> int:
-        return self._grade(group.traits)[bucket_of(self.moment.now - group.since)]
+        return self._listing.grade(group.traits)[bucket_of(self.moment.now - group.since)]
 
     def _follows(self, group: Group, other: Group) -> bool:
         """Whether a group continues another, or is it. Only what this request has used can
@@ -179,21 +246,23 @@ class Shelves(Grouping):
         if group.spot is not None:
             self._place(group)
 
-    def grade_anew(self, grade: Grade) -> None:
-        """Grades are not what they were."""
-        self._grade = grade
-        self._by_grade = [[] for _ in range(GRADES)]
-        self._taken = 0
-        for column in self._columns.values():
-            column.grades = None
-            for bucket in sorted(column.places):
-                self._list(column, bucket)
+    def grade_anew(self, grade: Grade) -> Iterator[int]:
+        """Grades are not what they were: every step tells what it cost, and up to the last one
+        the old ones hold. One at a time."""
+        listing = self._next = Listing(grade)
+        for column in list(self._columns.values()):
+            if column not in listing:
+                listing.begin(column)
+                for bucket in sorted(column.places):
+                    listing.add(column, bucket)
+                yield LISTED
+        self._listing, self._next = listing, None
 
     def __iter__(self) -> Iterator[Any]:
         """Every item, the one to go first coming first, as if those before it had left."""
         kids: dict[Group, int] = {}
         freed: list[tuple[int, int, Group]] = []
-        taken = self._taken
+        taken = self._listing.taken
         while taken:
             bit = taken & -taken
             taken ^= bit
@@ -231,15 +300,14 @@ class Shelves(Grouping):
 
     def _at(self, grade: int) -> list[tuple[Column, int]]:
         """The places of a grade where groups stand."""
-        listed = self._by_grade[grade]
+        listed = self._listing.by_grade[grade]
         fronts = [place for place in listed if _front(*place)]
-        if len(fronts) < len(listed):
+        # A place that is listed twice, as the next grades are being found, stays.
+        if len(fronts) < len(listed) and self._next is None:
             for column, bucket in listed:
                 if not column.places[bucket]:
                     del column.places[bucket]
-            self._by_grade[grade] = fronts
-            if not fronts:
-                self._taken &= ~(1 << grade)
+            self._listing.keep(grade, fronts)
         return fronts
 
     def _childless(self, group: Group) -> None:
@@ -265,6 +333,9 @@ class Shelves(Grouping):
         column = self._columns.get(traits)
         if column is None:
             column = self._columns[traits] = Column(traits)
+            self._listing.begin(column)
+            if self._next is not None:
+                self._next.begin(column)
         return column
 
     def _stand(self, group: Group) -> None:
@@ -279,11 +350,9 @@ class Shelves(Grouping):
             place.append(spot)
 
     def _list(self, column: Column, bucket: int) -> None:
-        if column.grades is None:
-            column.grades = self._grade(column.traits)
-        grade = column.grades[bucket]
-        self._by_grade[grade].append((column, bucket))
-        self._taken |= 1 << grade
+        self._listing.add(column, bucket)
+        if self._next is not None and column in self._next:
+            self._next.add(column, bucket)
 
     def _note(self, group: Group) -> None:
         """When it will be in the next bucket."""
@@ -318,13 +387,15 @@ def _clear_front(place: deque[list[Group]]) -> None:
 
 
 def _items(group: Group) -> Iterator[Any]:
+    mark = group.mark
     for item in islice(group.items, group.head, None):
-        if item.mark is group:
+        if item.mark is mark:
             yield item
 
 
 def _gather(group: Group) -> None:
     """Forget those that left it."""
-    group.items = [item for item in group.items if item.mark is group]
+    mark = group.mark
+    group.items = [item for item in group.items if item.mark is mark]
     group.head = 0
     group.sampled = None

@@ -7,11 +7,11 @@ optimization using miniature simulations", USENIX ATC 2017).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from operator import attrgetter
 
-from kvstore.core.policies.worth.groups import Group, runs
+from kvstore.core.policies.worth.groups import Group, Mark
 from kvstore.core.policies.worth.learning import Seen
 from kvstore.core.policies.worth.shelves import Grade, Shelves
 
@@ -22,7 +22,7 @@ class Sampled:
     def __init__(self, name: bytes, depth: int) -> None:
         self.name = name
         self.depth = depth
-        self.mark: Group | None = None
+        self.mark: Mark | None = None
 
 
 class Trial:
@@ -37,23 +37,49 @@ class Trial:
     ) -> None:
         """Some of what was seen, no name twice. `worth`: what a hit is; the others as the
         observer knows them."""
-        shelves, held = self.shelves, self._held
-        there = list(map(held.get, names))
-        items = [
-            item or Sampled(name, seen.depths[name])
-            for name, item in zip(names, there, strict=True)
-        ]
-        for old, run in runs(list(map(_group, items)), items):
+        shelves = self.shelves
+        for old, items in self._alike(seen, names):
             if old is not None:
-                self.saved += worth * len(run)
+                self.saved += worth * len(items)
                 if old.since == shelves.moment.now:
                     continue
             group = shelves.group(count, seen.last, shared, seen.level, seen.until_ms)
             if old is None:
-                shelves.enter(run, group)
-                held.update((item.name, item) for item in run)
+                shelves.enter(items, group)
+                self._held.update((item.name, item) for item in items)
             else:
-                shelves.move(run, old, group)
+                shelves.move(items, old, group)
+
+    def _alike(
+        self, seen: Seen, names: Sequence[bytes]
+    ) -> Iterator[tuple[Group | None, list[Sampled]]]:
+        """What these stand for, by groups; None: it is not held."""
+        held = self._held
+        at = 0
+        while at < len(names):
+            item = held.get(names[at])
+            if item is None or item.mark is None:
+                begin, at = at, at + 1
+                while at < len(names) and names[at] not in held:
+                    at += 1
+                yield None, [Sampled(name, seen.depths[name]) for name in names[begin:at]]
+                continue
+            mark = item.mark
+            group = mark.group
+            end = at + group.live
+            if (
+                len(group.items) == group.live <= len(names) - at
+                and list(map(_name, group.items)) == names[at:end]
+            ):
+                at = end
+                yield group, group.items
+                continue
+            items = []
+            while item is not None and item.mark is mark:
+                items.append(item)
+                at += 1
+                item = held.get(names[at]) if at < len(names) else None
+            yield group, items
 
     def keep(self, most: int) -> None:
         """Let go of what there is beyond so many."""
@@ -70,4 +96,4 @@ class Trial:
 
 
 _depth = attrgetter("depth")
-_group = attrgetter("mark")
+_name = attrgetter("name")

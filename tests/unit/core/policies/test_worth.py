@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import islice
 
 import pytest
@@ -20,10 +20,16 @@ from kvstore.core.policies.worth.groups import (
     WAITING,
     Group,
 )
-from kvstore.core.policies.worth.learning import densities
+from kvstore.core.policies.worth.learning import Counts, densities
 from kvstore.core.policies.worth.paces import MOST_SESSIONS, Paces
 from kvstore.core.policies.worth.past import Past
-from kvstore.core.policies.worth.policy import MOST_AT_ONCE, MOST_WATCHED, WATCHED_A_HELD
+from kvstore.core.policies.worth.policy import (
+    A_REQUEST,
+    MOST_AT_ONCE,
+    MOST_WATCHED,
+    WATCHED_A_HELD,
+)
+from kvstore.core.policies.worth.rules import ESTIMATED
 from kvstore.types import Retention
 from tests.unit.core.policies.harness import Cache, replica
 
@@ -267,9 +273,9 @@ def test_the_parts_of_one_request_are_one_use() -> None:
     held: dict[int, Replica] = {}
     for part in range(1, 5):
         prompt(policy, held, range(100, 100 + part), Use(now_ms=part, request="r"))
-    assert {each.mark.count for each in held.values()} == {1}
+    assert {each.mark.group.count for each in held.values()} == {1}
     prompt(policy, held, range(100, 104), Use(now_ms=9, request="s"))
-    assert {each.mark.count for each in held.values()} == {2}
+    assert {each.mark.group.count for each in held.values()} == {2}
 
 
 def test_a_later_part_of_a_request_is_of_its_own_session() -> None:
@@ -280,7 +286,7 @@ def test_a_later_part_of_a_request_is_of_its_own_session() -> None:
     prompt(policy, held, [100, 101], Use(now_ms=16_000, session="s", request="r"))
     prompt(policy, held, [200], Use(now_ms=16_001, request="q"))
     prompt(policy, held, [102], Use(now_ms=16_002, session="s", request="r"))
-    paces = {number: each.mark.traits.pace for number, each in held.items()}
+    paces = {number: each.mark.group.traits.pace for number, each in held.items()}
     assert paces == {100: 4, 101: 4, 102: 4, 200: 0}
 
 
@@ -312,7 +318,7 @@ def test_what_is_found_at_a_start_leaves_no_long_step_to_the_next_request() -> N
     held = [replica(number, 255 - number % 256) for number in range(200 * 256)]
     policy.use(Use())
     policy.insert_all(held)
-    assert max(each.mark.live for each in held) <= 2 * MOST_TOGETHER
+    assert max(each.mark.group.live for each in held) <= 2 * MOST_TOGETHER
     assert sum(len(seen.depths) for seen in policy._batch) < MOST_AT_ONCE
     assert len(policy._observer) <= MOST_WATCHED + MOST_AT_ONCE
     policy.use(Use(now_ms=1.0))
@@ -349,3 +355,87 @@ def test_what_is_known_of_a_group_s_sample_is_what_its_blocks_are() -> None:
             policy.remove(victim)
             held.discard(victim)
     assert policy.known > 200, "it is made use of"
+
+
+class Costed(Worth):
+    """Notes what each request spends on an estimate, and when one is done."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.costs: list[int] = []
+        self.made = 0
+
+    def use(self, use: Use) -> None:
+        self.costs.append(0)
+        super().use(use)
+
+    def _learn(self) -> Iterator[int]:
+        for cost in super()._learn():
+            self.costs[-1] += cost
+            yield cost
+        self.made += 1
+
+
+def test_no_request_waits_for_a_whole_estimate() -> None:
+    """However many kinds of groups there are to be graded anew."""
+    draw = random.Random(3)
+    policy = Costed()
+    held: dict[int, Replica] = {}
+    for turn in range(1500):
+        chain = draw.randrange(60)
+        use = Use(
+            now_ms=turn * 500.0,
+            category=chain % 7,
+            session=chain if chain % 2 else None,
+            priority=draw.choice((0, 25, 50, 75, 100)),
+        )
+        prompt(policy, held, range(chain * 100, chain * 100 + 12), use)
+        policy.hint(chain, draw.choice((SessionState.WAITING, SessionState.IDLE)))
+        for _ in range(max(0, len(held) - 400)):
+            victim = next(policy.candidates())
+            policy.remove(victim)
+            del held[victim.address]
+    assert policy.made > 5
+    assert max(policy.costs) < A_REQUEST + ESTIMATED
+    assert sum(policy.costs) / policy.made > 4 * A_REQUEST, "it would have been long"
+
+
+def test_while_an_estimate_is_made_everybody_is_in_the_order_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Groups come, age, change their traits and leave between its steps."""
+    monkeypatch.setattr("kvstore.core.policies.worth.policy.A_REQUEST", 200)
+    draw = random.Random(5)
+    policy = Costed()
+    held: dict[int, Replica] = {}
+    between = 0
+    for turn in range(1500):
+        chain = draw.randrange(40)
+        session = chain if chain % 2 else None
+        use = Use(
+            now_ms=turn * 500.0, category=chain % 3, session=session, priority=50 * (turn % 2)
+        )
+        prompt(policy, held, range(chain * 100, chain * 100 + draw.randrange(4, 16)), use)
+        policy.hint(chain, draw.choice((SessionState.WAITING, SessionState.IDLE)))
+        for _ in range(max(0, len(held) - 200)):
+            victim = next(policy.candidates())
+            policy.remove(victim)
+            del held[victim.address]
+        between += policy._learning is not None
+        assert sorted(order(policy)) == sorted(held)
+    assert policy.made > 3 and between > 5 * policy.made
+
+
+def test_what_is_watched_counts_up_to_the_age_that_it_has() -> None:
+    draw = random.Random(6)
+    counts, now = Counts(), 100_000
+    expected = [0] * BUCKETS
+    for _ in range(400):
+        age = int(draw.paretovariate(0.2)) % (now + 1)
+        counts.wait(now - age, 3)
+        if draw.random() < 0.3:
+            counts.wait(now - age, -3)
+        else:
+            expected[bucket_of(age)] += 3
+    assert counts.at(now).reached == expected
+    assert counts.reached == [0.0] * BUCKETS
