@@ -84,7 +84,7 @@ def convince(total: dict[str, int], seeds: int) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 def test_no_crash_or_fault_makes_the_store_lie() -> None:
-    seeds = 500
+    seeds = 400
     convince(lives(0, seeds, 2900), seeds)
 
 
