@@ -80,8 +80,9 @@ class Metrics:
         )  # fmt: skip
         self._straight_refused = Counter(
             "kvstore_gpudirect_fallbacks_total",
-            "Straight reads into a GPU's memory that could not begin (unusable), blocks that came "
-            "by way of the host's memory instead (failed), and GPUs given up for it (off).",
+            "Straight reads into a GPU's memory that could not begin (unusable), or that stopped "
+            "as others needed the memory (memory), blocks that came by way of the host's memory "
+            "instead (failed), and GPUs given up for it (off).",
             ["gpu", "reason"], registry=registry,
         )  # fmt: skip
         # A series that is there from the start can be alerted on: its first
@@ -176,7 +177,7 @@ class Metrics:
         """Read at every scrape."""
         for each in stats():
             if each.reads_straight or each.not_straight_because:
-                for reason in ("unusable", "failed", "off"):
+                for reason in ("unusable", "memory", "failed", "off"):
                     self._straight_refused.labels(each.gpu, reason)
         self.registry.register(VramCollector(stats))
 

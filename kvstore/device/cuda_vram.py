@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from kvstore.device.cuda import CudaDriver
-from kvstore.device.cufile import CuFileStraight
+from kvstore.device.cufile import CuFileStraight, bytes_taken
 from kvstore.device.gpu_staging import address_of
 from kvstore.device.vram import Straight
 from kvstore.device.waits import wait_for, waited_for
@@ -110,6 +110,9 @@ class CudaVram:
 
     def straight(self, slots: int, slot_bytes: int) -> Straight:
         return CuFileStraight(self._driver, slots, slot_bytes)
+
+    def straight_bytes(self, slots: int, slot_bytes: int) -> int:
+        return bytes_taken(slots, slot_bytes)
 
     def start(self, address: int, data: memoryview) -> None:
         """Copy from host memory, in the order of calls."""

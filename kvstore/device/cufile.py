@@ -44,6 +44,16 @@ _RESULT_BYTES = 256
 """Of a slot, pinned: a checksum's words, or bytes too few for the kernels."""
 
 
+def bytes_taken(slots: int, slot_bytes: int) -> int:
+    """Of the GPU's memory, by so many slots: what drives write into, and sums."""
+    sums_bytes = slots * checksum_kernel.sums_bytes(align_up(slot_bytes))
+    return _pinned_bytes(slots, slot_bytes) + sums_bytes
+
+
+def _pinned_bytes(slots: int, slot_bytes: int) -> int:
+    return align_up(slots * align_up(slot_bytes), _PINNED_BYTES)
+
+
 class CuFileStraight:
     """`device.vram.Straight` of a real GPU."""
 
@@ -51,7 +61,7 @@ class CuFileStraight:
         """Raises `DeviceError`, with the reason."""
         self._driver = driver
         self._slot_bytes = slot_bytes = align_up(slot_bytes)
-        self._stuck = False
+        self._stuck = self._closed = False
         if not driver.can_checksum():
             raise DeviceError("the kernels that take checksums cannot be compiled here")
         with ExitStack() as undo:
@@ -59,7 +69,7 @@ class CuFileStraight:
             self._cufile = _library.open()
             undo.callback(_library.close)
             self._sums_bytes = checksum_kernel.sums_bytes(slot_bytes)
-            pinned_bytes = align_up(slots * slot_bytes, _PINNED_BYTES)
+            pinned_bytes = _pinned_bytes(slots, slot_bytes)
             self._slots = driver.allocate(pinned_bytes)
             undo.callback(_quietly, driver.free, self._slots)
             self._sums = driver.allocate(slots * self._sums_bytes)
@@ -95,8 +105,18 @@ class CuFileStraight:
         self._copy(slot, to.address + offset, nbytes)
 
     def close(self) -> None:
-        if not self._stuck:
-            self._undo.close()
+        if self._closed or self._stuck:
+            return
+        # What gives memory back waits for the GPU for as long as that takes, with locks that other
+        # threads need. So it is seen first that the GPU is at work.
+        try:
+            self._copy(0, self._results, 1)
+        except DeviceStuck:
+            raise
+        except DeviceError:
+            pass
+        self._closed = True
+        self._undo.close()
 
     def _checksum(self, slot: int, nbytes: int) -> int:
         result = self._results + slot * _RESULT_BYTES
@@ -154,6 +174,8 @@ class _Library:
         self._users = 0
         self._cufile: Any = None
         self._handles: dict[StraightFile, int] = {}
+        self._followed: set[StraightFile] = set()
+        """Those that tell when they are closed: once is enough."""
 
     def open(self) -> Any:
         """`cuda.bindings.cufile`; for each, `close`. Raises `DeviceError`."""
@@ -182,7 +204,9 @@ class _Library:
             handle = self._handles.get(file)
             if handle is None:
                 handle = self._handles[file] = self._register(file)
-                file.before_close(partial(self._forget, file))
+                if file not in self._followed:
+                    self._followed.add(file)
+                    file.before_close(partial(self._forget, file))
             return handle
 
     def _register(self, file: StraightFile) -> int:
@@ -198,6 +222,7 @@ class _Library:
 
     def _forget(self, file: StraightFile) -> None:
         with self._lock:
+            self._followed.discard(file)
             self._deregister(file)
 
     def _deregister(self, file: StraightFile) -> None:

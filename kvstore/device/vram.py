@@ -97,7 +97,8 @@ class Straight(Protocol):
         ...
 
     def close(self) -> None:
-        """After all that was begun with it, by any thread. Idempotent; never raises."""
+        """After all that was begun with it, by any thread. Waits for the GPU. Idempotent. Raises
+        `DeviceStuck` where that does not answer, and nothing else: its memory stays then."""
         ...
 
 
@@ -131,8 +132,12 @@ class Vram(Protocol):
 
     def straight(self, slots: int, slot_bytes: int) -> Straight:
         """`slot_bytes`: of the largest block that is to be read, here made whole pages. May take
-        seconds. Raises `DeviceError`, with the reason, where drives are not read straight. Closed
-        before this."""
+        seconds. Raises `DeviceFull` where there is no memory for it, any other `DeviceError`,
+        with the reason, where drives are not read straight. Closed before this."""
+        ...
+
+    def straight_bytes(self, slots: int, slot_bytes: int) -> int:
+        """Of this GPU's memory, what such a `straight` takes."""
         ...
 
     def close(self) -> None:

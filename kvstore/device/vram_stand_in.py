@@ -7,9 +7,10 @@ call, so that a test can have somebody else take its memory, or have it fail, at
 
 `bytes`: what the GPU has. `taken`: of these, by others than the store. `refuses`: names of
 methods that find no memory; of `peer`, that it reaches no other GPU; of `straight`, `fill`,
-`deliver`, `write_now`, that they fail. `hangs`: of the last three, those that do not go on for as
-long as that stands there: in `fill` it is the drive that hangs, in the others the GPU, for which
-nobody waits for ever. `spoils`: "fill", that what is read straight arrives damaged.
+`deliver`, `write_now`, that they fail. `hangs`: of the last three, and of `close`, which gives back
+what is read straight into, those that do not go on for as long as that stands there: in `fill` it
+is the drive that hangs, in the others the GPU, for which nobody waits for ever. `spoils`: "fill",
+that what is read straight arrives damaged.
 
 What is read straight comes from the file by `preadv`, so that disks which fail, wait or lie do so
 here too. Slots hold nothing for longer than is promised.
@@ -23,7 +24,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -56,13 +57,14 @@ class StandInVram:
         self.name = name
         self._path = Path(name.removeprefix(PREFIX))
         self._lock = threading.Lock()
-        self._made_bytes = 0
+        self._made_bytes = self._slots_bytes = 0
         if not self._path.is_file():
             raise NoDevice(f"there is no {self._path} that says what the GPU is like")
 
     def free_bytes(self) -> int:
         says = self.ask("free_bytes")
-        return max(0, int(says["bytes"]) - int(says.get("taken", 0)) - self._made_bytes)
+        taken = int(says.get("taken", 0)) + self._made_bytes + self._slots_bytes
+        return max(0, int(says["bytes"]) - taken)
 
     def make(self, nbytes: int) -> _Made:
         if self.free_bytes() < nbytes or "make" in self.ask("make").get("refuses", ()):
@@ -93,7 +95,12 @@ class StandInVram:
 
     def straight(self, slots: int, slot_bytes: int) -> _Straight:
         self.ask_unless_refused("straight")
+        if self.free_bytes() < self.straight_bytes(slots, slot_bytes):
+            raise DeviceFull(f"the GPU has no {slots} slots to spare")
         return _Straight(self, slots, slot_bytes)
+
+    def straight_bytes(self, slots: int, slot_bytes: int) -> int:
+        return slots * align_up(slot_bytes)
 
     def close(self) -> None:
         pass
@@ -123,6 +130,10 @@ class StandInVram:
     def count(self, nbytes: int) -> None:
         with self._lock:
             self._made_bytes += nbytes
+
+    def count_slots(self, nbytes: int) -> None:
+        with self._lock:
+            self._slots_bytes += nbytes
 
 
 class _Made:
@@ -173,6 +184,8 @@ class _Straight:
         self._vram = vram
         self._slots = [memoryview(mmap.mmap(-1, align_up(slot_bytes))) for _ in range(slots)]
         self._taken = [threading.Lock() for _ in range(slots)]
+        self._nbytes = vram.straight_bytes(slots, slot_bytes)
+        vram.count_slots(self._nbytes)
 
     def fill(self, slot: int, file: StraightFile, offset: int, nbytes: int) -> int:
         with self._take(slot) as memory:
@@ -197,10 +210,18 @@ class _Straight:
             memory[:] = b"\x5a" * len(memory)
 
     def close(self) -> None:
+        with suppress(DeviceLost):
+            self._vram.ask_unless_refused("close")
+        self._vram.count_slots(-self._nbytes)
+        self._nbytes = 0
+        if any(taken.locked() for taken in self._taken):
+            raise InternalError("what is given back is used")
         self._slots.clear()
 
     @contextmanager
     def _take(self, slot: int) -> Iterator[memoryview]:
+        if not self._slots:
+            raise InternalError("what is used was given back")
         if not self._taken[slot].acquire(blocking=False):
             raise InternalError("two threads use a slot at once")
         try:

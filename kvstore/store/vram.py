@@ -3,7 +3,8 @@ workers on the GPU, given back.
 
 A thread for each GPU does what its planner (`core.places.mirrors`) wants, and asks the driver
 ten times a second how much memory others have left. A GPU that fails gives back what it has of
-memory and is not used again; nothing else depends on it.
+memory and is not used again; nothing else depends on it. What straight reads take beside
+(`store.straight`) follows the same looks.
 """
 
 from __future__ import annotations
@@ -92,7 +93,8 @@ class Gpu:
             if straight_from is None
             else DriveToGpu(
                 loop, straight_from, arena, self.mirrors,
-                slots=reads, largest_block=dram.extent_bytes,
+                slots=reads, largest_block=dram.extent_bytes, reserve_bytes=reserve_bytes,
+                gpu_stuck=self._failed,
             )
         )  # fmt: skip
         self._untold = 0
@@ -110,17 +112,23 @@ class Gpu:
         self.mirrors.lost()
         self._loop.execute()
         self._table.close_extents()
+        await self._in_thread(self._close_extents)
         while True:
-            if await self._in_thread(self._give_back):
-                return
+            closed = Closed.YES
+            if self._straight is not None:
+                closed = await self._straight.in_thread(self._straight.close)
+            if closed is not Closed.NOT_YET:
+                break
             await asyncio.sleep(LOOK_S)
+        if closed is Closed.YES:
+            await self._in_thread(self._close_arena)
 
     async def _work(self) -> None:
         """Until the GPU fails."""
-        if self._straight is not None:
-            await self._begin_straight(self._straight)
         free_bytes: int | None = None
         while self.on:
+            if self._straight is not None:
+                self._straight.look()
             if self.mirrors.idle:
                 await asyncio.sleep(LOOK_S)
                 free_bytes = None
@@ -142,18 +150,6 @@ class Gpu:
             self._settle(work, ends)
             self._loop.execute()
 
-    async def _begin_straight(self, straight: DriveToGpu) -> None:
-        try:
-            await self._in_thread(straight.open)
-        except DeviceError as error:
-            straight.begin(refused=str(error))
-        except Exception as error:
-            # A library that is not as it was thought to be. Nothing else depends on it.
-            log.exception("reading straight into %s failed in an unforeseen way", self.name)
-            straight.begin(refused=f"{type(error).__name__}: {error}")
-        else:
-            straight.begin(refused="")
-
     def read(self, copy: Copy, header: BlockHeader) -> Went:
         """See `DriveToGpu`. Runs in threads of the store's."""
         assert self._straight is not None
@@ -162,8 +158,8 @@ class Gpu:
     def read_ended(self, went: Went) -> None:
         assert self._straight is not None
         self._straight.ended(went)
-        if self.on and isinstance(went.failure, DeviceLost | DeviceStuck):
-            self._switch_off(str(went.failure))
+        if isinstance(went.failure, DeviceLost | DeviceStuck):
+            self._failed(went.failure)
 
     def extent_fd(self, extent: int, tenant: str) -> int | None:
         """None for what is not open, or not the tenant's."""
@@ -185,10 +181,13 @@ class Gpu:
 
     def stats(self) -> VramStats:
         mirrors, space, straight = self.mirrors, self.mirrors.space, self._straight
+        held_bytes = (space.max_extents - space.spare_extents) * space.extent_bytes
+        if straight is not None:
+            held_bytes += straight.held_bytes
         return VramStats(
             gpu=self.name,
             capacity_bytes=space.capacity_bytes,
-            held_bytes=(space.max_extents - space.spare_extents) * space.extent_bytes,
+            held_bytes=held_bytes,
             used_bytes=space.used_bytes,
             blocks=len(mirrors),
             hits=mirrors.hits,
@@ -199,7 +198,7 @@ class Gpu:
             no_share_to_land=mirrors.landings.no_share,
             evictions=mirrors.evictions,
             extents_given_back=mirrors.given_back,
-            short=mirrors.short,
+            short=mirrors.short and held_bytes > 0,
             healthy=self.on,
             off_because=self._off_because,
             reads_straight=straight is not None and not straight.because,
@@ -212,19 +211,26 @@ class Gpu:
         """After the loop is closed, and its threads have ended, unless a drive hangs."""
         self._thread.shutdown(wait=True)
         self._table.close()
-        self._give_back()
+        self._close_extents()
+        if self._straight is None or self._straight.shut() is Closed.YES:
+            self._close_arena()
 
-    def _give_back(self) -> bool:
-        """All of the memory. False where there is some that a drive may be writing."""
+    def _close_extents(self) -> None:
         try:
             self._arena.close_extents()
-            closed = Closed.YES if self._straight is None else self._straight.close()
-            if closed is Closed.YES:
-                self._arena.close()
-            return closed is not Closed.NOT_YET
         except DeviceError as error:
             log.warning("the memory of %s was not given back in order: %s", self.name, error)
-            return True
+
+    def _close_arena(self) -> None:
+        """Nothing of it is used any more."""
+        try:
+            self._arena.close()
+        except DeviceError as error:
+            log.warning("%s was not closed in order: %s", self.name, error)
+
+    def _failed(self, error: DeviceLost | DeviceStuck) -> None:
+        if self.on:
+            self._switch_off(str(error))
 
     def _switch_off(self, why: str) -> None:
         self.on = False

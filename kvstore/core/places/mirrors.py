@@ -28,7 +28,7 @@ from kvstore.core.catalog import Layout, Replica, is_ready
 from kvstore.core.lifecycle import Event, State
 from kvstore.core.places.landings import HOT_USES, Landings
 from kvstore.core.places.shares import Mirror, Share, class_of
-from kvstore.core.places.straight import StraightReads
+from kvstore.core.places.straight import Slots, StraightReads
 from kvstore.core.places.vram_room import VramRoom
 from kvstore.core.space import Space
 from kvstore.types import Tier
@@ -63,10 +63,12 @@ class Hot(Share):
 
 
 class Reads(NamedTuple):
-    """A session reads blocks of a layout: since when, and under which name, if under any."""
+    """A session reads blocks of a layout: since when, and under which name, if under any.
+    `straight`: they may be read straight for it."""
 
     since_ns: int
     reader: bytes
+    straight: bool
 
 
 class Mirrors(VramRoom):
@@ -107,7 +109,9 @@ class Mirrors(VramRoom):
         under none."""
         readers = self._readers.setdefault(_name(layout), {})
         known = readers.get(session)
-        readers[session] = Reads(now_ns if known is None else known.since_ns, reader)
+        since_ns = now_ns if known is None else known.since_ns
+        straight = bool(reader) and self.reads_straight(layout)
+        readers[session] = Reads(since_ns, reader, straight)
 
     def read_since(self, layout: Layout, writer: Session) -> int | None:
         """Since when somebody but their writer reads such blocks here; None: nobody does."""
@@ -119,6 +123,13 @@ class Mirrors(VramRoom):
         """Somebody reads such blocks here under that name."""
         readers = self._readers.get(_name(layout), {})
         return any(reads.reader == reader for reads in readers.values())
+
+    @property
+    def is_read_straight(self) -> bool:
+        """There is somebody for whom blocks may be read straight."""
+        if not self.straight_bytes:
+            return False
+        return any(reads.straight for by in self._readers.values() for reads in by.values())
 
     def reads_straight(self, layout: Layout) -> bool:
         """Blocks of it come here from NVMe without a detour, where that is wanted. What is coded
@@ -164,13 +175,14 @@ class Mirrors(VramRoom):
     @property
     def idle(self) -> bool:
         """There is nothing to do, and nothing to be given back."""
-        waits = self._wanted or self.too_small
+        waits = self._wanted or self.too_small or not self.straight.idle
         return not waits and not self.space.used_bytes and not self.space.classes()
 
     def work(self, free_bytes: int, now_ns: int) -> MirrorWork:
         """What is to be done now, when so much of the GPU's memory is free."""
         self.landings.forget_old(now_ns)
         work = MirrorWork(self.give_back(free_bytes, now_ns, nobody_reads=not self._readers))
+        self.straight.look(now_ns)
         if work.closes:
             return work
         left = BATCH_BYTES
@@ -226,6 +238,7 @@ class Mirrors(VramRoom):
     def lost(self) -> None:
         """The GPU is used no more: there are no mirrors, and no extents."""
         self.straight_bytes = 0
+        self.straight.slots = Slots.UNUSED
         for mirror in list(self.written):
             self.ended(mirror, well=False)
         self._wanted.clear()

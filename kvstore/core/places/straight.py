@@ -11,10 +11,15 @@ Any other is nobody else's before the transfer into it has ended.
 Of the memory it takes `STRAIGHT_SHARE` at most until it is asked for again, and what is not hot
 takes `GUESTS_SHARE` at most, so that what is hot outlives a flood. What is leased makes no room
 for others of its kind: who asks for much would lose the first of it to the last.
+
+Drives write into slots beside that memory, which are there while blocks may be read straight for
+somebody, and others have enough. They come and go as extents do (`core.places.vram_room`). Without
+them blocks come up into DRAM; what was read straight before is found as ever.
 """
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -32,18 +37,35 @@ GUESTS_SHARE = 0.75
 """Of it, for that and what was handed over together."""
 
 
+class Slots(enum.Enum):
+    """What is to be of the slots that drives write into."""
+
+    UNUSED = enum.auto()
+    """They are to go back: nobody reads there."""
+    SHORT = enum.auto()
+    """They are to go back, or not to be taken: others have not enough."""
+    TAKEN = enum.auto()
+
+
 class StraightReads(Share):
     """Of one GPU."""
 
     def __init__(self, on: Mirrors) -> None:
         super().__init__(on)
+        self.slots = Slots.UNUSED
+        self.slots_bytes = 0
+        """The shell's: what they take of the GPU's memory together; 0: nothing."""
+        self.has_slots = True
+        """The shell's: they are there."""
         self._coming: set[Mirror] = set()
 
     def bring(self, source: Replica, now_ns: int) -> Mirror | None:
         """A place for what is READY on NVMe; None where there is no room, or it is not read
         straight here (any more)."""
         on, space_class = self._on, class_of(source.block)
-        if not on.reads_straight(source.block.layout) or on.is_opening(space_class):
+        if not self.has_slots or not on.reads_straight(source.block.layout):
+            return None
+        if on.is_opening(space_class):
             return None
         if self._is_full(space_class):
             leaves = self.first(space_class)
@@ -71,7 +93,34 @@ class StraightReads(Share):
     def may_grow(self) -> bool:
         """It is used, and has not all that it may have."""
         most = STRAIGHT_SHARE * self._on.space.capacity_bytes
-        return self._on.straight_bytes > 0 and self.held_bytes < most
+        return self.has_slots and self._on.straight_bytes > 0 and self.held_bytes < most
+
+    # Slots
+
+    @property
+    def idle(self) -> bool:
+        """There are to be no slots, and there is no need to look whether there may be."""
+        return self.slots is Slots.UNUSED and not self._wants_slots
+
+    @property
+    def _wants_slots(self) -> bool:
+        return self.slots_bytes > 0 and self._on.is_read_straight
+
+    def look(self, now_ns: int) -> None:
+        """What is to be of the slots, as others' memory is by now."""
+        if not self._wants_slots:
+            self.slots = Slots.UNUSED
+        elif self.slots is Slots.TAKEN:
+            self.slots = Slots.SHORT if self._on.lacking else Slots.TAKEN
+        else:
+            spare = self._on.has_spare(self.slots_bytes, now_ns)
+            self.slots = Slots.TAKEN if spare else Slots.SHORT
+
+    def not_taken(self, now_ns: int) -> None:
+        """There was no memory for the slots after all: they are tried again after a while."""
+        if self.slots is Slots.TAKEN:
+            self.slots = Slots.SHORT
+            self._on.had_no_memory(now_ns)
 
     # As of a pool (`core.places.pool`), what becomes of those that come
 

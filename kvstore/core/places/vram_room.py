@@ -109,11 +109,14 @@ class VramRoom:
     def may_grow(self, space_class: SpaceClass, now_ns: int) -> bool:
         """There is an extent to be had for the class, and others have so much to spare that it
         need not go back soon."""
-        free_bytes, needed = self._free_bytes, self._reserve_bytes + 2 * self.space.extent_bytes
         has_none = not self.space.extents_of(space_class)
         there_is = has_none or self.space.unopened_slots(space_class) > 0
-        enough = free_bytes is not None and free_bytes >= needed
-        return there_is and enough and now_ns >= self._calm_ns
+        return there_is and self.has_spare(self.space.extent_bytes, now_ns)
+
+    def has_spare(self, nbytes: int, now_ns: int) -> bool:
+        """So much may be taken: others have twice that beside what is reserved for them."""
+        free_bytes, needed = self._free_bytes, self._reserve_bytes + 2 * nbytes
+        return free_bytes is not None and free_bytes >= needed and now_ns >= self._calm_ns
 
     def grow(self, space_class: SpaceClass, opens: list[int], closes: list[int]) -> None:
         """One more extent for a class, if one is spare; its first, of the class that has most."""
@@ -137,6 +140,10 @@ class VramRoom:
         is taken for a while."""
         self._opening = None
         self._close(extent)
+        self.had_no_memory(now_ns)
+
+    def had_no_memory(self, now_ns: int) -> None:
+        """There was less than it had looked like."""
         self._calm_ns = now_ns + CALM_NS
 
     def give_back(self, free_bytes: int, now_ns: int, *, nobody_reads: bool) -> list[int]:

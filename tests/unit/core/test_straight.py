@@ -9,7 +9,7 @@ import pytest
 
 from kvstore.core.catalog import Block, Layout
 from kvstore.core.places.shares import NO_PLACE
-from kvstore.core.places.straight import GUESTS_SHARE, STRAIGHT_SHARE
+from kvstore.core.places.straight import GUESTS_SHARE, STRAIGHT_SHARE, Slots
 from kvstore.core.places.vram_room import SETTLES_NS
 from kvstore.core.sessions import Session
 from kvstore.core.tickets import AcquireTicket
@@ -556,6 +556,64 @@ def test_what_is_there_is_offered_at_no_cost() -> None:
     soon = rig.acquire(rig.engine, [rig.lid], keys, wait=True, within_ms=1e-5, reader=READER)
     assert soon.answer is not None
     assert (soon.answer[0].held, soon.answer[0].refusal) == (3, None)
+
+
+SLOTS_BYTES = 3 * SLOT
+
+
+def looks(rig: Rig, free: int) -> Slots:
+    rig.work(free)
+    return rig.gpu.mirrors.straight.slots
+
+
+def test_slots_are_taken_where_others_have_plenty_and_go_back_when_they_have_not() -> None:
+    rig = Rig()
+    straight_, reserve = rig.gpu.mirrors.straight, rig.gpu.mirrors._reserve_bytes
+    straight_.slots_bytes = SLOTS_BYTES
+    enough = reserve + 2 * SLOTS_BYTES
+    assert looks(rig, enough - 1) is Slots.SHORT
+    assert looks(rig, enough) is Slots.TAKEN
+    assert looks(rig, reserve) is Slots.TAKEN, "what they took is their own"
+    assert looks(rig, reserve - 1) is Slots.SHORT
+    rig.advance(4_000)
+    assert looks(rig, enough) is Slots.SHORT, "not at once again"
+    rig.advance(1_001)
+    assert looks(rig, enough) is Slots.TAKEN
+    straight_.not_taken(rig.now_ns)
+    assert looks(rig, enough) is Slots.SHORT
+    rig.gpu.mirrors.reads_no_more(rig.layout, rig.worker)
+    assert not straight_.idle, "they are there until that was seen"
+    assert looks(rig, enough) is Slots.UNUSED
+    assert straight_.idle
+
+
+@pytest.mark.parametrize("who", ["nobody", "of no name", "too large", "not straight"])
+def test_slots_are_for_those_who_read_straight(who: str) -> None:
+    rig = Rig()
+    rig.gpu.mirrors.straight.slots_bytes = SLOTS_BYTES
+    rig.gpu.mirrors.reads_no_more(rig.layout, rig.worker)
+    match who:
+        case "of no name":
+            rig.reads(rig.gpu, reader=b"")
+        case "too large":
+            rig.gpu.mirrors.straight_bytes = SLOT - 1
+            rig.reads(rig.gpu)
+        case "not straight":
+            rig.reads(rig.gpu)
+            rig.gpu.mirrors.straight_bytes = 0
+    assert looks(rig, 1 << 40) is Slots.UNUSED
+    assert rig.gpu.mirrors.straight.idle
+
+
+def test_without_slots_blocks_come_into_dram_and_those_that_are_there_are_found() -> None:
+    rig = Rig()
+    before = rig.cold(chain(1, 2))
+    rig.get(before)
+    rig.gpu.mirrors.straight.has_slots = False
+    assert straight(rig.get(rig.cold(chain(2, 2)))) == 0
+    again = rig.get(before, wait=False)
+    assert straight(again) == 2
+    assert rig.read(again) == again.checksums
 
 
 @pytest.mark.parametrize("seed", range(12))

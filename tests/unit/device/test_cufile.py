@@ -325,6 +325,46 @@ def test_copies_that_cannot_be_waited_for_keep_their_memory(
     assert not driver.wrong
 
 
+def test_a_gpu_that_does_not_answer_is_not_asked_for_memory_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Who does so waits for all that it is at, and others wait for him."""
+    monkeypatch.setattr(waits, "PATIENCE_S", 0.02)
+    driver = FakeDriver()
+    straight = faked(driver)
+    driver.hangs = True
+    with pytest.raises(DeviceStuck):
+        straight.close()
+    straight.close()
+    assert "free" not in driver.calls
+    driver.hangs = False
+    driver.settle()
+    assert not driver.wrong
+
+
+@pytest.mark.parametrize("slot_bytes", [1, 5000, SLOT_BYTES, 2 << 20, 16 << 20])
+def test_what_slots_take_is_told_beforehand(slot_bytes: int) -> None:
+    driver = FakeDriver()
+    straight = faked(driver, slots=2, slot_bytes=slot_bytes)
+    taken = sum(len(memory) for memory in driver.on_gpu.values())
+    assert taken == cufile.bytes_taken(2, slot_bytes)
+    straight.close()
+    assert not driver.on_gpu
+
+
+def test_slots_that_come_and_go_leave_nothing_with_the_files(
+    machine: Machine, file: DirectoryFile
+) -> None:
+    for _ in range(3):
+        straight = opened(machine)
+        straight.fill(0, file, 0, 4096)
+        straight.close()
+    assert len(file._before_close) == 1
+    file.close()
+    assert not cufile._library._followed
+    assert nothing_left(machine)
+
+
 def test_a_process_that_stood_still_does_not_take_its_gpu_for_stuck(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -367,13 +407,13 @@ class _NoFile:
     def buf_deregister(self, *_: int) -> None: ...
 
 
-def faked(driver: FakeDriver) -> CuFileStraight:
+def faked(driver: FakeDriver, slots: int = SLOTS, slot_bytes: int = SLOT_BYTES) -> CuFileStraight:
     """Over a driver, with slots that hold something already."""
     made = CuFileStraight.__new__(CuFileStraight)
     library = SimpleNamespace(open=_NoFile, close=lambda: None, handle=lambda file: 0)
     real, cufile._library = cufile._library, library  # type: ignore[assignment]
     try:
-        made.__init__(driver, SLOTS, SLOT_BYTES)  # type: ignore[misc]
+        made.__init__(driver, slots, slot_bytes)  # type: ignore[misc]
     finally:
         cufile._library = real
     return made
