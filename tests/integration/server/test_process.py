@@ -277,7 +277,7 @@ def test_the_commands_for_people_work_on_a_running_server(tmp_path: Path) -> Non
         return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
 
     device = "modelled:h100+gen4-nvme"
-    gpu = StandInGpu(tmp_path / "gpu", 1 << 30)
+    gpu = StandInGpu(tmp_path / "gpu", 4 << 30)
     gpu.say(refuses=["straight"])
     gpus = ("--vram-gpus", f"{gpu.name},stand-in:/none", "--vram-gpudirect", "true")
     with daemon(tmp_path, "--device", device, *gpus) as server:
