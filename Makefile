@@ -46,7 +46,7 @@ else
 endif
 
 # Several times what a lane takes on a busy machine: whatever hangs, there is an end.
-BOUNDED := $(BIN)/python tests/bounded.py 5400 $(BIN)/python -m pytest
+BOUNDED := $(BIN)/python tests/bounded.py 2700 $(BIN)/python -m pytest
 
 # Two lanes for two cores. Modules that share a pair of engines stay in one; tests of
 # engines that need two cores themselves run beside nothing.
