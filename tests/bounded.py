@@ -34,41 +34,46 @@ def main(arguments: list[str]) -> int:
     # Whose parent has ended is this process's child, and not the init process's.
     if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
         raise OSError(ctypes.get_errno(), "prctl")
+    # Whoever ignores this has no children to wait for.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     # An interrupt typed at a terminal reaches the command, too, which ends as it likes.
     signal.signal(signal.SIGINT, lambda *_: None)
+    # Noted, no more: `timeout` and `make` say it twice, and the second time it must not end
+    # whoever is ending what is left.
+    told: list[int] = []
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _stopped)
+        signal.signal(number, lambda number, _: told.append(number))
     try:
-        return _run(command, limit_s)
+        return _run(command, limit_s, told)
     finally:
         _end_all()
 
 
-def _stopped(number: int, frame: object) -> None:
-    sys.exit(128 + number)
-
-
-def _run(command: list[str], limit_s: float) -> int:
+def _run(command: list[str], limit_s: float, told: list[int]) -> int:
     process = subprocess.Popen(command)
     deadline = time.monotonic() + limit_s
-    code = _wait(process, deadline)
-    if code is None:
-        _say(f"{' '.join(command)} takes longer than {limit_s:.0f} s")
-        os.kill(process.pid, signal.SIGABRT)
-        _wait(process, time.monotonic() + DUMP_S)
-        return TOO_LONG
-    return code if code >= 0 else 128 - code
+    code = _wait(process, deadline, told)
+    if code is not None:
+        return code if code >= 0 else 128 - code
+    if told:
+        os.kill(process.pid, told[0])
+        return 128 + told[0]
+    _say(f"{' '.join(command)} takes longer than {limit_s:.0f} s")
+    os.kill(process.pid, signal.SIGABRT)
+    _wait(process, time.monotonic() + DUMP_S, told)
+    return TOO_LONG
 
 
-def _wait(process: subprocess.Popen[bytes], deadline: float) -> int | None:
-    """Its exit code, None after the deadline. Others that end meanwhile are reaped."""
+def _wait(process: subprocess.Popen[bytes], deadline: float, told: list[int]) -> int | None:
+    """Its exit code; None after the deadline, or once this process was told to end. Others that
+    end meanwhile are reaped."""
     while True:
         ended, status = os.waitpid(-1, os.WNOHANG)
         if ended == process.pid:
             process.returncode = os.waitstatus_to_exitcode(status)
             return process.returncode
         if not ended:
-            if time.monotonic() > deadline:
+            if told or time.monotonic() > deadline:
                 return None
             time.sleep(POLL_S)
 
@@ -100,7 +105,8 @@ def _children() -> list[int]:
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
-            parent = int(stat.read_text().rpartition(")")[2].split()[1])
+            # A process's name may be any bytes.
+            parent = int(stat.read_bytes().rpartition(b")")[2].split()[1])
         except (FileNotFoundError, ProcessLookupError):
             continue
         if parent == os.getpid():
