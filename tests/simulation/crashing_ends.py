@@ -42,8 +42,24 @@ def _on_gpu(gpu: Gpu) -> list[str]:
         "copies": len(gpu._arena._copying),
         "rows": len(gpu._table._row_of),
         "bytes of its memory": vram.made_bytes,
+        **_of_slots(gpu, vram),
     }
     return [f"{count} {what} on a GPU" for what, count in counts.items() if count]
+
+
+def _of_slots(gpu: Gpu, vram: CrashingGpu) -> dict[str, int]:
+    """What drives are read into, but for what somebody may be writing for ever."""
+    straight = gpu._straight
+    if straight is None:
+        return {"bytes of slots": vram.slots_bytes}
+    kept = [each for each in straight._kept if not isinstance(each, memoryview)]
+    # A GPU that is stuck is asked nothing any more.
+    stay = len(kept) + (len(straight._idle) if straight._stuck else 0)
+    return {
+        "bytes of slots": vram.slots_bytes - stay * straight._slot_bytes,
+        "bytes of slots that are counted wrongly": abs(vram.slots_bytes - straight.held_bytes),
+        "straight reads": straight._reads,
+    }
 
 
 def left_in_tiers(store: Store) -> list[str]:

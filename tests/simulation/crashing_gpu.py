@@ -74,6 +74,10 @@ class CrashingGpu(StandInVram):
     def made_bytes(self) -> int:
         return self._made_bytes
 
+    @property
+    def slots_bytes(self) -> int:
+        return self._slots_bytes
+
     def belongs_to(self, store: Store) -> None:
         for gpu in store._gpus._gpus:
             if gpu._arena.vram is self:
