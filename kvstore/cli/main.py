@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import importlib
 import os
 import signal
+import socket
 import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple, NoReturn, Protocol
@@ -35,6 +37,13 @@ COMMANDS: dict[str, Command] = {
     "plan": Command("kvstore.cli.plan", "size the tiers for a workload"),
     "demo": Command("kvstore.cli.demo", "run a small model with and without the store"),
 }
+
+
+_TELLING = {
+    errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM,
+    errno.ENOSPC, errno.EROFS,
+}  # fmt: skip
+"""Errors of a disk or of a limit, which mean the same wherever they come up."""
 
 
 class Subparsers(Protocol):
@@ -77,31 +86,53 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    name = next((word for word in argv if not word.startswith("-")), None)
-    if name not in COMMANDS:
-        _usage(argv, name)
     try:
-        module: CommandModule = importlib.import_module(COMMANDS[name].module)
-        parser = Parser(prog="kvstore")
-        subparsers = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
-        module.add_parser(subparsers)
-        code = module.run(parser.parse_args(argv))
+        try:
+            code = _run(list(sys.argv[1:] if argv is None else argv))
+        except SystemExit as exits:
+            if exits.code:
+                give_up()
+            else:
+                finish()  # `--help`
+            raise
         finish()
         return code
     except KVStoreError as error:
         print(f"kvstore: {error}", file=sys.stderr)
+        give_up()
         return _exit_code(error)
     except KeyboardInterrupt:
+        give_up()
         return 128 + signal.SIGINT
     except OSError as error:
         if isinstance(error, BrokenPipeError) and nobody_reads():
             give_up()
             return NOBODY_READS
+        if not _is_telling(error):
+            raise
         where = "" if error.filename is None else f"{error.filename}: "
         print(f"kvstore: {where}{error.strerror or error}", file=sys.stderr)
         give_up()
         return 1
+
+
+def _run(argv: list[str]) -> int:
+    name = next((word for word in argv if not word.startswith("-")), None)
+    if name not in COMMANDS:
+        _usage(argv, name)
+    module: CommandModule = importlib.import_module(COMMANDS[name].module)
+    parser = Parser(prog="kvstore")
+    subparsers = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+    module.add_parser(subparsers)
+    return module.run(parser.parse_args(argv))
+
+
+def _is_telling(error: OSError) -> bool:
+    """Whether its words are enough. Of a connection that broke, a time that ran out or a
+    descriptor that was none, only the traceback says whose it was."""
+    if error.filename is not None or isinstance(error, socket.gaierror):
+        return True
+    return error.errno in _TELLING
 
 
 def _exit_code(error: KVStoreError) -> int:

@@ -47,7 +47,7 @@ def finish() -> None:
 
 
 def nobody_reads() -> bool:
-    """Whether the standard output is a pipe, and whoever read from it has gone."""
+    """Whether the standard output is a pipe or a socket, and whoever read from it has gone."""
     if sys.stdout is None:
         return False
     poll = select.poll()
@@ -55,7 +55,7 @@ def nobody_reads() -> bool:
         poll.register(sys.stdout.fileno(), 0)
     except (OSError, ValueError):
         return False  # There is none, or it is no file.
-    return any(event & select.POLLERR for _, event in poll.poll(0))
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 def give_up() -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import signal
+import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -18,13 +21,16 @@ from kvstore.cli.main import main
 COMMAND = [sys.executable, "-m", "kvstore.cli"]
 
 
-def printing(*words: str, into: int) -> tuple[int, str]:
-    """The code and standard error of a command that prints there."""
-    ended = subprocess.run([*COMMAND, *words], stdout=into, stderr=subprocess.PIPE, text=True)
+def printing(*words: str, into: int, command: Sequence[str] = COMMAND) -> tuple[int, str]:
+    """The code and standard error of a command that prints there, and does so at its end."""
+    later = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    ended = subprocess.run(
+        [*command, *words], stdout=into, stderr=subprocess.PIPE, text=True, env=later
+    )
     return ended.returncode, ended.stderr
 
 
-@pytest.mark.parametrize("words", [("check-config",), ("serve", "--help")])
+@pytest.mark.parametrize("words", [("check-config",), ("serve", "--help"), ("--help",)])
 def test_a_reader_that_has_read_enough_is_no_traceback(words: tuple[str, ...]) -> None:
     reader, writer = os.pipe()
     os.close(reader)
@@ -32,7 +38,7 @@ def test_a_reader_that_has_read_enough_is_no_traceback(words: tuple[str, ...]) -
         code, said = printing(*words, into=writer)
     finally:
         os.close(writer)
-    assert (code, said) in ((128 + signal.SIGPIPE, ""), (0, ""))
+    assert (code, said) == (128 + signal.SIGPIPE, "")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
@@ -41,6 +47,64 @@ def test_a_full_disk_is_one_line() -> None:
         code, said = printing("check-config", into=full.fileno())
     assert code == 1
     assert said == "kvstore: No space left on device\n"
+
+
+def test_a_socket_that_nobody_reads_is_no_traceback() -> None:
+    ours, theirs = socket.socketpair()
+    theirs.close()
+    with ours:
+        assert printing("check-config", into=ours.fileno()) == (128 + signal.SIGPIPE, "")
+
+
+FAILS = """
+import sys
+import kvstore.cli.check_config
+from kvstore.cli.main import main
+from kvstore.errors import ConfigError
+
+def run(args):
+    print("some of it")
+    raise {error}
+
+kvstore.cli.check_config.run = run
+sys.exit(main(["check-config"]))
+"""
+
+
+@pytest.mark.parametrize(("error", "code"), [("ConfigError('no')", 78), ("KeyboardInterrupt", 130)])
+def test_what_ends_a_command_has_its_code_where_nobody_reads(error: str, code: int) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        command = [sys.executable, "-c", FAILS.format(error=error)]
+        ended, said = printing(into=writer, command=command)
+    finally:
+        os.close(writer)
+    assert ended == code
+    assert "Traceback" not in said
+    assert "Exception ignored" not in said
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        TimeoutError(),
+        TimeoutError("timed out"),
+        ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"),
+        BrokenPipeError(),
+        OSError(errno.EBADF, "Bad file descriptor"),
+    ],
+    ids=repr,
+)
+def test_an_error_that_says_nothing_by_itself_keeps_its_traceback(
+    error: OSError, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(_: object) -> int:
+        raise error
+
+    monkeypatch.setattr("kvstore.cli.check_config.run", run)
+    with pytest.raises(type(error)):
+        main(["check-config"])
 
 
 def test_a_table_keeps_its_figures_on_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
