@@ -358,7 +358,7 @@ class DriveToGpu:
         no other way either."""
         try:
             self._nvme.read_straight(copy.source.address, header, partial(slot.fill, 0))
-            there = self._arena.deliver(copy.target.address, slot, 0, header.length)
+            there = self._arena.deliver(copy.target, slot, 0, header.length)
         except (DeviceLost, DeviceStuck):
             raise
         except DeviceError as error:
@@ -386,7 +386,7 @@ class DriveToGpu:
         host = pages[: header.length]
         try:
             self._nvme.read(copy.source.address, header, host)
-            _check(self._arena.write_now(copy.target.address, host))
+            _check(self._arena.write_now(copy.target, host))
         except (TierError, DeviceError) as error:
             self._put_back_in_host(pages, kept=isinstance(error, DeviceStuck))
             raise

@@ -10,6 +10,7 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable
+from typing import Protocol
 
 from kvstore.device.vram import Made, Straight, Vram
 from kvstore.device.vram_stand_in import PREFIX, StandInVram
@@ -40,6 +41,15 @@ def open_vram(gpu: str) -> Vram:
     from kvstore.device.cuda_vram import open_cuda_vram
 
     return open_cuda_vram(int(gpu))
+
+
+class Place(Protocol):
+    """Where a block is to lie."""
+
+    @property
+    def address(self) -> int:
+        """Another before its extent is closed."""
+        ...
 
 
 class VramArena:
@@ -96,18 +106,19 @@ class VramArena:
         """See `Vram`."""
         self.vram.finish()
 
-    def deliver(self, address: int, straight: Straight, slot: int, nbytes: int) -> bool:
+    def deliver(self, place: Place, straight: Straight, slot: int, nbytes: int) -> bool:
         """Copy what was read straight into a slot of the arena; waited for. False where the
         extent is closed: the place is nobody's."""
-        return self._copy(address, lambda made, at: straight.deliver(slot, made, at, nbytes))
+        return self._copy(place, lambda made, at: straight.deliver(slot, made, at, nbytes))
 
-    def write_now(self, address: int, data: memoryview) -> bool:
+    def write_now(self, place: Place, data: memoryview) -> bool:
         """`deliver`, of what is in the host's memory."""
-        return self._copy(address, lambda made, at: made.write_now(at, data))
+        return self._copy(place, lambda made, at: made.write_now(at, data))
 
-    def _copy(self, address: int, copy: Callable[[Made, int], None]) -> bool:
-        extent, offset = divmod(address, self.extent_bytes)
+    def _copy(self, place: Place, copy: Callable[[Made, int], None]) -> bool:
         with self._changed:
+            # Not before: its extent could be closed then, and another be open under its number.
+            extent, offset = divmod(place.address, self.extent_bytes)
             made = self._open.get(extent)
             if made is None:
                 return False

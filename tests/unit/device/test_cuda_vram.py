@@ -236,7 +236,7 @@ def test_a_block_on_a_drive_ends_where_another_process_sees_it(
     straight = arena.vram.straight(2, align_up(BLOCK_BYTES))
     arena.open_extent(1)
     tier.read_straight(0, header, partial(straight.fill, 1))
-    assert arena.deliver((1 << 18) + 4096, straight, 1, BLOCK_BYTES)
+    assert arena.deliver(SimpleNamespace(address=(1 << 18) + 4096), straight, 1, BLOCK_BYTES)
     descriptor = arena.extent_fd(1)
     assert descriptor is not None
     theirs = opened(memory).open(descriptor, 1 << 18)

@@ -10,6 +10,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -30,7 +31,7 @@ from tests.unit.tiers.test_nvme import fill, open_tier, slot_file
 from tests.unit.tiers.test_storage_contract import MAKERS, slots
 
 VRAM_EXTENT = 1 << 18
-PLACE = VRAM_EXTENT + 4096
+PLACE = SimpleNamespace(address=VRAM_EXTENT + 4096)
 LARGEST = 65536
 LENGTHS = (1, 240, 241, 4095, 4096, 4097, BLOCK_BYTES, LARGEST)
 
@@ -46,7 +47,7 @@ class Rig(NamedTuple):
         return self.straight.fill(0, file, offset, nbytes)
 
     def at_place(self, nbytes: int) -> bytes:
-        return ctypes.string_at(self.arena._open[1].address + PLACE - VRAM_EXTENT, nbytes)
+        return ctypes.string_at(self.arena._open[1].address + PLACE.address - VRAM_EXTENT, nbytes)
 
 
 @pytest.fixture
@@ -291,6 +292,38 @@ def test_an_extent_is_closed_after_the_copies_into_it(
     copying.join()
     closing.join()
     assert set(map(str, ended)) == {"True", "freed"}
+
+
+def test_who_stands_still_before_a_copy_does_not_write_what_is_anothers_by_then(
+    rig: Rig, filled: Callable[[], bool]
+) -> None:
+    def go() -> None:
+        place.address = 0
+        rig.arena.close_extent(1)
+        rig.arena.open_extent(1)
+
+    class Place:
+        _address = PLACE.address
+        going = threading.Thread(target=go)
+
+        @property
+        def address(self) -> int:
+            address = self._address
+            if address:
+                self.going.start()
+                # All of it, unless it has to wait.
+                self.going.join(0.2)
+            return address
+
+        @address.setter
+        def address(self, address: int) -> None:
+            self._address = address
+
+    place = Place()
+    rig.arena.write_now(place, payload_of(7))
+    place.going.join()
+    assert rig.at_place(BLOCK_BYTES) == bytes(BLOCK_BYTES)
+    assert not rig.arena.write_now(place, payload_of(7))
 
 
 def test_a_drive_that_hangs_keeps_no_extent_open(
