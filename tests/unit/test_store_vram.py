@@ -92,6 +92,25 @@ def test_what_is_loaded_again_is_found_in_the_gpus_memory(tmp_path: Path) -> Non
     run(VramRig(tmp_path), body)
 
 
+def test_what_was_whole_when_it_was_copied_and_is_damaged_later_counts_as_corrupt(
+    tmp_path: Path,
+) -> None:
+    async def body(rig: VramRig) -> None:
+        session = rig.session()
+        rig.reader(session).close()
+        keys = chain(1, 2)
+        await rig.put(session, keys)
+        rig.dram.view((await rig.use(session, keys, times=1)).addresses[0], BLOCK)[17] ^= 1
+        addresses = (await rig.use(session, keys)).addresses
+        await until(lambda: rig.on_gpu == 1)
+        rig.dram.view(addresses[1], BLOCK)[17] ^= 1
+        await rig.store.report_damage("t", addresses)
+        stats = rig.store.stats()
+        assert (stats.mismatched_blocks, stats.corrupt_blocks) == (1, 1)
+
+    run(VramRig(tmp_path), body)
+
+
 def test_blocks_come_and_go_under_a_reader_who_never_gets_another(tmp_path: Path) -> None:
     """DRAM is so small that slots change hands all the time."""
 

@@ -226,6 +226,8 @@ class Mirrors(VramRoom):
     def ended(self, mirror: Mirror, *, well: bool) -> None:
         """A copy has ended. Where it was not well, what is there is anybody's guess."""
         self.written.discard(mirror)
+        # What did not have its checksum was not copied.
+        mirror.source.confirmed |= well
         if well and mirror.state is State.FILLING:
             mirror.apply(Event.FILLED)
             self.found(mirror)
