@@ -1,13 +1,12 @@
 """Blocks that are read from a drive straight into a GPU's memory, by threads of the store's.
 
-A drive writes into *slots* that nobody but this GPU's driver knows; from there a block goes to its
-place in the arena, once its checksum was compared. So a drive that hangs keeps a thread and a
-slot, and nothing of what readers see, nor the GPU's own thread.
+A drive writes into *slots* (`store.slots`) that nobody but this GPU's driver knows; from there a
+block goes to its place in the arena, once its checksum was compared. So a drive that hangs keeps a
+thread and a slot, and nothing of what readers see, nor the GPU's own thread.
 
-Slots are taken and given back as the planner says (`core.places.straight`), one by one, in a thread
-of their own: it may take seconds, and waits for the GPU. One that is read into goes back when that
-has ended. Without slots blocks come up into DRAM, and those that are on their way by the host's
-memory.
+Slots are taken and given back as the planner says (`core.places.straight`), in a thread of their
+own: it may take seconds, and waits for the GPU. Without slots blocks come up into DRAM, and those
+that are on their way by the host's memory.
 
 What cannot be read straight comes by way of the host's memory, in the same transfer. Who read it
 does not say that nothing is written into its slot any more: no such slot is used after that, or
@@ -17,7 +16,6 @@ given back while the process lasts. After `FAILURES` nothing is read straight an
 from __future__ import annotations
 
 import asyncio
-import enum
 import logging
 import mmap
 import threading
@@ -34,6 +32,7 @@ from kvstore.device.vram import Straight
 from kvstore.errors import DeviceError, DeviceFull, DeviceLost, DeviceStuck, TierError
 from kvstore.store.complaints import Complaints
 from kvstore.store.loop import Loop
+from kvstore.store.slots import Closed, GpuSlots, SlotsGone
 from kvstore.tiers.base import BlockHeader, StorageTier
 from kvstore.tiers.vram import VramArena
 
@@ -64,14 +63,6 @@ class Went(NamedTuple):
     tried: bool = True
 
 
-class Closed(enum.Enum):
-    YES = enum.auto()
-    NOT_YET = enum.auto()
-    """A drive has not answered yet."""
-    NEVER = enum.auto()
-    """The GPU may write there for ever."""
-
-
 class DriveToGpu:
     """Into one GPU's memory."""
 
@@ -85,10 +76,10 @@ class DriveToGpu:
         slots: int,
         largest_block: int,
         reserve_bytes: int,
-        gpu_stuck: Callable[[DeviceStuck], None],
+        gpu_failed: Callable[[DeviceLost | DeviceStuck], None],
     ) -> None:
-        """`slots`: reads at a time. `reserve_bytes`: what others are to have left. `gpu_stuck`: is
-        called on the loop, where giving a slot back shows that the GPU does not answer."""
+        """`slots`: reads at a time. `reserve_bytes`: what others are to have left. `gpu_failed`:
+        is called on the loop, where taking a slot or giving one back shows it."""
         self.because = NOT_YET
         """Why nothing is read straight; "" where it is."""
         self.straight_blocks = 0
@@ -97,40 +88,27 @@ class DriveToGpu:
         self._nvme = nvme
         self._arena = arena
         self._mirrors = mirrors
-        self._most = slots
         self._block_bytes = min(largest_block, MOST_SLOT_BYTES)
-        self._slot_bytes = arena.vram.straight_bytes(1, self._block_bytes)
-        self._reserve_bytes = reserve_bytes
-        self._gpu_stuck = gpu_stuck
+        self._slots = GpuSlots(
+            arena.vram, slots, made_up_for=FAILURES - 1, block_bytes=self._block_bytes,
+            reserve_bytes=reserve_bytes,
+        )  # fmt: skip
+        self._gpu_failed = gpu_failed
         self._thread = ThreadPoolExecutor(1, "kvstore-slots")
         self._failures = 0
         self._over = False
         """For good."""
         self._arranging = self._tried = False
         self._complaints = Complaints(log, loop.clock)
-        self._lock = threading.Lock()
-        # Under the lock. A slot that is used is nowhere, but with who uses it.
-        self._wanted = False
-        self._closed = False
-        self._stuck = False
-        self._idle: list[Straight] = []
-        self._usable = 0
-        """Those, and those that are used."""
-        self._there = 0
-        """Those, and all that has not gone back."""
-        self._kept: list[Straight | memoryview] = []
-        """What somebody may be writing or reading, for as long as the process lasts."""
-        self._reads = 0
-        self._in_host: list[memoryview] = []
-        """Idle memory of the host, of those reads that came by way of it."""
+        self._in_host = _HostMemory(self._block_bytes)
         mirrors.straight_bytes = self._block_bytes
-        mirrors.straight.slots_bytes = slots * self._slot_bytes
+        mirrors.straight.slots_bytes = slots * self._slots.slot_bytes
         mirrors.straight.has_slots = False
 
     @property
     def held_bytes(self) -> int:
         """Of the GPU's memory, from any thread."""
-        return self._there * self._slot_bytes
+        return self._slots.held_bytes
 
     # On the loop
 
@@ -140,13 +118,11 @@ class DriveToGpu:
         wanted = slots is Slots.TAKEN and not self._over
         if not wanted:
             self._pause(SHORT if slots is Slots.SHORT else UNUSED)
-        with self._lock:
-            self._wanted = wanted
-            differs = self._lacks_one if wanted else bool(self._idle)
-        if (differs or not self._tried) and not self._arranging:
+        arranged = self._slots.want(wanted)
+        if not (arranged and self._tried) and not self._arranging:
             self._arranging = self._tried = True
             self._loop.spawn(self._arrange_slots())
-        elif wanted and not differs:
+        elif wanted and arranged:
             self._resume()
 
     def _pause(self, because: str) -> None:
@@ -166,10 +142,13 @@ class DriveToGpu:
             log.info("drives are read straight into %s", self._mirrors.gpu)
 
     async def _arrange_slots(self) -> None:
+        # Where one is taken and given back before anybody reads, it is known whether that is
+        # possible.
+        arrange = partial(self._slots.arrange, try_one=self.because == NOT_YET)
         try:
-            await self.in_thread(self._arrange)
-        except DeviceStuck as error:
-            self._gpu_stuck(error)
+            await self.in_thread(arrange)
+        except (DeviceLost, DeviceStuck) as error:
+            self._gpu_failed(error)
         except DeviceFull as error:
             log.info("no slots for straight reads in %s now: %s", self._mirrors.gpu, error)
             self._mirrors.straight.not_taken(self._loop.clock.now_ns())
@@ -217,8 +196,7 @@ class DriveToGpu:
         self._over = True
         self._mirrors.straight_bytes = 0
         self._mirrors.straight.has_slots = False
-        with self._lock:
-            self._wanted = False
+        self._slots.want(False)
 
     async def in_thread(self, work: Callable[[], T]) -> T:
         """In the one that slots are taken and given back in."""
@@ -227,95 +205,30 @@ class DriveToGpu:
 
     # In the slots' thread
 
-    def _arrange(self) -> None:
-        """Raises `DeviceFull` where there is no memory for slots now, `DeviceStuck` where the GPU
-        does not answer, and any other `DeviceError` with why nothing can be read straight. The
-        first time one is taken and given back, so that this is known before anybody reads."""
-        first = self.because == NOT_YET
-        while True:
-            with self._lock:
-                if not (first or (self._wanted and self._lacks_one)):
-                    break
-            first = False
-            self._check_memory()
-            slot = self._arena.vram.straight(1, self._block_bytes)
-            with self._lock:
-                self._idle.append(slot)
-                self._usable += 1
-                self._there += 1
-        self._give_back()
-
-    @property
-    def _lacks_one(self) -> bool:
-        """What failed is made up for as often as failures are borne."""
-        return self._usable < self._most and self._there < self._most + FAILURES - 1
-
-    def _check_memory(self) -> None:
-        """The planner has looked before the first of them was taken."""
-        try:
-            free_bytes = self._arena.vram.free_bytes()
-        except DeviceLost:
-            raise
-        except DeviceError as error:
-            raise DeviceFull(str(error)) from error
-        if free_bytes < self._reserve_bytes + 2 * self._slot_bytes:
-            raise DeviceFull(SHORT)
-
-    def _give_back(self) -> None:
-        """Slots that are not wanted, but for those that are used. Raises `DeviceStuck`."""
-        while True:
-            with self._lock:
-                if self._wanted or self._stuck or not self._idle:
-                    return
-                slot = self._idle.pop()
-                self._usable -= 1
-            try:
-                slot.close()
-            except DeviceStuck:
-                with self._lock:
-                    self._stuck = True
-                    self._kept.append(slot)
-                raise
-            with self._lock:
-                self._there -= 1
-
     def close(self) -> Closed:
         """Read nothing any more, and give slots back in which nothing is under way. Where the GPU
-        is stuck, none: who gives memory back waits for all that it is at."""
-        with self._lock:
-            self._closed = True
-            self._wanted = False
+        is stuck, none."""
         try:
-            self._give_back()
+            return self._slots.close()
         except DeviceStuck as error:
             log.warning("the memory of %s was not given back: %s", self._mirrors.gpu, error)
-        with self._lock:
-            if self._reads:
-                return Closed.NOT_YET
-            return Closed.NEVER if self._stuck else Closed.YES
+            return self._slots.close()
 
     # In any thread
 
     def shut(self) -> Closed:
         """`close`, after the slots' thread has ended."""
-        with self._lock:
-            self._wanted = False
+        self._slots.want(False)
         self._thread.shutdown(wait=True)
         return self.close()
 
     def read(self, copy: Copy, header: BlockHeader) -> Went:
         """Make a copy from NVMe to a place in the arena."""
-        with self._lock:
-            # Whoever waited for a stuck GPU too would keep the drive from others.
-            if self._closed or self._stuck:
-                return Went("", PlaceGone("nothing is read into this GPU's memory any more"))
-            self._reads += 1
-            slot = self._idle.pop() if self._wanted and self._idle else None
         try:
-            return self._read(copy, header, slot)
-        finally:
-            with self._lock:
-                self._reads -= 1
+            with self._slots.in_use() as slot:
+                return self._read(copy, header, slot)
+        except SlotsGone as error:
+            return Went("", PlaceGone(str(error)))
 
     def _read(self, copy: Copy, header: BlockHeader, slot: Straight | None) -> Went:
         refused, tried = "", slot is not None
@@ -326,31 +239,32 @@ class DriveToGpu:
             if slot is None:
                 refused = self.because or NO_SLOT
             elif refused := self._read_straight(copy, header, slot):
-                self._keep(slot)
+                self._slots.keep(slot)
                 slot = None
             if refused:
                 self._read_by_way_of_host(copy, header)
         except DeviceStuck as error:
             failure = error
-            with self._lock:
-                self._stuck = True
+            self._slots.stuck()
             if slot is not None:
-                self._keep(slot)
+                self._slots.keep(slot)
         except (TierError, DeviceError) as error:
             failure = error
-            self._put_back(slot)
+            if slot is not None:
+                self._slots.put_back(slot)
         except Exception as error:  # noqa: BLE001
             # A bug, here or in a library. It costs this block, and counts (`ended`): or what is
             # on NVMe would be a miss for ever.
             refused, failure, tried = f"{type(error).__name__}: {error}", error, True
             if slot is not None:
-                self._keep(slot)
+                self._slots.keep(slot)
         except BaseException:
             if slot is not None:
-                self._keep(slot)
+                self._slots.keep(slot)
             raise
         else:
-            self._put_back(slot)
+            if slot is not None:
+                self._slots.put_back(slot)
         return Went(refused, failure, tried)
 
     def _read_straight(self, copy: Copy, header: BlockHeader, slot: Straight) -> str:
@@ -366,38 +280,40 @@ class DriveToGpu:
         _check(there)
         return ""
 
-    def _put_back(self, slot: Straight | None) -> None:
-        """Nothing is under way in it."""
-        if slot is not None:
-            with self._lock:
-                self._idle.append(slot)
-
-    def _keep(self, slot: Straight) -> None:
-        """Something may be under way in it."""
-        with self._lock:
-            self._kept.append(slot)
-            self._usable -= 1
-
     def _read_by_way_of_host(self, copy: Copy, header: BlockHeader) -> None:
-        with self._lock:
-            pages = self._in_host.pop() if self._in_host else None
-        if pages is None:
-            pages = memoryview(mmap.mmap(-1, self._block_bytes))
+        pages = self._in_host.take()
         host = pages[: header.length]
         try:
             self._nvme.read(copy.source.address, header, host)
             _check(self._arena.write_now(copy.target, host))
         except (TierError, DeviceError) as error:
-            self._put_back_in_host(pages, kept=isinstance(error, DeviceStuck))
+            self._in_host.put_back(pages, kept=isinstance(error, DeviceStuck))
             raise
         except BaseException:
-            self._put_back_in_host(pages, kept=True)
+            self._in_host.put_back(pages, kept=True)
             raise
-        self._put_back_in_host(pages, kept=False)
+        self._in_host.put_back(pages, kept=False)
 
-    def _put_back_in_host(self, pages: memoryview, *, kept: bool) -> None:
+
+class _HostMemory:
+    """Of those reads that come by way of it, as much for each. Thread-safe."""
+
+    def __init__(self, nbytes: int) -> None:
+        self._nbytes = nbytes
+        self._lock = threading.Lock()
+        self._idle: list[memoryview] = []
+        self._kept: list[memoryview] = []
+
+    def take(self) -> memoryview:
         with self._lock:
-            (self._kept if kept else self._in_host).append(pages)
+            if self._idle:
+                return self._idle.pop()
+        return memoryview(mmap.mmap(-1, self._nbytes))
+
+    def put_back(self, pages: memoryview, *, kept: bool) -> None:
+        """`kept`: somebody may be reading there for as long as the process lasts."""
+        with self._lock:
+            (self._kept if kept else self._idle).append(pages)
 
 
 def _check(there: bool) -> None:

@@ -27,7 +27,8 @@ from kvstore.core.space import Space
 from kvstore.device.mirrors import MirrorTable
 from kvstore.errors import BadRequest, DeviceError, DeviceLost, DeviceStuck
 from kvstore.store.loop import Loop
-from kvstore.store.straight import Closed, DriveToGpu, Went
+from kvstore.store.slots import Closed
+from kvstore.store.straight import DriveToGpu, Went
 from kvstore.tiers.base import BlockHeader, MemoryTier, StorageTier
 from kvstore.tiers.vram import VramArena
 from kvstore.types import MAX_READER_BYTES, VramStats
@@ -94,7 +95,7 @@ class Gpu:
             else DriveToGpu(
                 loop, straight_from, arena, self.mirrors,
                 slots=reads, largest_block=dram.extent_bytes, reserve_bytes=reserve_bytes,
-                gpu_stuck=self._failed,
+                gpu_failed=self._failed,
             )
         )  # fmt: skip
         self._untold = 0

@@ -49,16 +49,15 @@ def _on_gpu(gpu: Gpu) -> list[str]:
 
 def _of_slots(gpu: Gpu, vram: CrashingGpu) -> dict[str, int]:
     """What drives are read into, but for what somebody may be writing for ever."""
-    straight = gpu._straight
-    if straight is None:
+    if gpu._straight is None:
         return {"bytes of slots": vram.slots_bytes}
-    kept = [each for each in straight._kept if not isinstance(each, memoryview)]
+    slots = gpu._straight._slots
     # A GPU that is stuck is asked nothing any more.
-    stay = len(kept) + (len(straight._idle) if straight._stuck else 0)
+    stay = len(slots._kept) + (len(slots._idle) if slots._stuck else 0)
     return {
-        "bytes of slots": vram.slots_bytes - stay * straight._slot_bytes,
-        "bytes of slots that are counted wrongly": abs(vram.slots_bytes - straight.held_bytes),
-        "straight reads": straight._reads,
+        "bytes of slots": vram.slots_bytes - stay * slots.slot_bytes,
+        "bytes of slots that are counted wrongly": abs(vram.slots_bytes - slots.held_bytes),
+        "straight reads": slots._users,
     }
 
 

@@ -19,7 +19,8 @@ from kvstore.device.vram import StraightFile
 from kvstore.device.vram_stand_in import StandInVram, _Straight
 from kvstore.errors import BadRequest, DeviceStuck, TierFailed
 from kvstore.store import MAX_RUNNING, Session, Store
-from kvstore.store.straight import FAILURES, NOT_YET, SHORT, UNUSED, DriveToGpu
+from kvstore.store.slots import GpuSlots
+from kvstore.store.straight import FAILURES, NOT_YET, SHORT, UNUSED
 from kvstore.tiers.base import BlockHeader, Fill
 from kvstore.types import GPU_ONLY, ChainQuery, LeaseGrant, VramStats
 from tests.unit.test_store import BLOCK, EXTENT, SLOT, SPEC, Faulty, chain, content, run, until
@@ -151,10 +152,10 @@ class StraightRig(VramRig):
         self.clock.advance_ms(6000)
 
     @property
-    def slots(self) -> DriveToGpu:
+    def slots(self) -> GpuSlots:
         (gpu,) = self.store._gpus._gpus
         assert gpu._straight is not None
-        return gpu._straight
+        return gpu._straight._slots
 
     @property
     def read_up(self) -> int:
@@ -777,6 +778,51 @@ def test_a_slot_that_failed_is_made_up_for_and_counted_for_ever(tmp_path: Path) 
         assert rig.vram._slots_bytes == SLOT
 
     go(tmp_path, body, extents=ONE + 1)
+
+
+def test_a_slot_that_failed_is_done_without_where_another_would_take_from_others(
+    tmp_path: Path,
+) -> None:
+    async def body(rig: StraightRig, session: Session, reader: Mirrors) -> None:
+        await rig.on_drive(session, chain(1, 1))
+        # Beyond what is reserved there is one slot more, which is half of what is asked for.
+        rig.gpu.say(taken=rig.vram.free_bytes() - EXTENT - SLOT, refuses=["fill"])
+        is_there(reader, await rig.ask(session, chain(1, 1)), chain(1, 1))
+        rig.gpu.say(refuses=[])
+        await until(lambda: rig.slots._aim == MAX_RUNNING - 1)
+        for number in range(2, 2 + 2 * MAX_RUNNING):
+            await rig.on_drive(session, chain(number, 1))
+            grant = await rig.ask(session, chain(number, 1))
+            is_there(reader, grant, chain(number, 1))
+            rig.store.release(session, [grant.lease_id])
+        assert rig.straight == 2 * MAX_RUNNING
+        assert rig.vram._slots_bytes == SLOTS_BYTES
+        assert ("straight_refused", "memory") not in rig.seen.events
+        # Once it was there for all of them, there are as many as ever.
+        rig.gpu.say(taken=16 * EXTENT)
+        await until(lambda: rig.vram._slots_bytes == SLOT)
+        await rig.relieve()
+        await until(lambda: rig.slots._usable == MAX_RUNNING)
+        assert rig.vram._slots_bytes == SLOTS_BYTES + SLOT
+
+    go(tmp_path, body, extents=ONE + 1)
+
+
+def test_nothing_is_asked_of_a_gpu_that_does_not_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not before it is used no more either."""
+
+    async def body(rig: StraightRig, session: Session, reader: Mirrors) -> None:
+        asked: list[object] = []
+        monkeypatch.setattr(rig.vram, "straight", asked.append)
+        rig.slots.keep(rig.slots._idle.pop())
+        rig.slots.stuck()
+        await until(lambda: not rig.slots.want(True))
+        await asyncio.to_thread(rig.slots.arrange, try_one=False)
+        assert not asked
+
+    go(tmp_path, body)
 
 
 def test_a_gpu_that_hangs_as_slots_go_back_holds_up_nothing_else(
