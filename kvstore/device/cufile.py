@@ -170,6 +170,8 @@ class _Library:
     """cuFile, while anybody uses it, and the files that are registered with it. Thread-safe."""
 
     def __init__(self) -> None:
+        # Apart: the driver may take its time to open, and who closes a file is a drive's thread.
+        self._opening = threading.Lock()
         self._lock = threading.Lock()
         self._users = 0
         self._cufile: Any = None
@@ -179,7 +181,7 @@ class _Library:
 
     def open(self) -> Any:
         """`cuda.bindings.cufile`; for each, `close`. Raises `DeviceError`."""
-        with self._lock:
+        with self._opening:
             if not self._users:
                 self._cufile = _load()
                 with translated(self._cufile):
@@ -190,13 +192,15 @@ class _Library:
             return self._cufile
 
     def close(self) -> None:
-        with self._lock:
+        with self._opening:
             self._users -= 1
-            if not self._users:
+            if self._users:
+                return
+            with self._lock:
                 for file in list(self._handles):
                     self._deregister(file)
-                with contextlib.suppress(DeviceError), translated(self._cufile):
-                    self._cufile.driver_close()
+            with contextlib.suppress(DeviceError), translated(self._cufile):
+                self._cufile.driver_close()
 
     def handle(self, file: StraightFile) -> int:
         """Of a file that stays open meanwhile. Raises `DeviceError`."""

@@ -365,6 +365,33 @@ def test_slots_that_come_and_go_leave_nothing_with_the_files(
     assert nothing_left(machine)
 
 
+def test_a_driver_that_takes_its_time_to_open_keeps_no_file_from_being_closed(
+    machine: Machine, file: DirectoryFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a drive's thread, which others wait for."""
+    straight = opened(machine)
+    straight.fill(0, file, 0, 4096)
+    straight.close()
+    opens, may_open, driver_open = threading.Event(), threading.Event(), machine.cufile.driver_open
+
+    def slowly() -> None:
+        opens.set()
+        assert may_open.wait(60)
+        driver_open()
+
+    monkeypatch.setattr(machine.cufile, "driver_open", slowly)
+    with ThreadPoolExecutor(2) as threads:
+        opening = threads.submit(opened, machine)
+        assert opens.wait(60)
+        closing = threads.submit(file.close)
+        try:
+            closing.result(timeout=20)
+        finally:
+            may_open.set()
+        opening.result().close()
+    assert nothing_left(machine)
+
+
 def test_a_process_that_stood_still_does_not_take_its_gpu_for_stuck(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
