@@ -14,6 +14,7 @@ import pytest
 
 from tests import bounded
 
+HOME = Path(bounded.__file__).parent.parent
 FORKS = """
 import os, signal, sys, time
 if os.fork():
@@ -92,6 +93,32 @@ def test_a_parent_that_ignores_its_children_changes_no_exit_code() -> None:
     assert done.returncode == 3
 
 
+LEAVES = """
+import threading, time
+from tests import conftest
+
+conftest.EXIT_S = 1.0
+pytest_unconfigure = conftest.pytest_unconfigure
+
+
+def test_it():
+    threading.Thread(target=time.sleep, args=(600,)).start()
+"""
+
+
+def test_a_thread_that_a_test_leaves_behind_fails_the_run_and_is_shown(tmp_path: Path) -> None:
+    (tmp_path / "conftest.py").write_text(LEAVES)
+    (tmp_path / "test_it.py").write_text("from conftest import test_it")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull]
+    done = subprocess.run(
+        [*command, str(tmp_path)], capture_output=True, text=True, timeout=200, check=False,
+        env={**os.environ, "PYTHONPATH": str(HOME)},
+    )  # fmt: skip
+    assert "1 passed" in done.stdout
+    assert done.returncode == 1
+    assert "Timeout (0:00:01)!" in done.stderr
+
+
 PYTHON = """#!/bin/sh
 case "$*" in
 "-m pytest "*) ;;
@@ -118,13 +145,12 @@ def test_where_a_test_of_any_lane_fails_make_fails(tmp_path: Path, fails: str) -
     test.write_text("def test_it() -> None:\n    raise ValueError\n")
     python.write_text(PYTHON.format(python=sys.executable, ran=ran, fails=test))
     python.chmod(0o755)
-    home = Path(bounded.__file__).parent.parent
     made = (".venv/.ready-dev", ".venv/.ready-run", ".venv-router/.ready", "wire-tools", "lint")
     command = ["make", "test", f"BIN={tmp_path}", *(word for each in made for word in ("-o", each))]
     # Not a part of the make that runs this.
     ours = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
     done = subprocess.run(
-        command, cwd=home, env={**ours, "FAILS": fails}, capture_output=True, text=True,
+        command, cwd=HOME, env={**ours, "FAILS": fails}, capture_output=True, text=True,
         timeout=300, check=False,
     )  # fmt: skip
     lanes = ran.read_text().splitlines()
