@@ -47,11 +47,15 @@ class EngineChild(Closing):
     several can start side by side. Every method raises `ChildFailed`.
     """
 
-    def __init__(self, model: Path, *, context: int, store: str | None = None) -> None:
-        """`context`: the most tokens of a prompt with its answer. `store`: a server's socket."""
+    def __init__(
+        self, model: Path, *, context: int, store: str | None = None, weighs: bool = True
+    ) -> None:
+        """`context`: the most tokens of a prompt with its answer. `store`: a server's socket.
+        `weighs`: what it computes sooner than it would be loaded is not loaded."""
         command = [sys.executable, "-m", "kvstore_benchmarks.end_to_end.engine"]
         command += ["--model", str(model), "--block-tokens", str(BLOCK_TOKENS)]
         command += ["--context", str(context), *(("--store", store) if store else ())]
+        command += [] if weighs else ["--load-always"]
         self._pipe = Pipe(command, ENVIRONMENT)
 
     def close(self) -> None:

@@ -28,7 +28,9 @@ LOGPROBS = 5
 class Engine:
     """One vLLM. `store`: the socket of a KV-cache server, or None to run without."""
 
-    def __init__(self, model: str, store: str | None, block_tokens: int, context: int) -> None:
+    def __init__(
+        self, model: str, store: str | None, block_tokens: int, context: int, recompute: str
+    ) -> None:
         from vllm import LLM
 
         arguments: dict[str, Any] = {}
@@ -40,7 +42,11 @@ class Engine:
                 kv_connector_module_path="kvstore_connectors.vllm",
                 kv_role="kv_both",
                 kv_load_failure_policy="recompute",
-                kv_connector_extra_config={"endpoint": store, "acquire_timeout_ms": 10_000},
+                kv_connector_extra_config={
+                    "endpoint": store,
+                    "acquire_timeout_ms": 10_000,
+                    "recompute": recompute,
+                },
             )
         self._llm = LLM(
             model,
@@ -138,10 +144,12 @@ def main() -> int:
     parser.add_argument("--store")
     parser.add_argument("--block-tokens", type=int, required=True)
     parser.add_argument("--context", type=int, required=True)
+    parser.add_argument("--load-always", action="store_true")
     args = parser.parse_args()
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    engine = Engine(args.model, args.store, args.block_tokens, args.context)
+    recompute = "never" if args.load_always else "when_sooner"
+    engine = Engine(args.model, args.store, args.block_tokens, args.context, recompute)
     serve(engine, sys.stdin, answers)
     return 0
 

@@ -61,17 +61,9 @@ class Watch(Closing):
         """Blocks, since the last mark."""
         return self._committed(self._client.stats())
 
-    def engine_sessions(self) -> int:
-        """Sessions other than our own. An engine has several: one for each of its parts."""
-        return self._client.stats().sessions - 1
-
     def wait_stored(self, blocks: int, idle: Callable[[], None]) -> float:
         """Until `blocks` more are committed; the seconds it took. `idle` runs meanwhile."""
         return self._wait(self._committed, blocks, "blocks to be committed", idle)
-
-    def wait_attached(self, sessions: int, idle: Callable[[], None]) -> float:
-        """Until engines have so many sessions; the seconds it took."""
-        return self._wait(lambda stats: stats.sessions - 1, sessions, "sessions of engines", idle)
 
     def flush(self, idle: Callable[[], None]) -> None:
         """Everything to NVMe, and out of DRAM: once nobody reads it any more."""
