@@ -67,7 +67,7 @@ class CrashingGpu(StandInVram):
         self._taken = 0
         self._rng = rng
         self._now_s = now_s
-        self._seen = seen
+        self.seen = seen
         self._started: list[tuple[_Slow, int, memoryview]] = []
 
     @property
@@ -86,7 +86,7 @@ class CrashingGpu(StandInVram):
 
     def _count_what_goes(self, mirrors: Mirrors) -> None:
         """With extents that others need."""
-        seen, close = self._seen, mirrors._close
+        seen, close = self.seen, mirrors._close
 
         def counted(extent: int) -> None:
             coming = {*mirrors.straight.coming()}
@@ -111,7 +111,7 @@ class CrashingGpu(StandInVram):
             return self.squeeze()
         if fate < 0.26:
             self.lost = True
-            self._seen["gpus_lost"] += 1
+            self.seen["gpus_lost"] += 1
         elif self.lost:
             # It is back. Nobody is to use it for that.
             self.lost = False
@@ -145,10 +145,10 @@ class CrashingGpu(StandInVram):
         self._may_hang(call)
         says = self.ask(call)
         if call in says["refuses"]:
-            self._seen[f"failed_in_{call}"] += 1
+            self.seen[f"failed_in_{call}"] += 1
             raise DeviceError(f"the GPU refuses {call}")
         if call == "fill" and not self.well and rng.random() < SPOILS:
-            self._seen["arrived_damaged"] += 1
+            self.seen["arrived_damaged"] += 1
             says["spoils"] = ("fill",)
         return says
 
@@ -156,13 +156,13 @@ class CrashingGpu(StandInVram):
         """A drive may take as long as it likes; for the GPU nobody waits for so long."""
         if self.well or self._rng.random() >= HANGS.get(call, 0):
             return
-        self._seen[f"hung_in_{call}"] += 1
+        self.seen[f"hung_in_{call}"] += 1
         seconds = self._rng.expovariate(1 / HANGS_S)
         if call == "fill" or seconds < waits.PATIENCE_S:
             pause(seconds)
             return
         pause(waits.PATIENCE_S)
-        self._seen["gpus_stuck"] += 1
+        self.seen["gpus_stuck"] += 1
         raise DeviceStuck(f"{call} has not ended")
 
     def make(self, nbytes: int) -> Made:  # type: ignore[override]
@@ -186,11 +186,13 @@ class CrashingGpu(StandInVram):
         self.ask("finish")
         self._may_hang("finish")
         if fails:
-            self._seen["failed_in_finish"] += 1
+            self.seen["failed_in_finish"] += 1
             raise DeviceError("the GPU refuses finish")
 
     def straight(self, slots: int, slot_bytes: int) -> Straight:  # type: ignore[override]
-        return _Watched(self, super().straight(slots, slot_bytes))
+        watched = _Watched(self, super().straight(slots, slot_bytes))
+        self.seen["slots_taken"] += 1
+        return watched
 
     def half_a_copy(self) -> None:
         pause(self._rng.expovariate(1 / SLOW_S))
@@ -268,3 +270,4 @@ class _Watched:
         if self._reading or self._failed:
             self._vram.wrong.append("slots went back that a drive may be writing into")
         self._straight.close()
+        self._vram.seen["slots_given_back"] += 1

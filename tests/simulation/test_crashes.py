@@ -34,6 +34,7 @@ OFTEN = {
     "too_late_to_commit": 5,
     "straight_blocks": 200, "bounced_blocks": 20, "failed_in_fill": 5, "arrived_damaged": 5,
     "hung_in_fill": 3,
+    "slots_taken": 400, "slots_given_back": 200,
     "flushed_under_straight_read": 5, "flushed_under_gpu_lease": 20, "flushed_under_landing": 20,
     "cleared_under_straight_read": 2, "cleared_under_gpu_lease": 5, "cleared_under_landing": 2,
     "ends": 50, "empty_ends": 20,

@@ -243,6 +243,24 @@ BUGS = {
         "            pass\n",
         CRASHES,
     ),
+    "slots stay on a GPU that nobody reads on": Bug(
+        "kvstore/store/slots.py",
+        "            self._wanted = wanted\n",
+        "            self._wanted |= wanted\n",
+        CRASHES,
+    ),
+    "slots that went back are counted on": Bug(
+        "kvstore/store/slots.py",
+        "                self._there -= 1\n",
+        "                pass\n",
+        CRASHES,
+    ),
+    "a slot in which a read failed is used again": Bug(
+        "kvstore/store/straight.py",
+        "                self._slots.keep(slot)\n                slot = None\n",
+        "                pass\n",
+        CRASHES,
+    ),
     "a lease outlives its session": Bug(
         "kvstore/core/calls/leases.py",
         "        for lease in list(session.leases.values()):\n            self.end(lease)\n",
