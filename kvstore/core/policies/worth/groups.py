@@ -9,7 +9,7 @@ says what it is doing, or goes on without it, and when a priority runs out.
 from __future__ import annotations
 
 from collections.abc import Hashable
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from typing import Any, NamedTuple
 
 from kvstore.core.policies.base import FOR_GOOD
@@ -32,7 +32,8 @@ MOST_TOGETHER = 4096
 group takes long."""
 
 SWEPT_ABOVE = 1024
-"""Sessions remembered, before those that hold nothing any more are forgotten."""
+"""Sessions, or priorities that end, remembered before those of what holds nothing any more
+are forgotten."""
 
 
 class Traits(NamedTuple):
@@ -61,9 +62,23 @@ class Mark:
         self.group = group
 
 
+class Hook:
+    """What the groups that continue one hang on: it goes with all of that into another one, so
+    that none of them need be touched."""
+
+    __slots__ = ("group", "into", "since")
+
+    def __init__(self, group: Group) -> None:
+        self.group = group
+        self.since = group.since
+        self.into: Hook | None = None
+        """The one of both that is left where two groups went into one: the older one, so that
+        what hangs on one for long does not come to hang on ever more of them."""
+
+
 class Group:
     __slots__ = (
-        "bucket", "column", "count", "head", "into", "items", "kids", "live", "mark", "parent",
+        "bucket", "column", "count", "head", "hook", "items", "kids", "live", "mark", "parent",
         "sampled", "session", "side", "since", "spot", "traits",
     )  # fmt: skip
 
@@ -90,12 +105,12 @@ class Group:
         """Itself, as it stands on a shelf; None: it may not leave yet."""
         self.column: Any = None
         self.bucket = 0
-        self.parent: Group | None = None
-        """What this group's blocks continue."""
+        self.parent: Hook | None = None
+        """Of what this group's blocks continue."""
         self.kids = 0
         """Groups that continue this one."""
-        self.into: Group | None = None
-        """What they continue instead: where its deepest blocks have gone."""
+        self.hook: Hook | None = None
+        """What these hang on; None: there have been none."""
 
     def marked(self) -> Mark:
         """What items are marked with that come into it."""
@@ -110,6 +125,36 @@ class Group:
         mark.group = self
         self.mark, group.mark = mark, None
         self.items = items
+
+    def continues(self, parent: Group) -> None:
+        """Its blocks do, those of another group."""
+        if parent.hook is None:
+            parent.hook = Hook(parent)
+        self.parent = parent.hook
+        parent.kids += 1
+
+    def continued(self) -> Group | None:
+        """What its blocks continue."""
+        hook = self.parent
+        if hook is None:
+            return None
+        while hook.into is not None:
+            hook = self.parent = hook.into
+        return hook.group
+
+    def take_kids(self, group: Group) -> None:
+        """What continued another one continues this one instead."""
+        mine, others = self.hook, group.hook
+        if others is not None:
+            if mine is None or others.since <= mine.since:
+                self.hook, others.group = others, self
+                if mine is not None:
+                    mine.into = others
+            else:
+                others.into = mine
+            group.hook = None
+        self.kids += group.kids
+        group.kids = 0
 
 
 def side_of(level: int) -> int:
@@ -143,6 +188,7 @@ class Grouping:
         self._sweep_above = SWEPT_ABOVE
         # (when its priority runs out, a number, group)
         self._ends: list[tuple[float, int, Group]] = []
+        self._most_ends = SWEPT_ABOVE
         self._numbers = 0
 
     def begin(self, moment: Moment) -> None:
@@ -181,6 +227,11 @@ class Grouping:
         if level and until_ms != FOR_GOOD:
             self._numbers += 1
             heappush(self._ends, (until_ms, self._numbers, group))
+            if len(self._ends) > self._most_ends:
+                # Some are for years.
+                self._ends = [end for end in self._ends if end[2].live or end[2] is group]
+                heapify(self._ends)
+                self._most_ends = 2 * len(self._ends) + SWEPT_ABOVE
         return group
 
     def tell(self, session: Hashable, fate: int, pace: int) -> None:
@@ -222,5 +273,7 @@ class Grouping:
             self._sweep_above = 2 * len(self._sessions) + SWEPT_ABOVE
 
     def _become(self, group: Group, traits: Traits) -> None:
-        before, group.traits = group.traits, traits
-        self.changed(group, before)
+        before = group.traits
+        if traits != before:
+            group.traits = traits
+            self.changed(group, before)

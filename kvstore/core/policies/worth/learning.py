@@ -13,7 +13,7 @@ from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator
 from functools import lru_cache
-from itertools import accumulate, islice
+from itertools import accumulate
 from typing import NamedTuple
 
 from kvstore.core.policies.worth.ages import AGES, BUCKETS, bucket_of
@@ -27,6 +27,10 @@ PRIOR = 16.0
 
 MOST_TRAITS = 4096
 """Of which it is remembered what they are known by."""
+
+MOST_COUNTS = 1024
+"""Of traits that are told apart, by and large: where there are so many, less than one block that
+was seen is soon forgotten; where there are few, so is only what is next to nothing."""
 
 COUNTED = 15
 """What it costs to go through the counts of some traits, by and large in microseconds; and so
@@ -84,6 +88,10 @@ class Counts:
         self.uses = [count * KEPT for count in self.uses]
         self.reached = [count * KEPT for count in self.reached]
 
+    def most(self) -> float:
+        """Blocks that are counted at some age."""
+        return max(max(self.reached), -min(self.reached))
+
     def add(self, other: Counts) -> None:
         self.uses = [a + b for a, b in zip(self.uses, other.uses, strict=True)]
         self.reached = [a + b for a, b in zip(self.reached, other.reached, strict=True)]
@@ -114,8 +122,6 @@ class Observer(Grouping):
         self._sizes = [0] * 3
         """How many are watched."""
         self._counts: dict[Traits, Counts] = {}
-        self._counts_of: dict[Traits, Counts] = {}
-        """The same, by all traits."""
 
     def __len__(self) -> int:
         return len(self._marks)
@@ -156,7 +162,12 @@ class Observer(Grouping):
         while at < len(names):
             begin, mark = at, marks.get(names[at])
             group = None if mark is None else mark.group
-            if group is not None and names[at : at + group.live] == group.items:
+            if (
+                group is not None
+                and len(group.items) == group.live
+                and group.items[0] == names[at]
+                and group.items == names[at : at + group.live]
+            ):
                 at += group.live
             else:
                 at += 1
@@ -170,7 +181,7 @@ class Observer(Grouping):
             beyond = size - most
             while beyond > 0:
                 group = next(iter(groups))
-                names = list(islice(self._names(group), beyond))
+                names = self._cut(group, beyond)
                 for name in names:
                     del self._marks[name]
                 self._count(group, len(names), used=False)
@@ -188,6 +199,19 @@ class Observer(Grouping):
         for groups in self._groups:
             for group in groups:
                 group.items = list(self._names(group))
+
+    def _cut(self, group: Group, most: int) -> list[bytes]:
+        """So many of those that are in a group: its list begins with what follows them."""
+        marks, mark, items = self._marks, group.mark, group.items
+        found: list[bytes] = []
+        end = 0
+        while len(found) < most and end < len(items):
+            name = items[end]
+            end += 1
+            if marks.get(name) is mark:
+                found.append(name)
+        del items[:end]
+        return found
 
     def _names(self, group: Group) -> Iterator[bytes]:
         """Of a group, those that are still in it."""
@@ -228,9 +252,10 @@ class Observer(Grouping):
             del self._groups[group.side][group]
 
     def _of(self, traits: Traits) -> Counts:
-        counts = self._counts_of.get(traits)
+        name = known_by(traits)
+        counts = self._counts.get(name)
         if counts is None:
-            counts = self._counts_of[traits] = self._counts.setdefault(known_by(traits), Counts())
+            counts = self._counts[name] = Counts()
         return counts
 
     def learn(self) -> Generator[int, None, Hazards]:
@@ -238,7 +263,10 @@ class Observer(Grouping):
         seen: dict[Traits, Counts] = {}
         for traits, counts in list(self._counts.items()):
             counts.fade()
-            seen[traits] = counts.at(self.moment.now)
+            if counts.waiting or counts.most() * MOST_COUNTS > len(self._counts):
+                seen[traits] = counts.at(self.moment.now)
+            else:
+                del self._counts[traits]
             yield COUNTED + len(counts.waiting) // WAITING_A_COST
         hazards = Hazards()
         yield from hazards.estimate(seen)

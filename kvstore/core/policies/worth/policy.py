@@ -188,11 +188,14 @@ class Worth(EvictionPolicy):
         while at < len(run):
             mark = run[at].mark
             group: Group = mark.group
-            some = run[at : at + group.live]
-            if some == group.items:
-                at += len(some)
+            begin, items = at, group.items
+            if (
+                items[0] is run[at]
+                and len(items) == group.live
+                and items == (some := run[at : at + group.live])
+            ):
+                at += group.live
             else:
-                begin, at = at, at + 1
                 while at < len(run) and run[at].mark is mark:
                     at += 1
                 some = list(dict.fromkeys(run[begin:at]))

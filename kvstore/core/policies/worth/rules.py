@@ -31,6 +31,8 @@ _LEAST = -40
 
 ESTIMATED = 60
 """What it costs, by and large in microseconds, to find the grades of what is known alike."""
+SHIFTED = 6
+"""And those of some of it, by their priority."""
 
 
 def graded(values: list[float]) -> list[int]:
@@ -72,8 +74,10 @@ class Learned:
         return grades
 
     def cost(self, traits: Traits) -> int:
-        """Of grades that nobody has asked for yet, by and large in microseconds."""
-        return 0 if known_by(traits) in self._unshifted else ESTIMATED
+        """Of asking for grades, by and large in microseconds."""
+        if traits in self._grades:
+            return 1
+        return SHIFTED if known_by(traits) in self._unshifted else ESTIMATED
 
     def _learned(self, name: Traits) -> list[int]:
         grades = self._unshifted.get(name)

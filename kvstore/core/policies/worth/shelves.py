@@ -24,6 +24,9 @@ Grade = Callable[[Traits], list[int]]
 is not to be changed."""
 
 
+GONE = 256
+"""Groups that may have gone from a column until it is looked for what else stands there."""
+
 LISTED = 10
 """What it costs to list the places of a column, by and large in microseconds."""
 
@@ -31,12 +34,26 @@ LISTED = 10
 class Column:
     """The places of one kind of group, by age."""
 
-    __slots__ = ("places", "traits")
+    __slots__ = ("gone", "most_gone", "places", "traits")
 
     def __init__(self, traits: Traits) -> None:
         self.traits = traits
+        self.gone = 0
+        """Groups whose traits have changed, while what they stood as may still be here."""
+        self.most_gone = GONE
         self.places: dict[int, deque[list[Group]]] = {}
-        """By bucket of age: those that are listed by their grade."""
+        """By bucket of age: those where groups stand, or did; each is listed by its grade."""
+
+    def went(self) -> None:
+        """A group's traits have changed: a session may say again and again what it does."""
+        self.gone += 1
+        if self.gone >= self.most_gone:
+            self.places = {
+                bucket: deque(spot for spot in place if spot[0].spot is spot)
+                for bucket, place in self.places.items()
+            }
+            self.gone = 0
+            self.most_gone = GONE + sum(map(len, self.places.values()))
 
 
 class Listing:
@@ -163,7 +180,7 @@ class Shelves(Grouping):
     def _moved(self, group: Group, to: Group) -> None:
         """Some of a group are in `to` now: what is left of it, and what continued it,
         continues the first that any went to, which are the deepest of those that went."""
-        parent = group.parent
+        parent = group.continued()
         if parent is not None and parent.since == self.moment.now:
             to = parent
         self.left(group)
@@ -173,9 +190,7 @@ class Shelves(Grouping):
             if self._follows(to, group):
                 # It would continue itself through them.
                 self._part(to)
-            group.into = to
-            to.kids += group.kids
-            group.kids = 0
+            to.take_kids(group)
 
     def leave(self, item: Any) -> None:
         group = item.mark.group
@@ -204,10 +219,9 @@ class Shelves(Grouping):
     def continues(self, group: Group, parent: Group) -> None:
         """What the group's blocks continue, unless it is the other way round: a request of
         several chains may say both, and groups in a ring could never leave."""
-        before = _parent(group)
+        before = group.continued()
         if before is not parent and not self._follows(parent, group):
-            group.parent = parent
-            parent.kids += 1
+            group.continues(parent)
             parent.spot = None
             if before is not None:
                 self._childless(before)
@@ -225,16 +239,15 @@ class Shelves(Grouping):
         return self._listing.grade(group.traits)[bucket_of(self.moment.now - group.since)]
 
     def _follows(self, group: Group, other: Group) -> bool:
-        """Whether a group continues another, or is it. Only what this request has used can
-        come to continue what was not used before it."""
+        """Whether a group continues another, by however many, or is it."""
         at: Group | None = group
         while at is not None and at is not other:
-            at = _parent(at) if at.since == self.moment.now else None
+            at = at.continued()
         return at is other
 
     def _part(self, group: Group) -> None:
         """It continues nothing any more."""
-        parent, group.parent = _parent(group), None
+        parent, group.parent = group.continued(), None
         if parent is not None:
             self._childless(parent)
 
@@ -244,7 +257,9 @@ class Shelves(Grouping):
 
     def changed(self, group: Group, before: Traits) -> None:
         if group.spot is not None:
+            column: Column = group.column
             self._place(group)
+            column.went()
 
     def grade_anew(self, grade: Grade) -> Iterator[int]:
         """Grades are not what they were: every step tells what it cost, and up to the last one
@@ -252,9 +267,13 @@ class Shelves(Grouping):
         listing = self._next = Listing(grade)
         for column in list(self._columns.values()):
             if column not in listing:
-                listing.begin(column)
-                for bucket in sorted(column.places):
-                    listing.add(column, bucket)
+                taken = [b for b in sorted(column.places) if self._stands_in(column, b)]
+                if taken:
+                    listing.begin(column)
+                    for bucket in taken:
+                        listing.add(column, bucket)
+                else:
+                    del self._columns[column.traits]
                 yield LISTED
         self._listing, self._next = listing, None
 
@@ -292,7 +311,7 @@ class Shelves(Grouping):
         self, group: Group, kids: dict[Group, int], freed: list[tuple[int, int, Group]]
     ) -> None:
         """What a group continues that is thought to have left, if nothing else does."""
-        parent = _parent(group)
+        parent = group.continued()
         if parent is not None:
             kids[parent] = kids.get(parent, parent.kids) - 1
             if not kids[parent] and parent.since < self.moment.now:
@@ -301,14 +320,21 @@ class Shelves(Grouping):
     def _at(self, grade: int) -> list[tuple[Column, int]]:
         """The places of a grade where groups stand."""
         listed = self._listing.by_grade[grade]
-        fronts = [place for place in listed if _front(*place)]
-        # A place that is listed twice, as the next grades are being found, stays.
-        if len(fronts) < len(listed) and self._next is None:
-            for column, bucket in listed:
-                if not column.places[bucket]:
-                    del column.places[bucket]
+        # A place that nobody stood in for a while may be listed twice.
+        fronts = [place for place in dict.fromkeys(listed) if self._stands_in(*place)]
+        if len(fronts) < len(listed):
             self._listing.keep(grade, fronts)
         return fronts
+
+    def _stands_in(self, column: Column, bucket: int) -> bool:
+        """Whether a group stands in a place; if none does there is no such place any more."""
+        place = column.places.get(bucket)
+        if place is None:
+            return False
+        _clear_front(place)
+        if not place:
+            del column.places[bucket]
+        return bool(place)
 
     def _childless(self, group: Group) -> None:
         """One group less continues it."""
@@ -364,20 +390,6 @@ class Shelves(Grouping):
                 self._calendar[when] = [group]
             else:
                 due.append(group)
-
-
-def _parent(group: Group) -> Group | None:
-    parent = group.parent
-    while parent is not None and parent.into is not None:
-        parent = group.parent = parent.into
-    return parent
-
-
-def _front(column: Column, bucket: int) -> bool:
-    """Whether a group stands there."""
-    place = column.places[bucket]
-    _clear_front(place)
-    return bool(place)
 
 
 def _clear_front(place: deque[list[Group]]) -> None:

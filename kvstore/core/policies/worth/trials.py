@@ -68,7 +68,8 @@ class Trial:
             group = mark.group
             end = at + group.live
             if (
-                len(group.items) == group.live <= len(names) - at
+                group.items[0] is item
+                and len(group.items) == group.live <= len(names) - at
                 and list(map(_name, group.items)) == names[at:end]
             ):
                 at = end
