@@ -17,7 +17,7 @@ from kvstore.config import StoreConfig
 from kvstore.device.mirrors import Mirrors
 from kvstore.device.vram import StraightFile
 from kvstore.device.vram_stand_in import StandInVram, _Straight
-from kvstore.errors import BadRequest, DeviceStuck, TierFailed
+from kvstore.errors import BadRequest, DeviceLost, DeviceStuck, TierFailed
 from kvstore.store import MAX_RUNNING, Session, Store
 from kvstore.store.slots import GpuSlots
 from kvstore.store.straight import FAILURES, NOT_YET, SHORT, UNUSED
@@ -823,6 +823,27 @@ def test_nothing_is_asked_of_a_gpu_that_does_not_answer(
         assert not asked
 
     go(tmp_path, body)
+
+
+@pytest.mark.parametrize("error", [DeviceLost, DeviceStuck])
+def test_a_gpu_that_fails_as_slots_are_taken_is_used_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    def fails(*_: object) -> None:
+        raise error("no answer")
+
+    rig = StraightRig(tmp_path)
+
+    async def body(_: object) -> None:
+        await until(lambda: rig.stats.not_straight_because == UNUSED)
+        monkeypatch.setattr(rig.vram, "straight", fails)
+        session = rig.session()
+        rig.named_reader(session).close()
+        await until(lambda: not rig.stats.healthy)
+        assert rig.stats.off_because == rig.stats.not_straight_because == "no answer"
+        assert not any(event[0] == "straight_refused" for event in rig.seen.events)
+
+    run(rig, body)
 
 
 def test_a_gpu_that_hangs_as_slots_go_back_holds_up_nothing_else(
