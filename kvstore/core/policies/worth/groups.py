@@ -146,7 +146,8 @@ class Group:
         """What continued another one continues this one instead."""
         mine, others = self.hook, group.hook
         if others is not None:
-            if mine is None or others.since <= mine.since:
+            # Of two as old its own stays: where it takes from many, all come to hang on one.
+            if mine is None or others.since < mine.since:
                 self.hook, others.group = others, self
                 if mine is not None:
                     mine.into = others
