@@ -166,8 +166,8 @@ static __device__ __forceinline__ word finite(word bits)
 
 /* -- a group ---------------------------------------------------------------- */
 
-template <int DTYPE>
-static __device__ __forceinline__ word encode_fp8(word* codes, const word* bits)
+/* Of its sizes; what is not finite has none. */
+static __device__ __forceinline__ word largest(const word* bits)
 {
     word top = 0;
     #pragma unroll
@@ -175,6 +175,13 @@ static __device__ __forceinline__ word encode_fp8(word* codes, const word* bits)
         const word size = finite(bits[at]) & MAGNITUDE;
         top = size > top ? size : top;
     }
+    return top;
+}
+
+template <int DTYPE>
+static __device__ __forceinline__ word encode_fp8(word* codes, const word* bits)
+{
+    word top = largest(bits);
     top = top > range<DTYPE>::most_fp8 ? range<DTYPE>::most_fp8 : top;
     int power = int(top >> 23) - (127 + 8) + ((top & 0x7fffffu) > 0x600000u ? 1 : 0);
     power = power < -126 ? -126 : power;
@@ -200,12 +207,7 @@ static __device__ __forceinline__ word encode_fp8(word* codes, const word* bits)
 template <int DTYPE>
 static __device__ __forceinline__ word encode_int4(word* codes, const word* bits)
 {
-    word top = 0;
-    #pragma unroll
-    for (int at = 0; at < GROUP; at++) {
-        const word size = finite(bits[at]) & MAGNITUDE;
-        top = size > top ? size : top;
-    }
+    const word top = largest(bits);
     const word seventh = __float_as_uint(__fdiv_rn(__uint_as_float(top), 7.0f));
     word scale = (seventh + 0x7ffffu) & 0xfff80000u;
     scale = scale < range<DTYPE>::least ? range<DTYPE>::least : scale;
