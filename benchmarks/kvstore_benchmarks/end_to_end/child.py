@@ -48,14 +48,19 @@ class EngineChild(Closing):
     """
 
     def __init__(
-        self, model: Path, *, context: int, store: str | None = None, weighs: bool = True
+        self,
+        model: Path,
+        *,
+        context: int,
+        store: str | None = None,
+        recompute: str = "when_sooner",
     ) -> None:
         """`context`: the most tokens of a prompt with its answer. `store`: a server's socket.
-        `weighs`: what it computes sooner than it would be loaded is not loaded."""
+        `recompute`: as in the connector's configuration."""
         command = [sys.executable, "-m", "kvstore_benchmarks.end_to_end.engine"]
         command += ["--model", str(model), "--block-tokens", str(BLOCK_TOKENS)]
-        command += ["--context", str(context), *(("--store", store) if store else ())]
-        command += [] if weighs else ["--load-always"]
+        command += ["--context", str(context), "--recompute", recompute]
+        command += ["--store", store] if store else []
         self._pipe = Pipe(command, ENVIRONMENT)
 
     def close(self) -> None:

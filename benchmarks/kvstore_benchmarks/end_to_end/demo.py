@@ -168,7 +168,7 @@ def _after_restarts(stage: _Stage, model: Path, say: Say) -> list[Row]:
 def _engine(model: Path, endpoint: str) -> EngineChild:
     """It loads whatever there is: the demo shows where answers may come from, on a machine that
     may have anything to do beside it."""
-    return EngineChild(model, context=CONTEXT, store=endpoint, weighs=False)
+    return EngineChild(model, context=CONTEXT, store=endpoint, recompute="never")
 
 
 def _find_again(engine: EngineChild) -> None:

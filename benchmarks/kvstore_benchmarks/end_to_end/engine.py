@@ -144,12 +144,11 @@ def main() -> int:
     parser.add_argument("--store")
     parser.add_argument("--block-tokens", type=int, required=True)
     parser.add_argument("--context", type=int, required=True)
-    parser.add_argument("--load-always", action="store_true")
+    parser.add_argument("--recompute", required=True)
     args = parser.parse_args()
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    recompute = "never" if args.load_always else "when_sooner"
-    engine = Engine(args.model, args.store, args.block_tokens, args.context, recompute)
+    engine = Engine(args.model, args.store, args.block_tokens, args.context, args.recompute)
     serve(engine, sys.stdin, answers)
     return 0
 
