@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from kvstore.device.vram import Straight, Vram
 from kvstore.errors import DeviceError, DeviceFull, DeviceLost, DeviceStuck
 
+SHORT = "others need the GPU's memory"
+
 
 class SlotsGone(DeviceError):
     """Nothing is read into this GPU's memory any more."""
@@ -106,7 +108,7 @@ class GpuSlots:
         except DeviceError as error:
             raise DeviceFull(str(error)) from error
         if free_bytes < self._reserve_bytes + 2 * self.slot_bytes:
-            raise DeviceFull("others need the GPU's memory")
+            raise DeviceFull(SHORT)
         slot = self._vram.straight(1, self._block_bytes)
         with self._lock:
             self._idle.append(slot)

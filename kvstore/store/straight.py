@@ -32,7 +32,7 @@ from kvstore.device.vram import Straight
 from kvstore.errors import DeviceError, DeviceFull, DeviceLost, DeviceStuck, TierError
 from kvstore.store.complaints import Complaints
 from kvstore.store.loop import Loop
-from kvstore.store.slots import Closed, GpuSlots, SlotsGone
+from kvstore.store.slots import SHORT, Closed, GpuSlots, SlotsGone
 from kvstore.tiers.base import BlockHeader, StorageTier
 from kvstore.tiers.vram import VramArena
 
@@ -45,7 +45,6 @@ MOST_SLOT_BYTES = 16 << 20
 FAILURES = 3
 """Blocks that were there and could not be read straight, until that is given up."""
 NOT_YET = "it is not known yet whether that is possible"
-SHORT = "others need the GPU's memory"
 UNUSED = "nobody reads there"
 NO_SLOT = "no slot was free"
 
