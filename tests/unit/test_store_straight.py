@@ -19,8 +19,7 @@ from kvstore.device.vram import StraightFile
 from kvstore.device.vram_stand_in import StandInVram, _Straight
 from kvstore.errors import BadRequest, DeviceLost, DeviceStuck, TierFailed
 from kvstore.store import MAX_RUNNING, Session, Store
-from kvstore.store.slots import GpuSlots
-from kvstore.store.slots import SHORT
+from kvstore.store.slots import SHORT, GpuSlots
 from kvstore.store.straight import FAILURES, NOT_YET, UNUSED
 from kvstore.tiers.base import BlockHeader, Fill
 from kvstore.types import GPU_ONLY, ChainQuery, LeaseGrant, VramStats
