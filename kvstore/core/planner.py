@@ -406,9 +406,10 @@ class Planner:
 
     # Time
 
-    def tick(self, now_ns: int) -> None:
-        """To be called several times a second: ends what has run out of time."""
-        if self.residency.look_at_link(now_ns):
+    def tick(self, now_ns: int, *, stuck: bool = False) -> None:
+        """To be called several times a second: ends what has run out of time. `stuck`: NVMe
+        does not answer (`StorageTier.overdue`)."""
+        if self.residency.look_at_link(now_ns, stuck=stuck):
             self.acquires.answer_all(now_ns, Refusal.STALLED)
         self.prefetches.tick(now_ns)
         self.leases.expire(now_ns)

@@ -186,10 +186,6 @@ class Link:
         running = sum(b.going for b in self._running if b.transfer_class is transfer_class)
         return self._lanes[transfer_class].queued + running
 
-    def oldest_ns(self) -> int | None:
-        """When the oldest of what runs began."""
-        return min((batch.began_ns for batch in self._running), default=None)
-
     # Asking
 
     def refusal(self, transfer_class: TransferClass) -> Refusal | None:
@@ -391,7 +387,7 @@ class Link:
         return transfer
 
     def _note(self, batch: Batch, now_ns: int) -> None:
-        self.breaker.answered(batch.began_ns, now_ns)
+        self.breaker.answered(batch.began_ns)
         into = batch.transfers[0].into
         taken_ns = now_ns - batch.began_ns
         self._pulse.ended(self._passing_ns(batch), now_ns)

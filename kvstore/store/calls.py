@@ -142,7 +142,7 @@ class Store:
         self._suspicions = Suspicions(self._loop, dram)
         self._wear = None if nvme is None else Wear(self._loop, nvme)
         self._weighs = config.nvme_bytes_per_day > 0
-        self._upkeep = Upkeep(self._loop, self._movement, self._listing, self._wear)
+        self._upkeep = Upkeep(self._loop, nvme, self._movement, self._listing, self._wear)
         self._costs = None if costs is None else Costs(self._loop, costs)
         self._loop.handle(RememberLayout, self._remember)
 

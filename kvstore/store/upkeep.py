@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 
 from kvstore.listing import Listing
 from kvstore.store.loop import Loop
 from kvstore.store.movement import Movement
 from kvstore.store.wear import Wear
+from kvstore.tiers.base import StorageTier
+
+log = logging.getLogger(__name__)
 
 TICK_S = 0.1
 SYNC_S = 2.0
@@ -15,13 +19,22 @@ SYNC_S = 2.0
 
 
 class Upkeep:
-    def __init__(self, loop: Loop, movement: Movement, listing: Listing, wear: Wear | None) -> None:
+    def __init__(
+        self,
+        loop: Loop,
+        nvme: StorageTier | None,
+        movement: Movement,
+        listing: Listing,
+        wear: Wear | None,
+    ) -> None:
         self.ticked_ns = loop.clock.now_ns()
         """When it last came round."""
         self._loop = loop
+        self._nvme = nvme
         self._movement = movement
         self._listing = listing
         self._wear = wear
+        self._stalled = False
 
     async def work(self) -> None:
         """For as long as the store lives."""
@@ -32,7 +45,9 @@ class Upkeep:
             await asyncio.sleep(TICK_S)
             if self._wear is not None:
                 self._wear.tell()
-            loop.planner.tick(loop.clock.now_ns())
+            stuck = self._nvme is not None and self._nvme.overdue()
+            loop.planner.tick(loop.clock.now_ns(), stuck=stuck)
+            self._tell_of_stalls()
             loop.execute()
             self.ticked_ns = loop.clock.now_ns()
             self._listing.beat()
@@ -41,3 +56,11 @@ class Upkeep:
             if self._movement.unsynced and due:
                 synced_at = now
                 syncing = loop.spawn(self._movement.sync())
+
+    def _tell_of_stalls(self) -> None:
+        stalled = self._loop.planner.residency.stalled
+        if stalled and not self._stalled:
+            log.warning("the NVMe tier does not answer: nothing is asked of it until it does")
+        elif self._stalled and not stalled:
+            log.warning("the NVMe tier answers again")
+        self._stalled = stalled

@@ -110,6 +110,11 @@ class StorageTier(Protocol):
         empty where nothing wears out. Does not block."""
         ...
 
+    def overdue(self) -> bool:
+        """Something that was asked of the drive has not come back for longer than anything
+        takes. Does not block."""
+        ...
+
     def ask_before_moving(self, not_worth_moving: Callable[[list[int]], Iterable[int]]) -> None:
         """Where blocks have to be written again to win room, ask first: of these addresses,
         which their owner has forgotten instead. It is asked by threads of the tier's

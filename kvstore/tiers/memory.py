@@ -78,6 +78,9 @@ class HeapStorage:
     def wear(self) -> Mapping[str, int]:
         return {}
 
+    def overdue(self) -> bool:
+        return False
+
     def ask_before_moving(self, not_worth_moving: Callable[[list[int]], Iterable[int]]) -> None:
         return None
 

@@ -37,6 +37,7 @@ from typing import NoReturn
 
 import xxhash
 
+from kvstore.clock import Clock, MonotonicClock
 from kvstore.errors import (
     BadSize,
     CorruptBlock,
@@ -48,6 +49,7 @@ from kvstore.errors import (
 )
 from kvstore.tiers import nvme_recovery, nvme_slot
 from kvstore.tiers.base import BlockHeader, Fill, RecoveredBlocks
+from kvstore.tiers.nvme_calls import DATA_NS, Calls, WatchedDisk
 from kvstore.tiers.nvme_disk import FULL, Directory, Disk, direct_io_works, read_all, write_all
 from kvstore.tiers.nvme_home import SMALL_FILES_BYTES, DataHome, unusable
 from kvstore.tiers.nvme_index import DAMAGED, Batch, Index, map_bytes_for, start_over
@@ -85,6 +87,7 @@ class NvmeTier:
         home: DataHome,
         disk: Disk,
         open_index: Callable[[], Index],
+        calls: Calls,
         *,
         extent_bytes: int,
         most_segments: int,
@@ -97,7 +100,8 @@ class NvmeTier:
         self.direct = direct
         """False where the file system refuses O_DIRECT."""
         self._home = home
-        self._disk = disk
+        self._disk = WatchedDisk(disk, calls)
+        self._calls = calls
         self._geometry = Geometry(extent_bytes)
         self._most_segments = most_segments
         self._scratch = nvme_slot.ScratchPool()
@@ -128,12 +132,13 @@ class NvmeTier:
         disk: Disk | None = None,
         behind: Callable[[Disk], Disk] | None = None,
         open_index: Callable[[Path, int], Index] = Index.open,
+        clock: Clock | None = None,
     ) -> NvmeTier:
         """Open or make the tier in directory `path`.
 
         `max_blocks`: the most that the index must have room for. `direct=False` goes
         through the page cache even where O_DIRECT works. `disk` holds the segments
-        instead of the directory; `behind` puts it behind another.
+        instead of the directory; `behind` puts it behind another. `clock`: for `overdue`.
         Raises `DataInUse`, `DataVersion`, `DataUnusable`.
         """
         path = Path(path).absolute()
@@ -159,6 +164,7 @@ class NvmeTier:
                     home,
                     disk,
                     partial(open_index, home.index, map_bytes_for(capacity_bytes, max_blocks)),
+                    Calls(clock or MonotonicClock()),
                     extent_bytes=extent_bytes,
                     most_segments=segments_of(capacity_bytes, extent_bytes, max_blocks),
                     direct=direct,
@@ -215,6 +221,9 @@ class NvmeTier:
             "move": self._log.moved_bytes,
             "note": self._noted_bytes,
         }
+
+    def overdue(self) -> bool:
+        return self._calls.overdue()
 
     def ask_before_moving(self, not_worth_moving: Callable[[list[int]], Iterable[int]]) -> None:
         self._log.not_worth_moving = not_worth_moving
@@ -311,7 +320,9 @@ class NvmeTier:
                 raise CorruptBlock("the file ends before the block does")
             if nvme_slot.decode_header_at(scratch.header, place).header != header:
                 return False
-        if fill(segment.file, begin + nvme_slot.HEADER_BYTES, header.length) == header.checksum:
+        with self._calls.under_way(DATA_NS):
+            filled = fill(segment.file, begin + nvme_slot.HEADER_BYTES, header.length)
+        if filled == header.checksum:
             return True
         if not self._read(segment, place, header, nvme_slot.aligned(align_up(header.length))):
             return False

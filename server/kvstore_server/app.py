@@ -203,6 +203,7 @@ class App:
             sizes.nvme_extent_bytes,
             sizes.max_blocks,
             behind=self._modelled(),
+            clock=self._clock,
         )
         try:
             return await asyncio.get_running_loop().run_in_executor(opening, work)

@@ -220,4 +220,5 @@ def test_tiers_are_weighed_as_the_router_was_told(
     until(announced, "they never said where it is")
     assert disk.has("CPU", text) == disk.has("GPU", text) == host.has("GPU", text) == 0
     cached = ask(fleet.caught_up(router), text)
-    assert cached == (WHOLE if there == "disk" else in_dram) * BLOCK
+    expected = (WHOLE if there == "disk" else in_dram) * BLOCK
+    assert cached == expected, [replica.store.stats() for replica in fleet.replicas]

@@ -5,17 +5,21 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, TypeVar
 
 import pytest
 
+from kvstore.core.transfers import TransferClass
 from kvstore.store import Session, Store
 from kvstore.tiers.faulty import Fault, FaultyDisk, MemoryDisk
 from kvstore.tiers.nvme import NvmeTier
 from kvstore.types import LeaseGrant, Tier
 from tests.unit.test_store import EXTENT, Rig, chain, until
+
+T = TypeVar("T")
 
 HANG_S = 30.0
 THREADS = 6
@@ -31,8 +35,12 @@ class Hanging(Rig):
         self.goes_on = threading.Event()
         self.stuck = 0
         super().__init__(dram_slots=32)
-        disk = FaultyDisk(MemoryDisk(), self.fault, random.Random(1), pause=self.hang)
-        self.tier = NvmeTier.open(folder / "data", 8 << 20, EXTENT, 4096, disk=disk)
+        disk = FaultyDisk(
+            MemoryDisk(), self.fault, random.Random(1), pause=lambda seconds: self.hang(seconds)
+        )
+        self.tier = NvmeTier.open(
+            folder / "data", 8 << 20, EXTENT, 4096, disk=disk, clock=self.clock
+        )
         self.store = self.make_store()
 
     def make_store(self) -> Store:
@@ -147,6 +155,99 @@ def test_a_drive_that_answers_again_is_used_again(tmp_path: Path) -> None:
         assert grant.held == 8
         assert not rig.stalled
         assert [tier.stalls for tier in rig.store.stats().tiers] == [0, 1]
+
+    run(tmp_path, body)
+
+
+def test_a_drive_that_is_slow_and_gets_on_is_not_taken_for_one_that_hangs(tmp_path: Path) -> None:
+    """A batch of many blocks may take long, and so may the files that they go into."""
+
+    async def body(rig: Hanging) -> None:
+        keys = chain(1, 16)
+        session = await rig.save(keys)
+        grant = await slowly(rig, {"preadv"}, rig.acquire(session, keys, wait_ms=600_000))
+        assert grant.held == 16
+        rig.store.release(session, [grant.lease_id])
+        assert await rig.put(session, chain(2, 16)) == 16
+        flushed = rig.store.flush("t", drop=False)
+        assert await slowly(rig, {"create", "pwritev"}, flushed) == 16
+        assert [tier.stalls for tier in rig.store.stats().tiers] == [0, 0]
+
+    run(tmp_path, body)
+
+
+async def slowly(rig: Hanging, calls: set[str], work: Coroutine[Any, Any, T]) -> T:
+    """What comes of `work` while each of these calls of the drive's takes 1.4 seconds, or
+    twice as long where a thread begins it just as time passes."""
+    passed = threading.Condition()
+    begun_ns: dict[int, int] = {}
+
+    def take_long(seconds: float) -> None:
+        me, began_ns = threading.get_ident(), rig.clock.now_ns()
+        with passed:
+            begun_ns[me] = began_ns
+            passed.wait_for(lambda: rig.clock.now_ns() >= began_ns + 1_400_000_000, 60)
+            del begun_ns[me]
+
+    def all_are_new() -> bool:
+        return bool(begun_ns) and min(begun_ns.values()) == rig.clock.now_ns()
+
+    rig.hang, rig.hanging_calls, rig.hanging = take_long, calls, True  # type: ignore[method-assign]
+    task = asyncio.create_task(work)
+    while not task.done():
+        await until(lambda: task.done() or all_are_new())
+        rig.clock.advance_ms(1_400)
+        await asyncio.sleep(0.25)  # Longer than until somebody looks at the time.
+        with passed:
+            passed.notify_all()
+    rig.hanging = False
+    return await task
+
+
+@pytest.mark.parametrize("drains", [False, True])
+def test_a_drive_that_hangs_for_a_while_gets_all_that_is_flushed(
+    tmp_path: Path, drains: bool
+) -> None:
+    """What was called off as it hung is written once it answers."""
+
+    async def body(rig: Hanging) -> None:
+        session = rig.session()
+        assert await rig.put(session, chain(1, 12)) == 12
+        rig.hanging_calls, rig.hanging = {"pwritev"}, True
+        first = asyncio.ensure_future(rig.store.flush("t", drop=False))
+        await until(lambda: rig.stuck > 2)
+        assert await rig.put(session, chain(2, 12)) == 12
+        work = rig.store.drain(60) if drains else rig.store.flush("t", drop=False)
+        second = asyncio.ensure_future(work)
+        link = rig.store._planner.residency.transfers
+        await until(lambda: link.depth(TransferClass.WRITE_BACK) == 24)
+        rig.clock.advance_ms(4_000)
+        await until(lambda: rig.stalled)
+        assert link.depth(TransferClass.WRITE_BACK) == 12, "the others were called off"
+        await asyncio.sleep(0.3)
+        assert not first.done() and not second.done()
+        rig.come_back()
+        await asyncio.gather(first, second)
+        assert rig.store.stats().tiers[1].blocks == 24
+
+    run(tmp_path, body)
+
+
+def test_a_drive_that_hangs_already_is_waited_for_by_who_stops(tmp_path: Path) -> None:
+    async def body(rig: Hanging) -> None:
+        keys = chain(1, 8)
+        session = await rig.save(keys)
+        (waiting,) = await rig.hang_with(session, keys)
+        rig.clock.advance_ms(4_000)
+        await waiting
+        assert rig.stalled
+        assert await rig.put(session, chain(2, 8)) == 8
+        stop = asyncio.ensure_future(rig.store.drain(60))
+        await asyncio.sleep(0.3)
+        assert not stop.done()
+        rig.come_back()
+        await stop
+        assert rig.store.stats().tiers[1].blocks == 16
 
     run(tmp_path, body)
 

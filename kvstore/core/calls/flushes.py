@@ -1,9 +1,9 @@
 """Flushes: writing what is in DRAM only to NVMe, for somebody who waits for it.
 
 A flush looks through DRAM for what is dirty (a chore), writes it, a few at a time, and
-then, if it was asked to, looks through DRAM again for what is clean, to drop it. It ends
-where the drive's budget does (`core.places.endurance`), and leaves out a model's output that nobody
-has asked for.
+then, if it was asked to, looks through DRAM again for what is clean, to drop it. It waits for a
+drive that does not answer, for as long as its caller does. It ends where the drive's budget does
+(`core.places.endurance`), and leaves out a model's output that nobody has asked for.
 """
 
 from __future__ import annotations
@@ -57,8 +57,7 @@ class Flushes:
     def go_on(self) -> None:
         """Start what may start now, and answer who has got all there is."""
         for flush in list(self._flushes):
-            # A copy that was called off before it started reports nothing.
-            flush.writing -= {r for r in flush.writing if r.state is State.GONE}
+            self._take_back(flush)
             stuck = self._feed(flush)
             if flush.searched and not flush.writing and (stuck or not flush.queue):
                 self._flushes.remove(flush)
@@ -81,6 +80,15 @@ class Flushes:
             yield SEEN
         flush.searched = True
 
+    def _take_back(self, flush: FlushTicket) -> None:
+        """A copy that was called off before it started reports nothing; what it was of is to be
+        written all the same."""
+        for target in [target for target in flush.writing if target.state is State.GONE]:
+            flush.writing.remove(target)
+            source = target.block.dram
+            if source is not None and is_ready(source) and target.block.nvme is None:
+                flush.queue.append(source)
+
     def _feed(self, flush: FlushTicket) -> bool:
         """Whether the flush is stuck: its next block cannot be written, now or soon."""
         while flush.queue and len(flush.writing) < self._max_writing:
@@ -90,7 +98,8 @@ class Flushes:
                 write_back = self._residency.write_back
                 target = write_back.save(replica.block)
                 if target is None:
-                    return not (write_back.possible and write_back.can_pay(replica.block))
+                    may_be = self._residency.stalled or write_back.possible
+                    return not (may_be and write_back.can_pay(replica.block))
             if target is not None and target.state is State.FILLING:
                 flush.writing.add(target)
             flush.queue.popleft()

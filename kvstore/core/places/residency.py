@@ -271,11 +271,11 @@ class Residency:
 
     # A device that does not answer
 
-    def look_at_link(self, now_ns: int) -> bool:
-        """True when NVMe is found to have stopped answering: then nothing is sent there
-        any more until it does, and what has not begun is called off, but for demand, which
-        who waits for it gives up."""
-        if not self.transfers.breaker.look(self.transfers.oldest_ns(), now_ns):
+    def look_at_link(self, now_ns: int, *, stuck: bool) -> bool:
+        """`stuck`: NVMe does not answer just now. True when that is new: then nothing is sent
+        there any more until it does, and what has not begun is called off, but for demand,
+        which who waits for it gives up."""
+        if not self.transfers.breaker.look(now_ns, stuck=stuck):
             return False
         for transfer_class in (TransferClass.WRITE_BACK, TransferClass.PREFETCH):
             self._call_off(self.transfers.queued(transfer_class))
