@@ -22,7 +22,9 @@ from kvstore.errors import KVStoreError, Unavailable
 from kvstore_benchmarks.closing import Closing
 
 START_TIMEOUT_S = 60.0
-STOP_TIMEOUT_S = 60.0
+STOP_TIMEOUT_S = 150.0
+DRAIN_S = "100"
+"""What is measured after a restart must have been saved, however long the disk takes."""
 IDLE_EXIT_S = "900"
 """Longer than the slowest start of an engine, which is the first to attach."""
 _POLL_S = 0.05
@@ -72,6 +74,7 @@ class Server(Closing):
         """Return once the server answers. Raises `Unavailable` with the end of its log."""
         command = [sys.executable, "-m", "kvstore_server", "--socket", self.endpoint]
         command += ["--idle-exit-s", IDLE_EXIT_S]  # Should this process be killed.
+        command += ["--drain-s", DRAIN_S]
         command += ["--admin", "", "--nvme-path", str(self._home / "data"), *self._sizes]
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(

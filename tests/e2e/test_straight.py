@@ -74,7 +74,7 @@ def test_answers_are_exact_whether_blocks_are_there_yet_or_not(
     if ranks == 2:
         options = {"tensor_parallel_size": 2}
         environment["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"
-    store = {"recompute": "never", "acquire_timeout_ms": 5000, "endpoint": str(gpu_server.socket)}
+    store = {"recompute": "never", "acquire_timeout_ms": 30_000, "endpoint": str(gpu_server.socket)}
     engine = start_engine(
         None,
         processes=True,

@@ -44,7 +44,7 @@ class Engine:
                 kv_load_failure_policy="recompute",
                 kv_connector_extra_config={
                     "endpoint": store,
-                    "acquire_timeout_ms": 10_000,
+                    "acquire_timeout_ms": 30_000,
                     "recompute": recompute,
                 },
             )
