@@ -57,6 +57,10 @@ class Watch(Closing):
         dram = now.acquired_hits_dram - self._seen.acquired_hits_dram
         return Hits(dram, now.acquired_hits - self._seen.acquired_hits - dram)
 
+    def has_stalled(self) -> bool:
+        """Whether a tier has not answered for a while, since the server's start."""
+        return any(tier.stalls for tier in self._client.stats().tiers)
+
     def committed(self) -> int:
         """Blocks, since the last mark."""
         return self._committed(self._client.stats())

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from rich.console import Console
 
 from kvstore_benchmarks.end_to_end import demo
+from kvstore_benchmarks.end_to_end.child import Answer
 from kvstore_benchmarks.end_to_end.demo import Row
+from kvstore_benchmarks.end_to_end.watch import Hits
 
 
 def row(name: str = "engine restarted", **changes: object) -> Row:
@@ -54,6 +58,54 @@ def test_the_table_names_a_difference_loudly() -> None:
     assert shown.get().count("reference") == 2
     assert "equal" in shown.get()
     assert "DIFFER" in shown.get()
+
+
+@pytest.mark.parametrize(
+    ("stalls", "tiers", "restarts", "tier"),
+    [
+        ([False], ["NVMe"], 1, "NVMe"),
+        ([True, False], ["none", "NVMe"], 2, "NVMe"),
+        ([True] * 9, ["NVMe"], 1, "NVMe"),
+        ([True] * 9, ["none"] * 9, demo.TRIES, "none"),
+        # It is wrong, and nothing excuses it.
+        ([False], ["none"], 1, "none"),
+    ],
+)
+def test_a_disk_that_did_not_answer_is_asked_again_and_nothing_else_is_excused(
+    monkeypatch: pytest.MonkeyPatch,
+    stalls: list[bool],
+    tiers: list[str],
+    restarts: int,
+    tier: str,
+) -> None:
+    restarted = 0
+
+    class Server:
+        endpoint = ""
+
+        def restart(self) -> None:
+            nonlocal restarted
+            restarted += 1
+
+    class Watch:
+        def __init__(self, endpoint: str) -> None: ...
+        def __enter__(self) -> Watch:
+            return self
+
+        def __exit__(self, *exc_info: object) -> None: ...
+        def hits(self) -> Any:
+            return Hits(0, 1) if tiers[restarted - 1] == "NVMe" else Hits(0, 0)
+
+        def has_stalled(self) -> bool:
+            return stalls[restarted - 1]
+
+    monkeypatch.setattr(demo, "Watch", Watch)
+    monkeypatch.setattr(demo, "_find_again", lambda engine: None)
+    answer = Answer(first_token_s=0.1, cached_tokens=16, logprobs=[{1: -1.0}])
+    stage = demo._Stage(Server(), [[1]], [answer], [answer])  # type: ignore[arg-type]
+    engine: Any = SimpleNamespace(generate=lambda tokens: answer)
+    assert stage.restarted("new server", engine, lambda step: None).tier == tier
+    assert restarted == restarts
 
 
 def test_the_command_fails_when_a_row_is_wrong(
