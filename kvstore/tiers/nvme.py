@@ -49,7 +49,7 @@ from kvstore.errors import (
 )
 from kvstore.tiers import nvme_recovery, nvme_slot
 from kvstore.tiers.base import BlockHeader, Fill, RecoveredBlocks
-from kvstore.tiers.nvme_calls import DATA_NS, Calls, WatchedDisk
+from kvstore.tiers.nvme_calls import DATA_NS, UPKEEP_NS, Calls, WatchedDisk
 from kvstore.tiers.nvme_disk import FULL, Directory, Disk, direct_io_works, read_all, write_all
 from kvstore.tiers.nvme_home import SMALL_FILES_BYTES, DataHome, unusable
 from kvstore.tiers.nvme_index import DAMAGED, Batch, Index, map_bytes_for, start_over
@@ -338,7 +338,8 @@ class NvmeTier:
         self._check_usable()
         self._flush()
         try:
-            self._index.sync()
+            with self._calls.under_way(UPKEEP_NS):
+                self._index.sync()
         except TierFailed as error:
             self._failed = error
             raise
@@ -422,7 +423,8 @@ class NvmeTier:
             except OSError as error:
                 # A full disk too: what is preallocated does not run out of room.
                 raise TierFailed(f"syncing failed: {error.strerror}", error.errno or 0) from error
-            self._tell_index(todo.batch)
+            with self._calls.under_way(UPKEEP_NS):
+                self._tell_index(todo.batch)
             self._log.flushed(todo)
         except TierFailed as error:
             self._failed = error

@@ -16,7 +16,7 @@ from kvstore.tiers.nvme_disk import Disk, DiskFile
 DATA_NS = 3_000_000_000
 """No read or write of a block takes as long, unless the drive is stuck."""
 UPKEEP_NS = 30_000_000_000
-"""As long may a file that is made or synced take, on a disk that many write to."""
+"""As long may it take to make or sync a file, or the index, on a disk that many write to."""
 
 
 class Calls:
