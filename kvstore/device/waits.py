@@ -12,7 +12,7 @@ from kvstore.errors import DeviceError, DeviceLost, DeviceStuck
 
 PATIENCE_S = 2.0
 """Of who keeps others waiting too: no copy within a GPU takes so long on one that answers. Less
-than what a drive may take (`core.links.breaker`), so that a GPU is not taken for one."""
+than what a drive may take (`tiers.nvme_calls.DATA_NS`), so that a GPU is not taken for one."""
 
 _PAUSE_S, _LONGEST_PAUSE_S = 20e-6, 1e-3
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 
+from kvstore.core.links.breaker import BreakerState
 from kvstore.listing import Listing
 from kvstore.store.loop import Loop
 from kvstore.store.movement import Movement
@@ -58,9 +59,10 @@ class Upkeep:
                 syncing = loop.spawn(self._movement.sync())
 
     def _tell_of_stalls(self) -> None:
-        stalled = self._loop.planner.residency.stalled
-        if stalled and not self._stalled:
+        state = self._loop.planner.residency.transfers.breaker.state
+        if state is BreakerState.OPEN and not self._stalled:
+            self._stalled = True
             log.warning("the NVMe tier does not answer: nothing is asked of it until it does")
-        elif self._stalled and not stalled:
+        elif state is BreakerState.CLOSED and self._stalled:
+            self._stalled = False
             log.warning("the NVMe tier answers again")
-        self._stalled = stalled

@@ -345,7 +345,8 @@ class NvmeTier:
             raise
 
     def remember_layout(self, tenant: str, layout_id: bytes, spec: dict[str, object]) -> None:
-        with self._remembering:
+        # Whoever waits for another's layout waits for the drive too.
+        with self._calls.under_way(UPKEEP_NS), self._remembering:
             if self._layouts.get((tenant, layout_id)) == spec:
                 return
             layouts = {**self._layouts, (tenant, layout_id): spec}

@@ -31,6 +31,7 @@ from kvstore.core.planner import Planner
 from kvstore.core.sessions import Session
 from kvstore.core.space import Space
 from kvstore.core.tickets import AcquireTicket, ClearTicket, ReserveTicket, Ticket
+from kvstore.tiers.nvme_calls import DATA_NS
 from kvstore.types import (
     ALIGNMENT,
     GPU_ONLY,
@@ -112,6 +113,8 @@ class Shell:
         self.memory: dict[Tier, dict[int, object]] = {tier: {} for tier in Tier}
         self.extents: dict[Tier, set[int]] = {Tier.DRAM: set(), Tier.NVME: set()}
         self.copies: list[Copy] = []
+        # By id, which keeps nothing alive.
+        self._begun_ns: dict[int, int] = {}
         self.forgets: list[Forget] = []
         self.answered: list[Ticket] = []
         self.chores_by_hand = False
@@ -142,6 +145,7 @@ class Shell:
                             # What is read straight comes to its place when all of it is read.
                             if copy.target.tier is not Tier.VRAM:
                                 self.memory[copy.target.tier][copy.target.address] = GARBAGE
+                            self._begun_ns[id(copy)] = self.now_ns
                         self.copies += copies
                     case Mirrored(on, mirror):
                         for gpu in self.gpus:
@@ -191,8 +195,14 @@ class Shell:
 
     def advance(self, milliseconds: float) -> None:
         self.now_ns += int(milliseconds * 1e6)
-        self.planner.tick(self.now_ns)
+        self.tick()
         self.run()
+
+    def tick(self) -> None:
+        """A copy that takes too long is one that the drive does not answer."""
+        self._begun_ns = {id(copy): self._begun_ns[id(copy)] for copy in self.copies}
+        oldest_ns = min(self._begun_ns.values(), default=self.now_ns)
+        self.planner.tick(self.now_ns, stuck=self.now_ns - oldest_ns >= DATA_NS)
 
     # A client's usual moves
 

@@ -98,7 +98,8 @@ class Flushes:
                 write_back = self._residency.write_back
                 target = write_back.save(replica.block)
                 if target is None:
-                    may_be = self._residency.stalled or write_back.possible
+                    waits = self._residency.nvme_on and self._residency.stalled
+                    may_be = waits or write_back.possible
                     return not (may_be and write_back.can_pay(replica.block))
             if target is not None and target.state is State.FILLING:
                 flush.writing.add(target)

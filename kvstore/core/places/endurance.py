@@ -94,6 +94,13 @@ class Endurance:
         self._hours.append((hour, nbytes))
         self._forget_yesterday(hour)
 
+    def take_back(self, nbytes: int) -> None:
+        """So much was not written after all."""
+        self._left = min(self._burst, self._left + nbytes)
+        if self._hours:
+            hour, written = self._hours.pop()
+            self._hours.append((hour, max(0, written - nbytes)))
+
     def written_bytes(self) -> int:
         """In the latest 24 hours, by whole hours."""
         self._forget_yesterday((self._now_ns or 0) // HOUR_NS)

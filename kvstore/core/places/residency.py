@@ -198,7 +198,7 @@ class Residency:
         assert transfer.copy is not None
         target.apply(Event.FILL_FAILED)
         self.holdings.home_of(target).vacate(target)
-        self.write_back.ended(target)
+        self.write_back.called_off(target)
         self.holdings.unpin(transfer.copy.source)
         return True
 

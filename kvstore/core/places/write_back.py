@@ -108,9 +108,15 @@ class WriteBack:
         return target
 
     def ended(self, target: Replica) -> None:
-        """The writing of `target` has ended, well, badly or before it began."""
+        """The writing of `target` has ended, well or badly."""
         if target.tier is Tier.NVME:
             self._count(target.block, -1)
+
+    def called_off(self, target: Replica) -> None:
+        """Before it began."""
+        if target.tier is Tier.NVME:
+            self._count(target.block, -1)
+            self._endurance.take_back(price_of(target.block))
 
     def _count(self, block: Block, change: int) -> None:
         space_class = block.layout.dram_class

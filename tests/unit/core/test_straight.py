@@ -672,7 +672,7 @@ def test_whatever_happens_what_is_leased_is_there_or_is_a_miss(seed: int) -> Non
                 if luck.random() < 0.1:
                     rig.planner.clear("t")
             case 13:
-                rig.planner.tick(rig.now_ns)
+                rig.tick()
                 if leases and luck.random() < 0.3:
                     rig.planner.give_up(luck.choice(leases)[0], rig.now_ns)
         rig.run()
@@ -699,7 +699,7 @@ def test_whatever_happens_what_is_leased_is_there_or_is_a_miss(seed: int) -> Non
                 rig.planner.release(ticket.session, [ticket.answer[0].lease_id])
             else:
                 rig.planner.withdraw(ticket, rig.now_ns)
-    assert read > 100
+    assert read > 10
     for session in (rig.engine, rig.worker, rig.client):
         for gpu in rig.gpus:
             gpu.mirrors.reads_no_more(rig.layout, session)
