@@ -441,7 +441,10 @@ def test_nobody_is_shown_another_block_while_memory_comes_and_goes(tmp_path: Pat
             if grant.held:
                 rig.store.release(who, [grant.lease_id])
 
-        for turn in range(60):
+        for turn in range(2_000):
+            # How much of the GPU's memory is there when somebody asks is a race.
+            if turn > 60 and seen > 20:
+                break
             await asyncio.gather(*(ask(turn + each) for each in range(3)))
             await rig.store.flush("t", drop=True)
             rig.clock.advance_ms(300)
